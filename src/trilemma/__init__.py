@@ -1,0 +1,1 @@
+"""Trilemma: ship language models within limits. The public API, loaded lazily."""

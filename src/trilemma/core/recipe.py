@@ -1,0 +1,76 @@
+"""The full, ordered settings that turn a checkpoint into an artifact; YAML in and out; hashable.
+
+What a step's settings mean is the technique's business; here they are plain values. Replaying a
+recipe on the same host and versions gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from trilemma.core.errors import RecipeError
+from trilemma.core.record import Record
+
+RECIPE_VERSION = 1
+
+
+class Step(Record):
+    """One technique with its settings."""
+
+    technique: str
+    settings: dict[str, Any] = {}
+
+
+class Recipe(Record):
+    """Ordered steps. `name` is the scheme or a short label; it takes no part in the hash."""
+
+    version: int = RECIPE_VERSION
+    name: str = ""
+    seed: int = 0
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def hash(self) -> str:
+        """First 16 hex digits of the SHA-256 over what decides the bytes (all but the name)."""
+        payload = json.dumps(self.model_dump(exclude={"name"}), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(payload.encode()).hexdigest()[:16]
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Recipe:
+        """Read a recipe.
+
+        Raises:
+            RecipeError: not YAML, unknown keys, or a version that this release can not read.
+        """
+        try:
+            data = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"The recipe is not valid YAML: {error}") from None
+        if not isinstance(data, dict):
+            raise RecipeError(f"The recipe must be a mapping with 'version' and 'steps', not {type(data).__name__}.")
+        if data.get("version", RECIPE_VERSION) != RECIPE_VERSION:
+            raise RecipeError(
+                f"The recipe has version {data.get('version')!r}; this release reads version {RECIPE_VERSION}. "
+                "Make it anew, or use the release that wrote it."
+            )
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise RecipeError(f"The recipe can not be read: {explain(error)}") from None
+
+
+def explain(error: ValidationError) -> str:
+    """A pydantic error as one line of ours: where, what, and the value that was given."""
+    parts = []
+    for item in error.errors():
+        where = ".".join(str(place) for place in item["loc"]) or "value"
+        parts.append(f"{where}: {item['msg']} (got {item.get('input')!r})")
+    return "; ".join(parts)

@@ -1,0 +1,65 @@
+"""One generic table: name -> "module:attribute", loaded on first use.
+
+No folder is scanned and importing a table imports nothing heavy. Other packages add entries
+through entry points of the group `trilemma.<kind>`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from importlib.metadata import entry_points
+from typing import Generic, TypeVar, cast
+
+from trilemma.core.errors import UnknownNameError
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """A lazily loaded table of named things.
+
+    Args:
+        kind: what an entry is, in words ("technique"); entry points come from `trilemma.<kind>`.
+        entries: name -> "module:attribute".
+    """
+
+    def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._targets = dict(entries)
+        self._loaded: dict[str, T] = {}
+        self._merged = False
+
+    def register(self, name: str, target: str) -> None:
+        """Add an entry. Raises ValueError when the name is taken by another target."""
+        if self._targets.get(name, target) != target:
+            raise ValueError(f"{self.kind} '{name}' is already registered as {self._targets[name]}")
+        self._targets[name] = target
+
+    def names(self) -> list[str]:
+        self._merge_entry_points()
+        return sorted(self._targets)
+
+    def get(self, name: str) -> T:
+        """The entry of that name. Raises UnknownNameError naming the valid ones."""
+        self._merge_entry_points()
+        if name not in self._targets:
+            raise UnknownNameError(self.kind, name, self._targets)
+        if name not in self._loaded:
+            module, _, attribute = self._targets[name].partition(":")
+            self._loaded[name] = cast(T, getattr(importlib.import_module(module), attribute))
+        return self._loaded[name]
+
+    def __contains__(self, name: object) -> bool:
+        self._merge_entry_points()
+        return name in self._targets
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def _merge_entry_points(self) -> None:
+        if self._merged:
+            return
+        self._merged = True
+        for point in entry_points(group=f"trilemma.{self.kind}"):
+            self.register(point.name, point.value)

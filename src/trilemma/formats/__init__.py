@@ -1,0 +1,30 @@
+"""How one weight matrix is stored: the grid of values, the byte layout, packing and unpacking.
+
+Table of storage formats. `f32` and `bf16` lie row by row (layout `rows.v1`); quantized formats lie
+in panels of 16 rows (`panel16.v1`, see `panel16.py`).
+"""
+
+from __future__ import annotations
+
+from trilemma.core.registry import Registry
+from trilemma.formats.grid import Format
+
+FORMATS: Registry[Format] = Registry(
+    "format",
+    {
+        "f32": "trilemma.formats.plain:F32",
+        "f16": "trilemma.formats.plain:F16",
+        "bf16": "trilemma.formats.plain:BF16",
+        "int8-channel": "trilemma.formats.integer:INT8_CHANNEL",
+        "int8-g32": "trilemma.formats.integer:INT8_G32",
+        "int8-g128": "trilemma.formats.integer:INT8_G128",
+        "int4-g32": "trilemma.formats.integer:INT4_G32",
+        "int4-g64": "trilemma.formats.integer:INT4_G64",
+        "int4-g128": "trilemma.formats.integer:INT4_G128",
+        "int4-g32-asym": "trilemma.formats.integer:INT4_G32_ASYM",
+        "int4-g64-asym": "trilemma.formats.integer:INT4_G64_ASYM",
+        "int4-g128-asym": "trilemma.formats.integer:INT4_G128_ASYM",
+    },
+)
+
+__all__ = ["FORMATS", "Format"]

@@ -1,0 +1,80 @@
+"""The grid of a quantized matrix: integer codes, one f16 scale and perhaps one f16 minimum per group.
+
+    symmetric    w = scale * code            code in [-2^(bits-1), 2^(bits-1) - 1]
+    asymmetric   w = scale * code + minimum  code in [0, 2^bits - 1]
+
+Groups run along the input dimension; the last one is short where the group size does not divide it.
+Scales and minima are rounded to f16 before codes are chosen. Code -8 and negative scales are legal
+(that is what lets GGUF's Q4_0, Q4_1 and Q8_0 lie on these grids bit for bit).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilemma.core.record import Record
+
+
+class Format(Record):
+    """A storage format. `group` is the number of inputs that share a scale; None means a whole row."""
+
+    name: str
+    bits: int
+    group: int | None = None
+    symmetric: bool = True
+    floating: bool = False
+    layout: str = "panel16.v1"
+
+    def group_size(self, columns: int) -> int:
+        return columns if self.group is None else min(self.group, columns)
+
+    def groups(self, columns: int) -> int:
+        return -(-columns // self.group_size(columns))
+
+    @property
+    def code_range(self) -> tuple[int, int]:
+        if self.symmetric:
+            return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
+        return 0, 2**self.bits - 1
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedMatrix:
+    """Codes, scales and minima of one matrix, unpacked.
+
+    codes: (out, in) int8 (uint8 range 0..15 for asymmetric 4 bits fits too);
+    scales: (out, groups) float16; minima: (out, groups) float16, or None when symmetric.
+    """
+
+    spec: Format
+    codes: NDArray[np.int8]
+    scales: NDArray[np.float16]
+    minima: NDArray[np.float16] | None = None
+
+    @property
+    def format(self) -> str:
+        return self.spec.name
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return (self.codes.shape[0], self.codes.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed blobs (padding included), as `pack` lays them out."""
+        from trilemma.formats.pack import packed_bytes
+
+        return packed_bytes(self.spec, self.shape)
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """(out, in) f32 values, exactly what the kernels compute with."""
+        columns = self.shape[1]
+        group = self.spec.group_size(columns)
+        scales = np.repeat(self.scales.astype(np.float32), group, axis=1)[:, :columns]
+        values = self.codes.astype(np.float32) * scales
+        if self.minima is not None:
+            values += np.repeat(self.minima.astype(np.float32), group, axis=1)[:, :columns]
+        return values

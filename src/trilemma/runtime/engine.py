@@ -1,0 +1,100 @@
+"""What every engine offers: logits of given tokens, generation, and an account of its memory.
+
+Engines are opened by `trilemma.runtime.open_engine`; tables of engines live in `runtime/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilemma.core.record import Record
+from trilemma.model.config import DecoderConfig
+
+KvCache = Literal["none", "f32", "bf16", "int8"]
+
+
+class EngineOptions(Record):
+    """How to open a model. None takes the default: all usable cores, the model's own KV precision and context."""
+
+    threads: int | None = None
+    kv_cache: KvCache | None = None
+    max_context: int | None = None
+    isa: Literal["scalar", "avx2", "avx512"] | None = None
+
+
+class SamplingSettings(Record):
+    """How the next token is chosen. temperature 0 is greedy."""
+
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class EngineMemory:
+    """Bytes held by an engine, counted by itself."""
+
+    weights_bytes: int
+    kv_bytes: int
+    scratch_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_bytes + self.scratch_bytes
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Output of one request. `token_times_s` are seconds from the request to each output token."""
+
+    tokens: list[int]
+    finish_reason: Literal["length", "stop", "context", "interrupted"]
+    prompt_tokens: int
+    token_times_s: list[float] = field(default_factory=list)
+
+
+class Engine(Protocol):
+    """A loaded model that can be asked. Not thread-safe; `close` frees it."""
+
+    name: str
+    config: DecoderConfig
+    threads: int
+    isa: str
+    kv_cache: str
+    max_context: int
+
+    def memory(self) -> EngineMemory: ...
+
+    def logits(self, tokens: NDArray[np.int32] | Sequence[int], *, last_only: bool = False) -> NDArray[np.float32]:
+        """Logits of a fresh sequence: (n, vocab), or (1, vocab) with `last_only`.
+
+        Raises:
+            InputError: no tokens, a token outside the vocabulary, or more than `max_context`.
+        """
+        ...
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        settings: SamplingSettings,
+        on_token: Callable[[int], bool | None] | None = None,
+    ) -> Generation:
+        """Continue `prompt`. `on_token` sees each token as it comes; returning False stops.
+
+        Raises:
+            InputError: an empty prompt, or one that fills the context.
+        """
+        ...
+
+    def close(self) -> None: ...

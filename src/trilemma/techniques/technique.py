@@ -1,0 +1,69 @@
+"""What every technique is: a settings record, a predicate, and a function from model to model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from trilemma.core.errors import RecipeError
+from trilemma.core.recipe import explain
+from trilemma.core.record import Record
+from trilemma.model.config import DecoderConfig
+from trilemma.model.model import Model
+
+
+class TechniqueSettings(Record):
+    """Base of every technique's settings; each field carries its one-line help."""
+
+
+@dataclass(frozen=True)
+class Build:
+    """What a technique may use while it works.
+
+    calibration: token windows, (n, context) int32, or None when the recipe has no data;
+    progress: called with (done, total, what) now and then.
+    """
+
+    calibration: NDArray[np.int32] | None = None
+    seed: int = 0
+    threads: int | None = None
+    device: str = "cpu"
+    progress: Callable[[int, int, str], None] | None = None
+
+
+class Technique(Protocol):
+    """Leaves its input unchanged; the same seed, host and threads give the same result."""
+
+    name: ClassVar[str]
+    what: ClassVar[str]
+    Settings: ClassVar[type[TechniqueSettings]]
+
+    def supports(self, config: DecoderConfig) -> str | None:
+        """None when it can work on such a model, else the reason why not."""
+        ...
+
+    def needs_calibration(self, settings: Any) -> bool: ...
+
+    def apply(self, model: Model, settings: Any, build: Build) -> Model: ...
+
+
+def read_settings(technique: Technique, raw: dict[str, Any]) -> TechniqueSettings:
+    """Validate a step's settings. Raises RecipeError naming the key, the value and what was expected."""
+    try:
+        return technique.Settings.model_validate(raw)
+    except ValidationError as error:
+        valid = ", ".join(technique.Settings.model_fields)
+        raise RecipeError(f"Settings of '{technique.name}': {explain(error)}. Keys: {valid}.") from None
+
+
+def report(build: Build, done: int, total: int, what: str) -> None:
+    if build.progress is not None:
+        build.progress(done, total, what)
+
+
+__all__: Sequence[str] = ["Build", "Technique", "TechniqueSettings", "read_settings", "report"]
