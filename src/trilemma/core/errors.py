@@ -10,7 +10,8 @@ TrilemmaError
 │   ├── UnknownNameError       a name that no table lists
 │   └── OutputError            the output folder can not be written
 ├── MissingExtraError          a package of an extra is not installed       (exit code 2)
-└── EngineError                the engine refused or failed                 (exit code 2)
+├── EngineError                the engine refused or failed                 (exit code 2)
+└── StoppedError               the user stopped it; the message says how to go on (exit code 130)
 
 Every message names the bad value, what was expected and the fix.
 Exit codes of the commands: 0 all PASS, 2 bad input, 3 a limit FAILs or none is feasible, 4 INCONCLUSIVE.
@@ -79,3 +80,9 @@ class MissingExtraError(TrilemmaError):
 
 class EngineError(TrilemmaError):
     """An engine refused a model or a request."""
+
+
+class StoppedError(TrilemmaError):
+    """The user stopped a long piece of work; what was finished is kept."""
+
+    exit_code = 130

@@ -50,14 +50,40 @@ class ByteRow(Record):
     chosen_bytes: int
 
 
+class DataFile(Record):
+    """A text that the user gave, so that `check` can find it again and notice when it changed."""
+
+    path: str
+    sha256: str
+
+
+class Conditions(Record):
+    """The lengths and amounts behind the figures; `check` measures under the same."""
+
+    context: int
+    prompt_tokens: int
+    output_tokens: int
+    repetitions: int
+    calibrate_tokens: int = 0
+    select_tokens: int = 0
+    confirm_tokens: int = 0
+    threads: int = 0
+    accept_estimates: bool = False
+    time_s: float = 0.0
+
+
 class Decision(Record):
-    """What to ship and why, in one sentence. `chosen` names a trial; None when nothing is feasible."""
+    """What to ship and why, in one sentence. `chosen` names a trial; None when nothing is feasible.
+
+    `alternatives` names trials worth knowing: smallest, balanced, safest.
+    """
 
     sentence: str
     chosen: str | None
     outcome: Literal["PASS", "FAIL", "INCONCLUSIVE"]
     binding_limit: str | None = None
     nearest: tuple[str, ...] = ()
+    alternatives: dict[str, str] = {}
 
 
 class OptimizeReport(Record):
@@ -81,6 +107,28 @@ class OptimizeReport(Record):
     answers: tuple[Answer, ...] = ()
     bytes_by_role: tuple[ByteRow, ...] = ()
     seconds: float = 0.0
+    command: str = ""
+    notes: tuple[str, ...] = ()
+    data_files: tuple[DataFile, ...] = ()
+    conditions: Conditions | None = None
+
+
+class BenchRow(Record):
+    """Cost of one model in one form. `random_weights` marks shapes without real weights: cost only, no quality."""
+
+    model: str
+    parameters: int
+    random_weights: bool
+    trial: Trial
+
+
+class BenchReport(Record):
+    """The content of a bench results file: what models cost on this machine."""
+
+    schema_version: int = SCHEMA_VERSION
+    panel: Literal["cost"] = "cost"
+    environment: Environment
+    rows: tuple[BenchRow, ...]
     command: str = ""
     notes: tuple[str, ...] = ()
 

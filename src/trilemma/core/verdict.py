@@ -12,7 +12,11 @@ Outcome = Literal["PASS", "FAIL", "INCONCLUSIVE"]
 
 
 class Verdict(Record):
-    """The outcome for one limit, with the number it rests on and what would settle it."""
+    """The outcome for one limit, with the number it rests on and what would settle it.
+
+    `relative_value` and `relative_ci95` are fractions of the unmodified model (paired where both ran
+    interleaved); they are set for relative limits only, and the outcome rests on them.
+    """
 
     limit: Limit
     outcome: Outcome
@@ -21,3 +25,5 @@ class Verdict(Record):
     measurement: Measurement
     reason: str
     settle: str | None = None
+    relative_value: float | None = None
+    relative_ci95: tuple[float, float] | None = None
