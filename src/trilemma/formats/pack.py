@@ -1,0 +1,103 @@
+"""Packing: an unpacked quantized matrix to the blobs of its layout, and back.
+
+A layout is a versioned name (`panel16.v1`); one that this release does not know is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilemma.core.errors import CheckpointError
+from trilemma.formats import panel16
+from trilemma.formats.grid import Format, QuantizedMatrix
+
+LAYOUTS = ("panel16.v1", "rows.v1")
+
+
+@dataclass(frozen=True, eq=False)
+class PackedMatrix:
+    """One matrix as it lies in memory and on disk.
+
+    codes: flat uint8; scales and minima: flat float16 (minima None when symmetric);
+    `shape` is (out, in) without padding.
+    """
+
+    spec: Format
+    shape: tuple[int, int]
+    codes: NDArray[np.uint8]
+    scales: NDArray[np.float16]
+    minima: NDArray[np.float16] | None = None
+
+    @property
+    def format(self) -> str:
+        return self.spec.name
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all blobs, padding included."""
+        return self.codes.nbytes + self.scales.nbytes + (0 if self.minima is None else self.minima.nbytes)
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """(out, in) f32 values, exactly what the kernels compute with."""
+        return unpack(self).dequantize()
+
+
+def check_layout(layout: str) -> None:
+    """Raises CheckpointError for a layout that this release does not know."""
+    if layout not in LAYOUTS:
+        raise CheckpointError(
+            f"Unknown tensor layout '{layout}'. This release reads {', '.join(LAYOUTS)}: "
+            "update Trilemma, or make the artifact again with this release."
+        )
+
+
+def packed_bytes(spec: Format, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix (out, in) in this format, padding included."""
+    return sum(blob_bytes(spec, shape).values())
+
+
+def blob_bytes(spec: Format, shape: tuple[int, int]) -> dict[str, int]:
+    """Bytes of each blob of a matrix (out, in): 'values', or 'codes', 'scales' and perhaps 'minima'."""
+    if spec.floating:
+        return {"values": shape[0] * shape[1] * spec.bits // 8}
+    check_layout(spec.layout)
+    scales = 2 * panel16.scales_count(spec, shape)
+    blobs = {"codes": panel16.codes_bytes(spec, shape), "scales": scales}
+    return blobs if spec.symmetric else blobs | {"minima": scales}
+
+
+def pack(matrix: QuantizedMatrix) -> PackedMatrix:
+    """Lay the codes, scales and minima out as the format's layout says."""
+    check_layout(matrix.spec.layout)
+    minima = None if matrix.minima is None else panel16.pack_scales(matrix.minima)
+    return PackedMatrix(
+        matrix.spec, matrix.shape, panel16.pack_codes(matrix.spec, matrix.codes),
+        panel16.pack_scales(matrix.scales), minima,
+    )  # fmt: skip
+
+
+def unpack(matrix: PackedMatrix) -> QuantizedMatrix:
+    """The inverse of `pack`. Raises CheckpointError when a blob has the wrong size."""
+    check_layout(matrix.spec.layout)
+    check_blobs(matrix)
+    groups = (matrix.shape[0], matrix.spec.groups(matrix.shape[1]))
+    minima = None if matrix.minima is None else panel16.unpack_scales(matrix.minima, groups)
+    return QuantizedMatrix(
+        matrix.spec, panel16.unpack_codes(matrix.spec, matrix.codes, matrix.shape),
+        panel16.unpack_scales(matrix.scales, groups), minima,
+    )  # fmt: skip
+
+
+def check_blobs(matrix: PackedMatrix) -> None:
+    """Raises CheckpointError when the blobs do not have the sizes that format and shape call for."""
+    expected = blob_bytes(matrix.spec, matrix.shape)
+    found = {"codes": matrix.codes.nbytes, "scales": matrix.scales.nbytes}
+    if matrix.minima is not None:
+        found["minima"] = matrix.minima.nbytes
+    if found != expected:
+        raise CheckpointError(
+            f"A {matrix.format} matrix of shape {matrix.shape} has blobs {found} bytes; expected {expected}."
+        )
