@@ -1,0 +1,66 @@
+# One command a job; `make help` lists them. Everything lives in .venv and build/, results in out/.
+
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+JOBS ?= 2
+TESTS ?= tests
+
+SOURCES := $(shell find native -name '*.cpp' -o -name '*.h' -o -name '*.hpp' -o -name 'CMakeLists.txt' -o -name '*.cmake')
+INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.native-built
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint format bench native install docs clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 was found; install one or set PYTHON=" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# Build tools first: the extension is built without isolation, so that a rebuild costs seconds.
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[test,lint]'
+	@touch $(INSTALLED) $(BUILT)
+
+$(BUILT): $(SOURCES) | $(INSTALLED)
+	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) install --quiet --no-build-isolation --no-deps -e .
+	@touch $(BUILT)
+
+install: $(INSTALLED) $(BUILT)  ## create .venv and install the project in it, editable
+
+native: install  ## rebuild the native engine if its sources changed
+
+demo: install  ## the main job on the shipped model: evidence in out/demo
+	$(BIN)/python examples/demo.py out/demo
+
+test: install  ## the test suite
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not full' $(TESTS)
+
+test-full: install  ## the test suite with the full matrix of contracts
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+
+lint: install  ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: install  ## format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## what the shipped shapes cost on this machine
+	$(BIN)/trilemma bench examples/shapes/SmolLM2-135M examples/shapes/SmolLM2-360M --scheme bf16,W8A8,W4A8-g32
+
+docs: install  ## write the generated pages of docs/reference anew
+	$(BIN)/python docs/make_reference.py
+
+clean:  ## remove builds, caches and results; .venv stays
+	rm -rf build out .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis $(BUILT)
+	find src tests examples docs benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

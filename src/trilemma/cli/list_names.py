@@ -1,0 +1,86 @@
+"""`trilemma list`: what there is to choose from, read from the tables themselves."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from trilemma.cli import options
+
+
+class Kind(StrEnum):
+    """A table of names."""
+
+    TECHNIQUES = "techniques"
+    FORMATS = "formats"
+    SCHEMES = "schemes"
+    DEVICES = "devices"
+    FAMILIES = "families"
+    ENGINES = "engines"
+    EXPORTERS = "exporters"
+    METRICS = "metrics"
+
+
+def list_names(
+    kind: Annotated[Kind | None, typer.Argument(help="Which table; all of them by default.")] = None,
+    json: options.Json = False,
+) -> None:
+    """List techniques, formats, schemes, devices, families, engines, exporters and metrics."""
+    from trilemma.cli import console
+
+    tables = {str(each): _names(each) for each in ([kind] if kind else Kind)}
+    if json:
+        console.print_json(tables)
+        return
+    for title, rows in tables.items():
+        typer.echo(title)
+        for name, what in rows.items():
+            typer.echo(f"  {name:<28} {what}".rstrip())
+
+
+def _names(kind: Kind) -> dict[str, str]:
+    """name -> one line about it, in the order of the table."""
+    match kind:
+        case Kind.METRICS:
+            from trilemma.core.metric import METRICS
+
+            return {metric.name: _metric_line(metric.alias, metric.unit, metric.what) for metric in METRICS.values()}
+        case Kind.FORMATS:
+            from trilemma.formats import FORMATS
+
+            return {name: _format_line(FORMATS.get(name).bits, FORMATS.get(name).group) for name in FORMATS}
+        case Kind.SCHEMES:
+            from trilemma.techniques.schemes import list_schemes
+
+            return list_schemes()
+        case Kind.TECHNIQUES:
+            from trilemma.techniques import TECHNIQUES
+
+            return {name: TECHNIQUES.get(name).what for name in TECHNIQUES}
+        case Kind.FAMILIES:
+            from trilemma.model.families import FAMILIES
+
+            return {name: "" for name in FAMILIES}
+        case Kind.ENGINES:
+            from trilemma.runtime import ENGINES
+
+            return {name: "" for name in ENGINES}
+        case Kind.EXPORTERS:
+            from trilemma.export import EXPORTERS
+
+            return {name: "" for name in EXPORTERS}
+        case Kind.DEVICES:
+            from trilemma.core.environment import cpu_name, total_memory_bytes, usable_cores
+
+            return {"host": f"{cpu_name()}, {usable_cores()} cores, {total_memory_bytes() / 1e9:.1f} GB"}
+
+
+def _metric_line(alias: str | None, unit: str, what: str) -> str:
+    name = f"(limit name: {alias}) " if alias else ""
+    return f"{name}{what}, {unit}"
+
+
+def _format_line(bits: int, group: int | None) -> str:
+    return f"{bits} bits" + (f", groups of {group}" if group else "")

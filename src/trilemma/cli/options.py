@@ -1,0 +1,52 @@
+"""Options that several commands share, each with its one-line help, so that they read the same everywhere."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Kv(StrEnum):
+    """Precision of the KV cache; `none` recomputes everything."""
+
+    NONE = "none"
+    F32 = "f32"
+    BF16 = "bf16"
+    INT8 = "int8"
+
+
+class Isa(StrEnum):
+    """Instruction set of the native engine."""
+
+    SCALAR = "scalar"
+    AVX2 = "avx2"
+    AVX512 = "avx512"
+
+
+class Table(StrEnum):
+    """Form of a table on stdout."""
+
+    MD = "md"
+    CSV = "csv"
+    JSON = "json"
+    JSONL = "jsonl"
+
+
+Model = Annotated[
+    str, typer.Argument(help="Checkpoint folder, artifact folder, bare config.json (random weights) or hub id.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all usable cores by default.")]
+KvCache = Annotated[Kv | None, typer.Option("--kv", help="Precision of the KV cache; the model's own by default.")]
+IsaChoice = Annotated[Isa | None, typer.Option("--isa", help="Instruction set; the best one here by default.")]
+Runtime = Annotated[str, typer.Option("--runtime", help="Engine to run and measure on; see `trilemma list engines`.")]
+Context = Annotated[int | None, typer.Option("--context", min=2, help="Tokens a window; the model's own, 2048 at most.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Data = Annotated[
+    list[Path] | None,
+    typer.Option("--data", help="Text file or folder; documents end with <|endoftext|>. May be repeated."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]

@@ -1,0 +1,102 @@
+"""Fixtures that every room's tests share: the shipped model, the material beside the checkout, small random models."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from trilemma.model.config import Attention, DecoderConfig, Dense, LayerSpec, Rope
+from trilemma.model.model import Model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def hearth_path() -> Path:
+    """The shipped model: real weights, always there."""
+    return REPOSITORY / "examples" / "models" / "hearth-7m"
+
+
+@pytest.fixture(scope="session")
+def texts_path() -> Path:
+    """150 documents that the shipped model was not trained on."""
+    return REPOSITORY / "examples" / "texts" / "children.txt"
+
+
+@pytest.fixture(scope="session")
+def shapes_path() -> Path:
+    """Folders of bare config.json files of published models."""
+    return REPOSITORY / "examples" / "shapes"
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """Models and texts that are too large to ship; tests that use them carry the marker `shared`."""
+    folder = Path(os.environ.get("TRILEMMA_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "models").is_dir():
+        pytest.skip(f"needs the shared models and texts: no '{folder}' (set TRILEMMA_SHARED to where they are)")
+    return folder
+
+
+class RandomTensors:
+    """A source of small random f32 tensors of the right shapes, the same ones at every reading."""
+
+    def __init__(self, config: DecoderConfig, seed: int) -> None:
+        generator = np.random.default_rng(seed)
+        self._tensors: dict[str, NDArray[np.float32]] = {}
+        for name, shape in config.tensor_shapes().items():
+            values = generator.standard_normal(shape).astype(np.float32)
+            norm = name.endswith("norm.weight")
+            self._tensors[name] = 1 + 0.1 * values if norm else values / np.sqrt(np.float32(shape[-1]))
+
+    def stored_dtype(self, name: str) -> str:
+        return "f32"
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        return self._tensors[name]
+
+
+def tiny_config(
+    *, dim: int = 48, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, ffn: int = 80,
+    vocab: int = 97, context: int = 64, tied: bool = True, qkv_bias: bool = False, theta: float = 10000.0,
+) -> DecoderConfig:  # fmt: skip
+    """A small decoder whose sizes divide nothing in particular."""
+    frequencies = tuple(float(theta ** (-2 * i / head_dim)) for i in range(head_dim // 2))
+    rope = Rope(theta=theta, inverse_frequencies=frequencies)
+    attention = Attention(
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=rope, scale=head_dim**-0.5, qkv_bias=qkv_bias
+    )
+    layer = LayerSpec(attention=attention, ffn=Dense(hidden=ffn))
+    return DecoderConfig(
+        family="qwen2" if qkv_bias else "llama", dim=dim, vocab_size=vocab, max_context=context,
+        layers=(layer,) * layers, norm_eps=1e-5, tied=tied,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Callable[..., Model]:
+    """Makes a small random model: `tiny_model(seed=3, dim=48, heads=4, ...)`; see `tiny_config` for the rest."""
+
+    def make(seed: int = 0, **sizes: int | float | bool) -> Model:
+        config = tiny_config(**sizes)  # type: ignore[arg-type]
+        return Model(config, RandomTensors(config, seed))
+
+    return make
+
+
+@pytest.fixture
+def random_generator(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Fresh numbers at every run; the seed is printed when a test fails."""
+    seed = int(os.environ.get("TRILEMMA_TEST_SEED", np.random.SeedSequence().entropy % 2**32))  # type: ignore[operator]
+    print(f"TRILEMMA_TEST_SEED={seed}")
+    return np.random.default_rng(seed)
