@@ -9,13 +9,17 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from trilemma.core.measurement import Measurement
+from trilemma.core.quantity import format_duration, format_quantity, significant
+
+if TYPE_CHECKING:
+    from trilemma.search.progress import Progress as SearchProgress
 
 ProgressFunction = Callable[[float, float, str], None]
 
@@ -56,6 +60,18 @@ def progress(title: str) -> Iterator[ProgressFunction]:
         yield update
 
 
+@contextmanager
+def search_progress(title: str) -> Iterator[Callable[[SearchProgress], None]]:
+    """The same for a search, which says itself how much time is left."""
+    with progress(title) as update:
+
+        def listen(state: SearchProgress) -> None:
+            left = "" if state.left_s is None else f" (at most {format_duration(state.left_s)} left)"
+            update(state.done, state.total, f"{state.stage}: {state.message}{left}")
+
+        yield listen
+
+
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout."""
     shown = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
@@ -68,28 +84,21 @@ def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> 
 
 
 def show(measurement: Measurement | None) -> str:
-    """'12.3 ms [12.1, 12.6]'; '~' before an estimate, '!' after a noisy run, '-' when unavailable."""
+    """'12.3 ms [12.1, 12.6]'; '~' before an estimate, '!' after a noisy run, a dash when unavailable."""
     if measurement is None or measurement.value is None:
-        return "-"
-    low_high = ""
-    if measurement.ci95 is not None and measurement.unit != "bytes":
-        low, high = (quantity(edge, measurement.unit).split(" ")[0] for edge in measurement.ci95)
-        low_high = f" [{low}, {high}]"
+        return "—"
+    value = _quantity(measurement.metric, measurement.value, measurement.unit)
     mark = "~" if measurement.source == "estimated" else ""
-    return f"{mark}{quantity(measurement.value, measurement.unit)}{low_high}{'!' if measurement.noisy else ''}"
+    return f"{mark}{value}{_interval(measurement)}{' !' if measurement.noisy else ''}"
 
 
-_SCALES: dict[str, tuple[tuple[float, str], ...]] = {
-    "bytes": ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")),
-    "s": ((1, "s"), (1e-3, "ms"), (1e-6, "us")),
-    "J": ((1, "J"), (1e-3, "mJ"), (1e-6, "uJ")),
-}
+def _interval(measurement: Measurement) -> str:
+    if measurement.ci95 is None or measurement.unit == "bytes":
+        return ""
+    low, high = (_quantity(measurement.metric, edge, measurement.unit) for edge in measurement.ci95)
+    return f" [{low}, {high}]"
 
 
-def quantity(value: float, unit: str) -> str:
-    """A number in the unit that suits its size."""
-    for factor, name in _SCALES.get(unit, ()):
-        if abs(value) >= factor or (factor, name) == _SCALES[unit][-1]:
-            return f"{value / factor:.3g} {name}" if abs(value / factor) < 1000 else f"{value / factor:.0f} {name}"
-    digits = f"{value:.4g}" if abs(value) < 1e4 else f"{value:.0f}"
-    return digits if unit == "ratio" else f"{digits} {unit}"
+def _quantity(metric: str, value: float, unit: str) -> str:
+    # perplexity is a bare number, not a share that reads as per cent
+    return significant(value) if metric == "perplexity" else format_quantity(value, unit)

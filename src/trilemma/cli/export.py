@@ -20,6 +20,7 @@ def export(
     """Write a model in another runtime's form; what lies on the same grid goes out bit for bit."""
     from trilemma.cli import console
     from trilemma.core.errors import OutputError
+    from trilemma.core.quantity import format_quantity
     from trilemma.export import EXPORTERS
     from trilemma.formats.artifact import load_any
 
@@ -30,4 +31,4 @@ def export(
     if json:
         console.print_json({"path": str(output), "bytes": output.stat().st_size, "to": to})
     else:
-        typer.echo(f"{output}: {console.quantity(output.stat().st_size, 'bytes')}, {to}")
+        typer.echo(f"{output}: {format_quantity(output.stat().st_size, 'bytes')}, {to}")

@@ -85,6 +85,7 @@ def show_report(report: OptimizeReport) -> None:
 def show_verdicts(verdicts: tuple[Verdict, ...]) -> None:
     """One row a limit: outcome, value with interval, threshold and what would settle it."""
     from trilemma.cli import console
+    from trilemma.core.quantity import format_quantity
 
     if not verdicts:
         return
@@ -93,7 +94,7 @@ def show_verdicts(verdicts: tuple[Verdict, ...]) -> None:
             verdict.limit.text,
             verdict.outcome,
             console.show(verdict.measurement),
-            "-" if verdict.threshold is None else console.quantity(verdict.threshold, verdict.measurement.unit),
+            "—" if verdict.threshold is None else format_quantity(verdict.threshold, verdict.measurement.unit),
             verdict.settle or verdict.reason,
         ]
         for verdict in verdicts
