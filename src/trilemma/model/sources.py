@@ -1,0 +1,151 @@
+"""Where a model's tensors are read from: files of a checkpoint, memory, or a random generator."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilemma.core.errors import CheckpointError
+from trilemma.model.config import DecoderConfig
+from trilemma.model.model import Float32, StoredMatrix
+from trilemma.model.plain import PlainDtype, PlainMatrix, bf16_to_f32, f32_to_bf16
+from trilemma.model.safetensors import SafetensorsFile
+
+PLAIN_OF: dict[str, PlainDtype] = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f32"}
+_CHUNK = 1 << 20  # elements looked at together while searching for NaN
+
+
+class CheckpointSource:
+    """Tensors of safetensors files under Hugging Face's names.
+
+    Args:
+        places: canonical name -> (file, name in it); shapes were checked by `read_checkpoint`.
+        unknown: tensors that are in the files, are not read, and may matter.
+    """
+
+    random = False
+
+    def __init__(self, places: Mapping[str, tuple[SafetensorsFile, str]], unknown: tuple[str, ...] = ()) -> None:
+        self._places = dict(places)
+        self.unknown = unknown
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted({file.path for file, _ in self._places.values()})
+
+    def stored_dtype(self, name: str) -> str:
+        file, stored_name = self._place(name)
+        dtype = file.entries[stored_name].dtype
+        if dtype not in PLAIN_OF:
+            file.read(stored_name)  # raises with the reason
+        return PLAIN_OF[dtype]
+
+    def read(self, name: str) -> Float32 | StoredMatrix:
+        """2-D f16 and bf16 tensors as PlainMatrix, bit for bit; everything else as f32 values.
+
+        Raises:
+            CheckpointError: the tensor has NaN or infinite values, or its file can not be read.
+        """
+        file, stored_name = self._place(name)
+        raw = file.read(stored_name)
+        _refuse_not_finite(raw, stored_name, file.path)
+        dtype = PLAIN_OF[file.entries[stored_name].dtype]
+        if raw.ndim == 2 and dtype != "f32":
+            return PlainMatrix(dtype, raw)
+        return bf16_to_f32(raw) if dtype == "bf16" else raw.astype(np.float32, copy=False)
+
+    def _place(self, name: str) -> tuple[SafetensorsFile, str]:
+        if name not in self._places:
+            raise CheckpointError(f"The checkpoint has no tensor '{name}'. It has {len(self._places)} others.")
+        return self._places[name]
+
+
+class MemorySource:
+    """Tensors that are in memory already: a decoder after training, or a test's."""
+
+    random = False
+
+    def __init__(self, tensors: Mapping[str, Float32 | StoredMatrix], dtype: PlainDtype = "f32") -> None:
+        self._tensors = dict(tensors)
+        self._dtype = dtype
+
+    def stored_dtype(self, name: str) -> str:
+        found = self._tensors[name]
+        if not isinstance(found, np.ndarray):
+            return found.format
+        return self._dtype if found.ndim == 1 else "f32"
+
+    def read(self, name: str) -> Float32 | StoredMatrix:
+        if name not in self._tensors:
+            raise CheckpointError(f"The model has no tensor '{name}'. It has {len(self._tensors)} others.")
+        return self._tensors[name]
+
+
+class RandomSource:
+    """Normal weights of standard deviation 0.02 and norms of 1, made when read; for measuring costs only.
+
+    Values depend on the seed and the tensor's name alone. They are drawn from 65,536 quantiles of
+    the normal distribution, which makes a billion of them in seconds.
+    """
+
+    random = True
+
+    def __init__(self, config: DecoderConfig, seed: int = 0, dtype: PlainDtype = "bf16") -> None:
+        self._shapes = config.tensor_shapes()
+        self.seed = seed
+        self.dtype: PlainDtype = dtype
+
+    def stored_dtype(self, name: str) -> str:
+        return self.dtype
+
+    def read(self, name: str) -> Float32 | StoredMatrix:
+        if name not in self._shapes:
+            raise CheckpointError(f"The config has no tensor '{name}'. It has {len(self._shapes)} others.")
+        shape = self._shapes[name]
+        if name.endswith("norm.weight"):
+            return np.ones(shape, dtype=np.float32)
+        values = self._draw(name, shape, "f32" if len(shape) == 1 else self.dtype)
+        if len(shape) == 1 or self.dtype == "f32":
+            return values
+        return PlainMatrix(self.dtype, values)
+
+    def _draw(self, name: str, shape: tuple[int, ...], dtype: PlainDtype) -> NDArray[Any]:
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest[:16], "little")))
+        table = _quantiles(dtype)
+        values = np.empty(int(np.prod(shape)), dtype=table.dtype)
+        for start in range(0, len(values), _CHUNK):
+            part = values[start : start + _CHUNK]
+            codes = np.frombuffer(generator.bytes(2 * len(part)), dtype=np.uint16)
+            np.take(table, codes, out=part, mode="clip")
+        return values.reshape(shape)
+
+
+@cache
+def _quantiles(dtype: PlainDtype) -> NDArray[Any]:
+    """(65536,) values of 0.02 times a standard normal at evenly spaced probabilities."""
+    from scipy.special import ndtri
+
+    values = (0.02 * ndtri((np.arange(65536) + 0.5) / 65536)).astype(np.float32)
+    if dtype == "bf16":
+        return f32_to_bf16(values)
+    return values.astype(np.float16) if dtype == "f16" else values
+
+
+def _refuse_not_finite(raw: NDArray[Any], name: str, path: Path) -> None:
+    flat = raw.reshape(-1)
+    for start in range(0, len(flat), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        bad = (part & 0x7F80) == 0x7F80 if part.dtype == np.uint16 else ~np.isfinite(part)
+        if bad.any():
+            index = tuple(int(i) for i in np.unravel_index(start + int(bad.argmax()), raw.shape))
+            raise CheckpointError(
+                f"Tensor '{name}' in {path} has a NaN or infinite value at {index}. "
+                "The checkpoint is damaged or its training diverged: fetch it again or use an earlier one."
+            )
