@@ -147,9 +147,7 @@ def _codes(block: Float32, scales: Float16, minima: Float16 | None, spec: Format
     return np.clip(np.rint(scaled, out=scaled), low, high, out=scaled)
 
 
-def _error(
-    block: Float32, codes: Float32, scales: Float16, minima: Float16 | None, weight: Float32 | None
-) -> Float32:
+def _error(block: Float32, codes: Float32, scales: Float16, minima: Float16 | None, weight: Float32 | None) -> Float32:
     """(rows, groups) weighted squared error."""
     difference = codes * scales.astype(np.float32)[:, :, None]
     if minima is not None:
@@ -162,7 +160,7 @@ def _error(
 
 
 def _fit_symmetric(block: Float32, spec: Format, rule: ScaleRule, weight: Float32 | None) -> Float16:
-    low, high = usable_codes(spec)
+    low = usable_codes(spec)[0]
     top, bottom = block.max(axis=2), block.min(axis=2)
     signed = np.where(top > -bottom, top, bottom)  # the value of largest magnitude
     exact = signed / np.float32(low)
