@@ -1,0 +1,227 @@
+"""Reads the user's texts into documents, the unit that is split, resampled and reported.
+
+An interval over documents needs many of them, so long books are cut into chapters or sections.
+Left out: cleaning, language detection and chat transcripts (`messages`).
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from trilemma.core.errors import DataError
+
+Prepare = Literal["none", "book"]
+
+END_OF_TEXT = "<|endoftext|>"
+WANTED_DOCUMENTS = 60  # what cutting aims at when the texts are short
+SECTION_CHARACTERS = (1_000, 16_000)  # least and largest aim for one section
+
+_BLANK = re.compile(r"\n[ \t\r]*\n\s*")
+_HEADING = re.compile(
+    r"^\s*(?:(?:chapter|book|part|section|letter|canto|act|scene|story|volume)\b.{0,80}"
+    r"|[IVXLC]{1,7}\.?(?:\s.{0,60})?|\d{1,3}\.(?:\s.{0,60})?|#{1,3} .{1,80}|= [^=].{0,80} =)\s*$",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text. `source` says where it came from, precisely enough to find it again."""
+
+    text: str
+    domain: str
+    source: str
+
+    @property
+    def text_bytes(self) -> int:
+        return len(self.text.encode())
+
+
+def read_documents(
+    paths: str | Path | Sequence[str | Path],
+    domain: str | None = None,
+    *,
+    prepare: Prepare = "none",
+    cut: bool = True,
+) -> list[Document]:
+    """Read .txt, .json, .jsonl and their .xz or .gz forms; anything else is read as text.
+
+    Args:
+        paths: files. Text is split at `<|endoftext|>`; .json is a list of strings or of {"text"};
+            .jsonl has one {"text"} a line.
+        domain: the domain's name; None takes each file's name without suffixes.
+        prepare: 'book' makes hard line breaks inside a paragraph spaces, blank lines one line
+            break, and drops underscores; 'none' leaves the text as it is.
+        cut: cut long documents into chapters or sections.
+
+    Raises:
+        DataError: a file is missing, empty, binary, not UTF-8 or not of the form its name says.
+    """
+    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
+    if not files:
+        raise DataError("No text files were given. Give at least one .txt, .json or .jsonl file.")
+    whole = [document for path in files for document in _read_file(path, domain)]
+    if cut:
+        aim = section_aim(sum(len(document.text) for document in whole))
+        whole = [section for document in whole for section in cut_document(document, aim)]
+    ready = [Document(prepare_text(item.text, prepare), item.domain, item.source) for item in whole]
+    return [document for document in ready if document.text.strip()]
+
+
+def prepare_text(text: str, how: Prepare) -> str:
+    """Bring a text into the form that a model was trained on (see `read_documents`).
+
+    Raises:
+        DataError: an unknown way.
+    """
+    if how == "none":
+        return text
+    if how != "book":
+        raise DataError(f"Unknown text preparation '{how}'. Valid: none, book.")
+    paragraphs = (" ".join(line.strip() for line in part.splitlines()) for part in _BLANK.split(text.strip()))
+    return "\n".join(paragraphs).replace("_", "")
+
+
+def section_aim(characters: int) -> int:
+    """The length in characters that sections of so much text should have."""
+    least, most = SECTION_CHARACTERS
+    return max(least, min(most, characters // WANTED_DOCUMENTS))
+
+
+def cut_document(document: Document, aim: int) -> list[Document]:
+    """Cut at headings, else at blank lines, else at line ends or spaces; sections of aim/4 to 1.5 aim."""
+    if len(document.text) <= aim * 3 // 2:
+        return [document]
+    sections = _sections(document.text, least=aim // 4, most=aim * 3 // 2)
+    return [
+        Document(text, document.domain, f"{document.source}, section {number}")
+        for number, text in enumerate(sections, 1)
+    ]
+
+
+def _sections(text: str, least: int, most: int) -> list[str]:
+    sections: list[str] = []
+    current = ""
+    for paragraph in _paragraphs(text, most):
+        starts_anew = len(current) >= least and _HEADING.match(paragraph.strip()) is not None
+        if current and (starts_anew or len(current) + len(paragraph) > most):
+            sections.append(current)
+            current = ""
+        current += paragraph
+    if len(current) < least and sections:
+        sections[-1] += current
+    elif current:
+        sections.append(current)
+    return sections
+
+
+def _paragraphs(text: str, most: int) -> Iterable[str]:
+    """Pieces that join to the text again: paragraphs, or lines where one is too long, or runs of words."""
+    for paragraph in _pieces(text, _BLANK):
+        if len(paragraph) <= most:
+            yield paragraph
+            continue
+        for line in _pieces(paragraph, re.compile(r"\n")):
+            while len(line) > most:
+                at = line.rfind(" ", most // 2, most) + 1 or most
+                yield line[:at]
+                line = line[at:]
+            yield line
+
+
+def _pieces(text: str, separator: re.Pattern[str]) -> Iterable[str]:
+    start = 0
+    for match in separator.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def _read_file(path: Path, domain: str | None) -> list[Document]:
+    text = _decode(path, _read_bytes(path))
+    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".xz", ".gz")]
+    name = path.name.split(".")[0]
+    kind = suffixes[-1] if suffixes else ".txt"
+    reader: Callable[[Path, str], list[str]] = {".json": _from_json, ".jsonl": _from_jsonl}.get(kind, _from_text)
+    texts = reader(path, text)
+    found = [
+        Document(part, domain or name, f"{path.name}, document {number}")
+        for number, part in enumerate(texts, 1)
+        if part.strip()
+    ]
+    if not found:
+        raise DataError(f"'{path}' holds no text. Give a file with at least one document.")
+    return found
+
+
+def _read_bytes(path: Path) -> bytes:
+    if not path.exists():
+        raise DataError(f"The text file '{path}' does not exist.")
+    if path.is_dir():
+        raise DataError(f"'{path}' is a folder. Give the text files in it one by one.")
+    unpackers: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
+    try:
+        data = unpackers.get(path.suffix.lower(), bytes)(path.read_bytes())
+    except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
+        raise DataError(f"'{path}' is damaged or not {path.suffix[1:]} data: {error}.") from None
+    except OSError as error:
+        raise DataError(f"'{path}' can not be read: {error.strerror or error}.") from None
+    if not data.strip():
+        raise DataError(f"'{path}' is empty. Give a file with text.")
+    return data
+
+
+def _decode(path: Path, data: bytes) -> str:
+    if b"\0" in data[:65536]:
+        raise DataError(f"'{path}' looks like a binary file (byte {data.index(0)} is 0). Give UTF-8 text.")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        bad = data[error.start]
+        raise DataError(
+            f"'{path}' is not UTF-8: byte {error.start} is 0x{bad:02x}. Convert it, for example: "
+            f"iconv -f latin1 -t utf-8 '{path.name}'."
+        ) from None
+
+
+def _from_text(path: Path, text: str) -> list[str]:
+    return [part.strip("\n") for part in text.split(END_OF_TEXT)]
+
+
+def _from_json(path: Path, text: str) -> list[str]:
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"'{path}' is not JSON: {error}.") from None
+    if not isinstance(rows, list):
+        raise DataError(f"'{path}' holds a {type(rows).__name__}; expected a list of strings or of {{\"text\": ...}}.")
+    return [_row_text(path, f"item {number}", row) for number, row in enumerate(rows)]
+
+
+def _from_jsonl(path: Path, text: str) -> list[str]:
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"'{path}' line {number} is not JSON: {error}.") from None
+        found.append(_row_text(path, f"line {number}", row))
+    return found
+
+
+def _row_text(path: Path, where: str, row: object) -> str:
+    value = row.get("text") if isinstance(row, dict) else row
+    if not isinstance(value, str):
+        keys = f" with keys {sorted(row)}" if isinstance(row, dict) else ""
+        raise DataError(f"'{path}' {where} is a {type(row).__name__}{keys}; expected a string or {{'text': string}}.")
+    return value
