@@ -10,6 +10,7 @@ TrilemmaError
 │   ├── UnknownNameError       a name that no table lists
 │   └── OutputError            the output folder can not be written
 ├── MissingExtraError          a package of an extra is not installed       (exit code 2)
+├── TrainingError              training diverged or could not begin         (exit code 2)
 ├── EngineError                the engine refused or failed                 (exit code 2)
 └── StoppedError               the user stopped it; the message says how to go on (exit code 130)
 
@@ -76,6 +77,10 @@ class MissingExtraError(TrilemmaError):
         super().__init__(
             f"{purpose} needs the package '{package}'. Install it with: pip install 'trilemma[{extra}]'"
         )
+
+
+class TrainingError(TrilemmaError):
+    """Training diverged or could not begin."""
 
 
 class EngineError(TrilemmaError):
