@@ -68,7 +68,8 @@ def _locate(path: str | Path) -> Path:
     local = Path(path).expanduser()
     if local.exists():
         return local
-    if isinstance(path, str) and _HUB_ID.fullmatch(text) and not text.endswith(("/config.json", ".safetensors", ".gguf")):
+    a_file = text.endswith((".json", ".safetensors", ".gguf"))
+    if isinstance(path, str) and _HUB_ID.fullmatch(text) and not a_file:
         return _fetch(text)
     raise CheckpointError(
         f"There is no folder '{text}', and it is no hub id either (those look like 'organisation/name'). "
@@ -156,7 +157,7 @@ def _missing_message(folder: Path, missing: list[str]) -> str:
     others = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
     text = f"{folder} lacks tensor '{missing[0]}'{others}, which config.json asks for."
     if missing == ["lm_head.weight"]:
-        return f"{text} If the head shares the embedding, set \"tie_word_embeddings\": true in config.json."
+        return f'{text} If the head shares the embedding, set "tie_word_embeddings": true in config.json.'
     return f"{text} A shard is missing or the config belongs to another model: fetch the checkpoint again."
 
 
@@ -232,7 +233,7 @@ def _what_lies_there(folder: Path) -> str:
 
 def _pickle_message(name: str) -> str:
     return (
-        f"It has {name}, a pickle, which can run code when it is loaded and is refused. Where you trust it, convert it:\n"
+        f"It has {name}, a pickle, which can run code when loaded and is refused. Where you trust it, convert it:\n"
         "    import torch, safetensors.torch as st\n"
         f"    tensors = torch.load('{name}', map_location='cpu', weights_only=True)\n"
         "    st.save_file({k: v.clone().contiguous() for k, v in tensors.items()}, 'model.safetensors')"

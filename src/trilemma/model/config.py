@@ -91,9 +91,7 @@ class DecoderConfig(Record):
 
     def linear_names(self) -> list[str]:
         """Names of the matrices inside layers (not embedding, not head), in order of execution."""
-        return [
-            name for name, shape in self.tensor_shapes().items() if len(shape) == 2 and name.startswith("layers.")
-        ]
+        return [name for name, shape in self.tensor_shapes().items() if len(shape) == 2 and name.startswith("layers.")]
 
 
 def _attention_shapes(prefix: str, spec: Attention, dim: int) -> dict[str, tuple[int, ...]]:

@@ -73,7 +73,7 @@ class SafetensorsFile:
             )
         values = np.empty(entry.shape, dtype=_NUMPY[entry.dtype])
         if entry.nbytes:
-            self._read_into(memoryview(values.reshape(-1).view(np.uint8)), entry.start, name)
+            self._read_into(values.reshape(-1).view(np.uint8).data, entry.start, name)
         return values
 
     def _read_into(self, buffer: memoryview, start: int, name: str) -> None:
@@ -87,7 +87,9 @@ class SafetensorsFile:
                         raise CheckpointError(f"{self.path} ends inside tensor '{name}'. {_AGAIN}")
                     done += count
         except OSError as error:
-            raise CheckpointError(f"Can not read tensor '{name}' from {self.path}: {error.strerror or error}.") from None
+            raise CheckpointError(
+                f"Can not read tensor '{name}' from {self.path}: {error.strerror or error}."
+            ) from None
 
 
 def _read_header(path: Path, read: Callable[[int], bytes], size: int) -> tuple[dict[str, Entry], dict[str, str]]:
@@ -124,7 +126,9 @@ def _is_size(value: Any) -> bool:
 
 def _entry(path: Path, name: str, raw: Any, base: int, size: int) -> Entry:
     if not isinstance(raw, dict) or not {"dtype", "shape", "data_offsets"} <= raw.keys():
-        raise CheckpointError(f"{path}: the header entry of tensor '{name}' lacks dtype, shape or data_offsets. {_AGAIN}")
+        raise CheckpointError(
+            f"{path}: the header entry of tensor '{name}' lacks dtype, shape or data_offsets. {_AGAIN}"
+        )
     dtype, shape, offsets = raw["dtype"], raw["shape"], raw["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         raise CheckpointError(f"{path}: tensor '{name}' has the unknown dtype {dtype!r}. Known: {', '.join(_BITS)}.")
@@ -168,7 +172,7 @@ def write_safetensors(path: Path, tensors: Iterable[Planned], metadata: Mapping[
     The header is padded so that the data starts aligned; the format forbids gaps between tensors,
     so a tensor whose size is no multiple of 64 bytes moves those behind it. Odd ones go last.
     """
-    planned = sorted(tensors, key=lambda item: (_nbytes(item) % _ALIGNMENT != 0))
+    planned = sorted(tensors, key=lambda item: _nbytes(item) % _ALIGNMENT != 0)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for item in planned:
@@ -186,8 +190,10 @@ def write_safetensors(path: Path, tensors: Iterable[Planned], metadata: Mapping[
         for item in planned:
             values = item.load()
             if values.dtype != _NUMPY[item.dtype] or values.shape != item.shape:
-                raise AssertionError(f"{item.name}: planned {item.dtype} {item.shape}, got {values.dtype} {values.shape}")
-            file.write(memoryview(np.ascontiguousarray(values).reshape(-1).view(np.uint8)))
+                raise AssertionError(
+                    f"{item.name}: planned {item.dtype} {item.shape}, got {values.dtype} {values.shape}"
+                )
+            file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -119,12 +119,13 @@ class RandomSource:
         digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
         generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest[:16], "little")))
         table = _quantiles(dtype)
-        values = np.empty(int(np.prod(shape)), dtype=table.dtype)
-        for start in range(0, len(values), _CHUNK):
-            part = values[start : start + _CHUNK]
+        values: NDArray[Any] = np.empty(shape, dtype=table.dtype)
+        flat = values.reshape(-1)
+        for start in range(0, len(flat), _CHUNK):
+            part = flat[start : start + _CHUNK]
             codes = np.frombuffer(generator.bytes(2 * len(part)), dtype=np.uint16)
             np.take(table, codes, out=part, mode="clip")
-        return values.reshape(shape)
+        return values
 
 
 @cache
@@ -132,10 +133,13 @@ def _quantiles(dtype: PlainDtype) -> NDArray[Any]:
     """(65536,) values of 0.02 times a standard normal at evenly spaced probabilities."""
     from scipy.special import ndtri
 
-    values = (0.02 * ndtri((np.arange(65536) + 0.5) / 65536)).astype(np.float32)
-    if dtype == "bf16":
-        return f32_to_bf16(values)
-    return values.astype(np.float16) if dtype == "f16" else values
+    values: NDArray[np.float32] = (0.02 * ndtri((np.arange(65536) + 0.5) / 65536)).astype(np.float32)
+    tables: dict[PlainDtype, Callable[[], NDArray[Any]]] = {
+        "f32": lambda: values,
+        "f16": lambda: values.astype(np.float16),
+        "bf16": lambda: f32_to_bf16(values),
+    }
+    return tables[dtype]()
 
 
 def _refuse_not_finite(raw: NDArray[Any], name: str, path: Path) -> None:

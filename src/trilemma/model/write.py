@@ -138,7 +138,7 @@ def model_hash(model: Model | str | Path) -> str:
         digest.update(f"random {model.source.seed} {model.source.dtype}".encode())  # type: ignore[attr-defined]
     for name in model.replaced if files is not None or getattr(model.source, "random", False) else model.names():
         digest.update(f"{name} {model.format_of(name)}".encode())
-        digest.update(memoryview(np.ascontiguousarray(model.tensor(name)).reshape(-1).view(np.uint8)))
+        digest.update(np.ascontiguousarray(model.tensor(name)).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()[:16]
 
 

@@ -68,7 +68,7 @@ def refuse_unless(raw: Raw, key: str, valid: Sequence[Any]) -> None:
     value = raw.get(key)
     if value is not None and value not in valid:
         listed = ", ".join(repr(item) for item in valid) or "none (the key must be absent or null)"
-        raise UnsupportedModelError(f"config.json: '{key}' is {_short(value)}, which we do not run. Supported: {listed}.")
+        raise UnsupportedModelError(f"config.json: '{key}' is {_short(value)}, not supported here. Valid: {listed}.")
 
 
 def refuse_quantized(raw: Raw) -> None:

@@ -98,6 +98,7 @@ class LlamaLike:
     def write_config(self, config: DecoderConfig) -> dict[str, Any]:
         attention, ffn = self._same_everywhere(config)
         assert attention.rope is not None
+        ends = list(config.eos_token_ids)
         written: dict[str, Any] = {
             "architectures": [self.architecture],
             "model_type": self.model_type,
@@ -113,7 +114,7 @@ class LlamaLike:
             "hidden_act": "silu",
             "tie_word_embeddings": config.tied,
             "bos_token_id": config.bos_token_id,
-            "eos_token_id": config.eos_token_ids[0] if len(config.eos_token_ids) == 1 else list(config.eos_token_ids) or None,
+            "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
             **write_rope(attention.rope),
             **self.write_options(config, attention, ffn),
         }

@@ -25,7 +25,7 @@ class Mistral(LlamaLike):
         types = raw.get("layer_types")
         if types is not None and set(types) != {"sliding_attention"}:
             raise UnsupportedModelError(
-                f"config.json: 'layer_types' {sorted(set(types))} of a mistral model; supported: all 'sliding_attention'."
+                f"config.json: 'layer_types' {sorted(set(types))} of mistral; supported: all 'sliding_attention'."
             )
         window = fields.optional_int(raw, "sliding_window") if "sliding_window" in raw else 4096
         return [window] * layers
