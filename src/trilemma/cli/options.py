@@ -47,6 +47,6 @@ Context = Annotated[int | None, typer.Option("--context", min=2, help="Tokens a 
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Data = Annotated[
     list[Path] | None,
-    typer.Option("--data", help="Text file or folder; documents end with <|endoftext|>. May be repeated."),
+    typer.Option("--data", help="Text file (.txt, .json, .jsonl, also .xz, .gz); documents end with <|endoftext|>. May be repeated."),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]
