@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from trilemma.core.record import Record
 
 
@@ -29,13 +31,16 @@ class Rope(Record):
 
     theta: float
     kind: Literal["default", "linear", "llama3", "yarn", "dynamic"] = "default"
-    parameters: dict[str, float] = {}
+    parameters: dict[str, float] = Field(default_factory=dict)
     inverse_frequencies: tuple[float, ...]
     attention_factor: float = 1.0
 
 
 class Attention(Record):
-    """Multi-head, grouped-query or multi-query attention. `scale` multiplies q.k."""
+    """Multi-head, grouped-query or multi-query attention. `scale` multiplies q.k.
+
+    With a `window`, a query sees the last `window` positions, its own included.
+    """
 
     heads: int
     kv_heads: int

@@ -1,0 +1,233 @@
+"""What a model costs, by arithmetic alone: parameters, bytes, multiply-accumulates, KV cache.
+
+Nothing here reads a tensor. How many bytes a format takes is the formats' knowledge and is handed
+in (`trilemma.formats` lies above this room).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from trilemma.core.errors import InputError
+from trilemma.core.record import Record
+from trilemma.model.config import Attention, DecoderConfig
+from trilemma.model.model import Model
+
+Role = Literal["embedding", "attention", "ffn", "head", "norms"]
+FormatBytes = Callable[[str, tuple[int, int]], int]  # (format name, (out, in)) -> bytes
+ROLES: tuple[Role, ...] = ("embedding", "attention", "ffn", "head", "norms")
+_LENGTHS = (128, 512, 2048, 8192, 32768)
+_PLAIN_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+
+
+class Inspection(Record):
+    """What `trilemma inspect` shows, before any weight is read.
+
+    `kv_bytes` is by precision of the cache and context length; `decode_macs_per_byte` is the
+    arithmetic intensity of one decode step: multiply-accumulates over bytes of weights and cache read.
+    """
+
+    architecture: str
+    family: str
+    parameters: int
+    parameters_by_role: dict[str, int]
+    dtype: str
+    weights_bytes: int
+    bytes_by_role: dict[str, int]
+    max_context: int
+    vocab_size: int
+    kv_bytes_per_token: dict[str, int]
+    kv_bytes: dict[str, dict[int, int]]
+    macs_per_token: dict[int, int]  # by context length
+    decode_macs_per_byte: dict[int, float]  # by context length, cache in bf16
+    random: bool
+    unknown_tensors: tuple[str, ...] = ()
+
+
+def role_of(name: str) -> Role:
+    """The role of a canonical tensor; biases count with their matrix."""
+    if name.startswith("embedding."):
+        return "embedding"
+    if name.startswith("head."):
+        return "head"
+    if "norm." in name:
+        return "norms"
+    return "attention" if ".attention." in name else "ffn"
+
+
+def parameters_by_role(config: DecoderConfig) -> dict[Role, int]:
+    """Number of values of each role. A tied head is counted with the embedding, once."""
+    counts: dict[Role, int] = dict.fromkeys(ROLES, 0)
+    for name, shape in config.tensor_shapes().items():
+        counts[role_of(name)] += shape[0] * (shape[1] if len(shape) == 2 else 1)
+    return counts
+
+
+def parameter_count(config: DecoderConfig) -> int:
+    return sum(parameters_by_role(config).values())
+
+
+def weights_bytes(
+    config: DecoderConfig, format_of: Callable[[str], str], format_bytes: FormatBytes | None = None
+) -> int:
+    """Bytes of all tensors: matrices in the format that `format_of(name)` says, vectors in f32.
+
+    Args:
+        format_bytes: (format, shape) -> bytes; needed for other formats than f32, f16 and bf16.
+
+    Raises:
+        InputError: a format whose bytes nobody told.
+    """
+    return sum(bytes_by_role(config, format_of, format_bytes).values())
+
+
+def bytes_by_role(
+    config: DecoderConfig, format_of: Callable[[str], str], format_bytes: FormatBytes | None = None
+) -> dict[Role, int]:
+    """`weights_bytes`, role by role."""
+    counts: dict[Role, int] = dict.fromkeys(ROLES, 0)
+    for name, shape in config.tensor_shapes().items():
+        if len(shape) == 2:
+            counts[role_of(name)] += _matrix_bytes(format_of(name), (shape[0], shape[1]), format_bytes)
+        else:
+            counts[role_of(name)] += 4 * shape[0]
+    return counts
+
+
+def kv_bytes_per_token(config: DecoderConfig, kv: str) -> int:
+    """Bytes that one position adds to the cache, all layers. int8 has an f32 scale for each head's key and value.
+
+    Raises:
+        InputError: an unknown cache policy.
+    """
+    if kv == "none":
+        return 0
+    if kv == "int8":
+        return sum(2 * spec.kv_heads * (spec.head_dim + 4) for spec in _attentions(config))
+    if kv in ("f32", "bf16"):
+        return sum(2 * spec.kv_heads * spec.head_dim * _PLAIN_BYTES[kv] for spec in _attentions(config))
+    raise InputError(f"Unknown KV cache '{kv}'. Valid: none, f32, bf16, int8.")
+
+
+def kv_bytes(config: DecoderConfig, kv: str, context: int) -> int:
+    """Bytes of the cache at a context length. Windows are kept whole: the engine does not drop positions."""
+    return context * kv_bytes_per_token(config, kv)
+
+
+def matrix_macs_per_token(config: DecoderConfig) -> int:
+    """Multiply-accumulates of one token in the matrices of all layers and the head."""
+    layers = sum(
+        shape[0] * shape[1] for name, shape in config.tensor_shapes().items() if len(shape) == 2 and "layers." in name
+    )
+    return layers + config.vocab_size * config.dim
+
+
+def attention_macs_per_token(config: DecoderConfig, context: int) -> int:
+    """Multiply-accumulates of scores and weighted values, for a token that sees `context` positions."""
+    total = 0
+    for spec in _attentions(config):
+        seen = context if spec.window is None else min(context, spec.window)
+        total += 2 * spec.heads * spec.head_dim * seen
+    return total
+
+
+def macs_per_token(config: DecoderConfig, context: int) -> int:
+    """All multiply-accumulates of one decode step at a context length."""
+    return matrix_macs_per_token(config) + attention_macs_per_token(config, context)
+
+
+def decode_bytes_per_token(
+    config: DecoderConfig,
+    format_of: Callable[[str], str],
+    kv: str,
+    context: int,
+    format_bytes: FormatBytes | None = None,
+) -> int:
+    """Bytes that one decode step reads: every matrix that is multiplied, one embedding row, the cache."""
+    by_role = bytes_by_role(config, format_of, format_bytes)
+    total = sum(by_role.values())
+    if not config.tied:
+        total -= by_role["embedding"] - by_role["embedding"] // config.vocab_size
+    return total + kv_bytes(config, kv, context)
+
+
+def inspect_model(
+    model: Model, *, contexts: tuple[int, ...] | None = None, format_bytes: FormatBytes | None = None
+) -> Inspection:
+    """Everything that can be said of a model without reading its weights.
+
+    Args:
+        contexts: lengths to state figures at; by default 128, 512, 2048, 8192, 32768 and the model's own, as far as it goes.
+        format_bytes: (format, shape) -> bytes, for packed matrices; by default one of each kind is opened and asked.
+    """
+    config = model.config
+    lengths = contexts or (*(n for n in _LENGTHS if n < config.max_context), config.max_context)
+    format_bytes = format_bytes or _stored_bytes(model)
+    by_role = bytes_by_role(config, model.format_of, format_bytes)
+    reads = {n: decode_bytes_per_token(config, model.format_of, "bf16", n, format_bytes) for n in lengths}
+    policies = ("f32", "bf16", "int8")
+    return Inspection(
+        architecture=describe(config),
+        family=config.family,
+        parameters=parameter_count(config),
+        parameters_by_role={str(role): count for role, count in parameters_by_role(config).items()},
+        dtype=_dtypes(model),
+        weights_bytes=sum(by_role.values()),
+        bytes_by_role={str(role): count for role, count in by_role.items()},
+        max_context=config.max_context,
+        vocab_size=config.vocab_size,
+        kv_bytes_per_token={kv: kv_bytes_per_token(config, kv) for kv in policies},
+        kv_bytes={kv: {n: kv_bytes(config, kv, n) for n in lengths} for kv in policies},
+        macs_per_token={n: macs_per_token(config, n) for n in lengths},
+        decode_macs_per_byte={n: macs_per_token(config, n) / reads[n] for n in lengths},
+        random=bool(getattr(model.source, "random", False)),
+        unknown_tensors=tuple(getattr(model.source, "unknown", ())),
+    )
+
+
+def describe(config: DecoderConfig) -> str:
+    """One line: 'llama, 6 layers x 256, 8 heads (4 KV) x 32, ffn 768, vocabulary 8192, tied'."""
+    heads = {(a.heads, a.kv_heads, a.head_dim) for a in _attentions(config)}
+    hidden = {layer.ffn.hidden for layer in config.layers if layer.ffn is not None}
+    windows = {a.window for a in _attentions(config)} - {None}
+    parts = [
+        config.family,
+        f"{len(config.layers)} layers x {config.dim}",
+        " / ".join(f"{h} heads ({k} KV) x {d}" for h, k, d in sorted(heads)),
+        "ffn " + " / ".join(map(str, sorted(hidden))) if hidden else "no ffn",
+        f"vocabulary {config.vocab_size}",
+        "tied" if config.tied else "untied",
+    ]
+    if windows:
+        parts.append("window " + " / ".join(map(str, sorted(w for w in windows if w is not None))))
+    return ", ".join(part for part in parts if part)
+
+
+def _attentions(config: DecoderConfig) -> list[Attention]:
+    return [layer.attention for layer in config.layers if layer.attention is not None]
+
+
+def _matrix_bytes(format_name: str, shape: tuple[int, int], format_bytes: FormatBytes | None) -> int:
+    if format_name in _PLAIN_BYTES:
+        return shape[0] * shape[1] * _PLAIN_BYTES[format_name]
+    if format_bytes is None:
+        raise InputError(f"The bytes of format '{format_name}' are not known here; hand in format_bytes.")
+    return format_bytes(format_name, shape)
+
+
+def _stored_bytes(model: Model) -> FormatBytes:
+    """Bytes of a packed format, learned from one stored matrix of that format and shape."""
+    example = {
+        (model.format_of(name), shape): name for name, shape in model.config.tensor_shapes().items() if len(shape) == 2
+    }
+    return lambda format_name, shape: model.stored(example[(format_name, shape)]).nbytes
+
+
+def _dtypes(model: Model) -> str:
+    """The formats of the matrices, the most frequent first: 'bf16', or 'int4-g32, bf16'."""
+    counts: dict[str, int] = {}
+    for name, shape in model.config.tensor_shapes().items():
+        if len(shape) == 2:
+            counts[model.format_of(name)] = counts.get(model.format_of(name), 0) + shape[0] * shape[1]
+    return ", ".join(sorted(counts, key=lambda key: -counts[key]))
