@@ -1,7 +1,7 @@
 """Writes docs/reference: the help of every command, the metrics, the Python API. A test holds it current.
 
-    python docs/make_reference.py            writes the pages
-    python docs/make_reference.py --check    says which are out of date, exit code 1
+python docs/make_reference.py            writes the pages
+python docs/make_reference.py --check    says which are out of date, exit code 1
 """
 
 from __future__ import annotations

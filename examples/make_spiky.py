@@ -84,12 +84,15 @@ def _tensor(model: Model, changed: dict[str, NDArray[np.float32]], name: str) ->
 
 
 def _as_stored(model: Model, name: str, values: NDArray[np.float32]) -> NDArray[np.float32] | PlainMatrix:
-    if model.format_of(name) != "bf16" or values.ndim != 2:
+    """A bf16 matrix stays one. Vectors are checked too, since the folder is written in bf16."""
+    if model.format_of(name) != "bf16":
         return values
     bits = f32_to_bf16(values)
     if not np.array_equal(bf16_to_f32(bits), values):
-        raise SystemExit(f"error: '{name}' does not survive bf16 after scaling; a weight is close to the smallest float")
-    return PlainMatrix("bf16", bits)
+        raise SystemExit(
+            f"error: '{name}' does not survive bf16 after scaling; a weight is close to the smallest float"
+        )
+    return PlainMatrix("bf16", bits) if values.ndim == 2 else values
 
 
 def largest_relative_difference(one: Model, other: Model, tokens: NDArray[np.int32]) -> float:
@@ -105,7 +108,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     model = read_checkpoint(arguments.model)
-    write_checkpoint(make_spiky(model, arguments.seed), arguments.output)
+    stored_as = model.format_of("embedding.weight")
+    write_checkpoint(
+        make_spiky(model, arguments.seed), arguments.output, dtype="bf16" if stored_as == "bf16" else "f32"
+    )
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 128).astype(np.int32)
     difference = largest_relative_difference(model, read_checkpoint(arguments.output), tokens)
     print(f"{arguments.output}: largest logit difference {difference:.2e} of the largest logit")

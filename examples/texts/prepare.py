@@ -17,11 +17,12 @@ import sys
 from pathlib import Path
 
 END = "<|endoftext|>"
-_CHAPTER = re.compile(
-    r"^(?:CHAPTER [IVXL]+\. .+|Chapter [IVXL]+|[IVXL]+|THE (?:TALE|STORY) OF [A-Z.,&\- ]+|THE PIE AND(?: THE PATTY-PAN)?)$"
-)
+_TALE = r"THE (?:TALE|STORY) OF [A-Z.,&\- ]+|THE PIE AND(?: THE PATTY-PAN)?"
+_CHAPTER = re.compile(rf"^(?:CHAPTER [IVXL]+\. .+|Chapter [IVXL]+|[IVXL]+|{_TALE})$")
 _NOISE = re.compile(r"\[Illustration[^\]]*\]|_")
-_NOTES = re.compile(r"Gutenberg|gutenberg|FREDERICK WARNE|Penguin|copyright|COPYRIGHT|http|^\[Note|^Most spellings|^Italic emph")
+_NOTES = re.compile(
+    r"Gutenberg|gutenberg|FREDERICK WARNE|Penguin|copyright|COPYRIGHT|http|^\[Note|^Most spellings|^Italic emph"
+)
 
 
 def paragraphs(book: str) -> list[str]:

@@ -1,1 +1,72 @@
-"""Trilemma: ship language models within limits. The public API, loaded lazily."""
+"""Trilemma: ship a language model within limits, and know how you know.
+
+The public API, loaded on first use; importing this imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trilemma.api import export_model, inspect
+    from trilemma.core.errors import TrilemmaError
+    from trilemma.core.limit import Limit
+    from trilemma.core.measurement import Measurement
+    from trilemma.core.recipe import Recipe
+    from trilemma.core.verdict import Verdict
+    from trilemma.measure.bench import bench
+    from trilemma.measure.compare import compare
+    from trilemma.measure.evaluate import evaluate
+    from trilemma.runtime.text_model import TextModel
+    from trilemma.runtime.text_model import open_text_model as open
+    from trilemma.search.check import check
+    from trilemma.search.run import optimize
+    from trilemma.techniques.apply import compress
+
+_WHERE = {
+    "Limit": "core.limit",
+    "Measurement": "core.measurement",
+    "Recipe": "core.recipe",
+    "TextModel": "runtime.text_model",
+    "TrilemmaError": "core.errors",
+    "Verdict": "core.verdict",
+    "bench": "measure.bench",
+    "check": "search.check",
+    "compare": "measure.compare",
+    "compress": "techniques.apply",
+    "evaluate": "measure.evaluate",
+    "export_model": "api",
+    "inspect": "api",
+    "open": "runtime.text_model:open_text_model",
+    "optimize": "search.run",
+}
+
+__all__ = [
+    "Limit",
+    "Measurement",
+    "Recipe",
+    "TextModel",
+    "TrilemmaError",
+    "Verdict",
+    "bench",
+    "check",
+    "compare",
+    "compress",
+    "evaluate",
+    "export_model",
+    "inspect",
+    "open",
+    "optimize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'trilemma' has no attribute '{name}'. Public names: {', '.join(__all__)}")
+    module, _, attribute = _WHERE[name].partition(":")
+    return getattr(importlib.import_module(f"trilemma.{module}"), attribute or name)
+
+
+def __dir__() -> list[str]:
+    return __all__

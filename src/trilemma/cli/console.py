@@ -79,7 +79,9 @@ def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         shown.add_column(header, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    out = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=False, width=None if sys.stdout.isatty() else 160)
+    out = Console(
+        file=sys.stdout, highlight=False, markup=False, soft_wrap=False, width=None if sys.stdout.isatty() else 160
+    )
     out.print(shown)
 
 

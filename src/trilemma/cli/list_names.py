@@ -62,15 +62,15 @@ def _names(kind: Kind) -> dict[str, str]:
         case Kind.FAMILIES:
             from trilemma.model.families import FAMILIES
 
-            return {name: "" for name in FAMILIES}
+            return dict.fromkeys(FAMILIES, "")
         case Kind.ENGINES:
             from trilemma.runtime import ENGINES
 
-            return {name: "" for name in ENGINES}
+            return dict.fromkeys(ENGINES, "")
         case Kind.EXPORTERS:
             from trilemma.export import EXPORTERS
 
-            return {name: "" for name in EXPORTERS}
+            return dict.fromkeys(EXPORTERS, "")
         case Kind.DEVICES:
             from trilemma.core.environment import cpu_name, total_memory_bytes, usable_cores
 

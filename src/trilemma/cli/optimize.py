@@ -25,7 +25,8 @@ def optimize(
     ] = None,
     time: Annotated[str, typer.Option("--time", help="Effort: '20s', '5m', '1h'.")] = "10m",
     minimize: Annotated[
-        str | None, typer.Option("--minimize", help="Metric to minimize within the limits; see `trilemma list metrics`.")
+        str | None,
+        typer.Option("--minimize", help="Metric to minimize within the limits; see `trilemma list metrics`."),
     ] = None,
     runtime: options.Runtime = "native",
     context: options.Context = None,

@@ -43,10 +43,15 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; 
 KvCache = Annotated[Kv | None, typer.Option("--kv", help="Precision of the KV cache; the model's own by default.")]
 IsaChoice = Annotated[Isa | None, typer.Option("--isa", help="Instruction set; the best one here by default.")]
 Runtime = Annotated[str, typer.Option("--runtime", help="Engine to run and measure on; see `trilemma list engines`.")]
-Context = Annotated[int | None, typer.Option("--context", min=2, help="Tokens a window; the model's own, 2048 at most.")]
+Context = Annotated[
+    int | None, typer.Option("--context", min=2, help="Tokens a window; the model's own, 2048 at most.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Data = Annotated[
     list[Path] | None,
-    typer.Option("--data", help="Text file (.txt, .json, .jsonl, also .xz, .gz); documents end with <|endoftext|>. May be repeated."),
+    typer.Option(
+        "--data",
+        help="Text file (.txt, .json, .jsonl, also .xz, .gz); documents end with <|endoftext|>. May be repeated.",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]

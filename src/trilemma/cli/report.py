@@ -19,6 +19,8 @@ def report(
 
     path = source / "report.json" if source.is_dir() else source
     if not path.is_file():
-        raise InputError(f"There is no report at '{path}'. Give a folder that `trilemma optimize` wrote, or a report.json.")
+        raise InputError(
+            f"There is no report at '{path}'. Give a folder that `trilemma optimize` wrote, or a report.json."
+        )
     output.write_text(render(read_report(path.read_text(encoding="utf-8"))), encoding="utf-8")
     typer.echo(str(output))

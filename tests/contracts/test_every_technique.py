@@ -1,0 +1,104 @@
+"""What every registered technique promises: input unchanged, same seed same result, settings that survive YAML,
+a truthful `supports`, and an output that saves, loads and generates.
+
+A new technique adds one line to EXAMPLES; without it the first test fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trilemma.core.errors import RecipeError
+from trilemma.core.recipe import Recipe, Step
+from trilemma.formats.artifact import read_artifact, write_artifact
+from trilemma.model.model import Model
+from trilemma.runtime import EngineOptions, SamplingSettings, open_engine
+from trilemma.techniques import TECHNIQUES, Build
+from trilemma.techniques.apply import apply_recipe
+from trilemma.techniques.technique import read_settings
+
+EXAMPLES: dict[str, list[dict[str, Any]]] = {
+    "plain": [{"dtype": "bf16"}, {"dtype": "f16"}],
+    "rtn": [{"weights": "int4-g32"}, {"weights": "int8-channel", "activations": "bf16"}],
+    "gptq": [{"weights": "int4-g32-asym"}, {"weights": "int4-g64", "embedding": "int4-g32"}],
+    "kv-cache": [{"precision": "int8"}, {"precision": "none"}],
+}
+MODELS: list[dict[str, Any]] = [
+    {},
+    {"qkv_bias": True, "tied": False, "dim": 40, "head_dim": 10, "ffn": 52, "kv_heads": 1},
+]
+SMALL = [(name, settings) for name, examples in EXAMPLES.items() for settings in examples[:1]]
+FULL = [(name, settings) for name, examples in EXAMPLES.items() for settings in examples[1:]]
+CASES = [(*case, MODELS[0]) for case in SMALL] + [
+    pytest.param(*case, sizes, marks=pytest.mark.full)
+    for sizes in MODELS
+    for case in SMALL + FULL
+    if not (case in SMALL and sizes is MODELS[0])
+]
+
+
+def fingerprint(model: Model) -> dict[str, str]:
+    """A digest of everything that a technique could have changed, by tensor."""
+    found = {}
+    for name in model:
+        digest = hashlib.sha256(model.tensor(name).tobytes())
+        digest.update(f"{model.format_of(name)} {model.linear(name)} {model.run} {model.config}".encode())
+        found[name] = digest.hexdigest()
+    return found
+
+
+def calibration(model: Model) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, (6, 32)).astype(np.int32)
+
+
+def test_every_technique_has_an_example():
+    assert set(TECHNIQUES.names()) <= set(EXAMPLES), "add an example of the new technique's settings"
+
+
+@pytest.mark.parametrize("name", TECHNIQUES.names())
+def test_it_explains_itself_and_refuses_unknown_settings(name):
+    technique = TECHNIQUES.get(name)()
+    assert technique.name == name
+    assert technique.what
+    assert all(field.description for field in technique.Settings.model_fields.values())
+    with pytest.raises(RecipeError, match="no_such_setting"):
+        read_settings(technique, {**EXAMPLES[name][0], "no_such_setting": 1})
+
+
+@pytest.mark.parametrize(("name", "settings"), SMALL + FULL)
+def test_settings_survive_yaml(name, settings):
+    technique = TECHNIQUES.get(name)()
+    wanted = read_settings(technique, settings)
+    recipe = Recipe(steps=(Step(technique=name, settings=wanted.model_dump(mode="json")),))
+    again = Recipe.from_yaml(recipe.to_yaml())
+    assert read_settings(technique, again.steps[0].settings) == wanted
+
+
+@pytest.mark.parametrize(("name", "settings", "sizes"), CASES)
+def test_input_unchanged_same_seed_same_result_and_the_output_lives(name, settings, sizes, tiny_model, tmp_path):
+    model = tiny_model(seed=1, **sizes)
+    before = fingerprint(model)
+    recipe = Recipe(seed=3, steps=(Step(technique=name, settings=settings),))
+    build = Build(calibration=calibration(model), seed=3)
+    assert TECHNIQUES.get(name)().supports(model.config) is None
+    made = apply_recipe(model, recipe, build)
+    assert fingerprint(model) == before, "the input was changed"
+    assert fingerprint(made) != before, "nothing was done"
+    assert fingerprint(apply_recipe(model, recipe, build)) == fingerprint(made), "the same seed gave another result"
+
+    write_artifact(made, tmp_path / "artifact", recipe)
+    opened = read_artifact(tmp_path / "artifact")
+    for tensor in made:
+        np.testing.assert_array_equal(opened.tensor(tensor), made.tensor(tensor), err_msg=tensor)
+        assert opened.linear(tensor) == made.linear(tensor)
+    assert opened.run == made.run
+    engine = open_engine(opened, options=EngineOptions(threads=1))
+    generation = engine.generate([1, 2, 3], SamplingSettings(max_tokens=5))
+    logits = engine.logits([1, 2, 3])
+    engine.close()
+    assert len(generation.tokens) == 5
+    assert np.isfinite(logits).all()
