@@ -14,6 +14,7 @@ from trilemma.core.errors import InputError
 from trilemma.runtime import ENGINES, EngineOptions, SamplingSettings, open_engine
 
 F32_TOLERANCE = 2e-5
+BIT_EQUAL = {"native"}  # engines whose results do not depend on how many tokens are computed at once
 KV_TOLERANCE = {"none": 2e-5, "f32": 2e-5, "bf16": 2e-2, "int8": 6e-2}
 MODELS: list[dict[str, Any]] = [
     {},
@@ -48,7 +49,9 @@ def test_logits_agree_with_the_reference(model, runtime, kv_cache):
     engine.close()
     assert found.shape == (23, model.config.vocab_size)
     assert found.dtype == np.float32
-    np.testing.assert_array_equal(last, found[-1:])
+    if runtime in BIT_EQUAL:
+        np.testing.assert_array_equal(last, found[-1:])
+    np.testing.assert_allclose(last, found[-1:], atol=F32_TOLERANCE * np.abs(wanted).max())
     assert np.abs(found - wanted).max() <= KV_TOLERANCE[kv_cache] * np.abs(wanted).max()
 
 
