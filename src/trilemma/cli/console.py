@@ -73,15 +73,16 @@ def search_progress(title: str) -> Iterator[Callable[[SearchProgress], None]]:
 
 
 def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout."""
-    shown = Table(title=title or None, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    """A table on stdout, its title above it; the first column and a last one called 'why' are text."""
+    shown = Table(box=None, pad_edge=False, header_style="bold")
     for index, header in enumerate(headers):
-        shown.add_column(header, justify="left" if index == 0 else "right", overflow="fold")
+        shown.add_column(header, justify="left" if index == 0 or header == "why" else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    out = Console(
-        file=sys.stdout, highlight=False, markup=False, soft_wrap=False, width=None if sys.stdout.isatty() else 160
-    )
+    width = None if sys.stdout.isatty() else 160
+    out = Console(file=sys.stdout, highlight=False, markup=False, width=width)
+    if title:
+        out.print(title, style="bold", soft_wrap=True)
     out.print(shown)
 
 

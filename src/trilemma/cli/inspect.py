@@ -2,23 +2,78 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import typer
 
 from trilemma.cli import options
 
+if TYPE_CHECKING:
+    from trilemma.model.cost import Inspection
+    from trilemma.model.model import Model
 
-def inspect(
-    model: options.Model,
-    context: options.Context = None,
-    json: options.Json = False,
-) -> None:
+WOULD_BE = ("f32", "bf16", "int8-channel", "int8-g32", "int4-g128", "int4-g64", "int4-g32", "int4-g32-asym")
+
+
+def inspect(model: options.Model, json: options.Json = False) -> None:
     """Parameters, bytes by format, KV cache and work per token, from the headers alone."""
     from trilemma.cli import console
     from trilemma.formats.artifact import load_any
     from trilemma.model.cost import inspect_model
 
-    inspection = inspect_model(load_any(model))
+    opened = load_any(model)
+    found = inspect_model(opened)
+    would_weigh = {name: _weight_in(opened, name) for name in WOULD_BE}
     if json:
-        console.print_json(inspection)
+        console.print_json({**found.model_dump(mode="json"), "weights_bytes_in": would_weigh})
         return
-    typer.echo(inspection)
+    _show_facts(model, found)
+    _show_tables(found, would_weigh)
+
+
+def _weight_in(model: Model, name: str) -> int:
+    """Weights in one format; a 4-bit one keeps the embedding and head in int8-g32, as the schemes do."""
+    from trilemma.formats import FORMATS
+    from trilemma.formats.pack import packed_bytes
+    from trilemma.model.cost import weights_bytes
+
+    outer = "int8-g32" if FORMATS.get(name).bits == 4 else name
+
+    def format_of(tensor: str) -> str:
+        return name if tensor.startswith("layers.") else outer
+
+    return weights_bytes(model.config, format_of, lambda each, shape: packed_bytes(FORMATS.get(each), shape))
+
+
+def _show_facts(name: str, found: Inspection) -> None:
+    from trilemma.core.quantity import format_quantity
+
+    weights = "random weights: cost only, no quality" if found.random else f"stored as {found.dtype}"
+    typer.echo(f"{name}: {found.architecture}")
+    typer.echo(f"parameters   {found.parameters:,} ({weights}), {format_quantity(found.weights_bytes, 'bytes')}")
+    parts = (f"{role} {count / found.parameters:.0%}" for role, count in found.parameters_by_role.items() if count)
+    typer.echo(f"of which     {', '.join(parts)}")
+    if found.unknown_tensors:
+        typer.echo(f"left out     tensors that this family does not know: {', '.join(found.unknown_tensors[:5])}")
+    typer.echo("")
+
+
+def _show_tables(found: Inspection, would_weigh: dict[str, int]) -> None:
+    from trilemma.cli import console
+    from trilemma.core.quantity import format_quantity
+
+    rows = [
+        [name, format_quantity(size, "bytes"), f"{size / found.weights_bytes:.0%}"]
+        for name, size in would_weigh.items()
+    ]
+    console.table(
+        "Weights in other formats (4-bit ones keep embedding and head in int8-g32)", ["format", "bytes", "of now"], rows
+    )
+    typer.echo("")
+    rows = [
+        [f"{context:,}", *(format_quantity(found.kv_bytes[kv][context], "bytes") for kv in found.kv_bytes),
+         f"{found.macs_per_token[context] / 1e6:,.1f} M", f"{found.decode_macs_per_byte[context]:.2f}"]
+        for context in found.macs_per_token
+    ]  # fmt: skip
+    headers = ["context", *(f"KV {kv}" for kv in found.kv_bytes), "MACs a token", "MACs a byte"]
+    console.table("By context length", headers, rows)
