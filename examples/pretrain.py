@@ -86,6 +86,7 @@ def main(
         "checkpoint_every": checkpoint_every, "eval_every": 100,
     })  # fmt: skip
     _check_paths(text, output)
+    torch.set_num_threads(threads or torch.get_num_threads())
     work = output.with_name(output.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
     form: Any = prepare  # checked by what reads the text
@@ -154,7 +155,8 @@ def _train(
     windows = [held_out[at : at + settings.context + 1].astype(np.int64) for at in starts]
     if not windows:
         raise DataError(f"The text has too few tokens for one validation window of {settings.context}. Give more text.")
-    batches = torch.from_numpy(np.stack(windows)).split(settings.batch_size)
+    together = [windows[at : at + settings.batch_size] for at in range(0, len(windows), settings.batch_size)]
+    batches = [torch.from_numpy(np.stack(group)) for group in together]
     with bar_to_one("Training") as (bar, task):
 
         def told(now: Progress) -> None:

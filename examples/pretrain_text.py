@@ -11,7 +11,7 @@ import lzma
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +90,7 @@ def read_pieces(
         done += path.stat().st_size
 
 
-def _split(file: IO[str]) -> Iterator[tuple[str, bool]]:
+def _split(file: io.TextIOBase) -> Iterator[tuple[str, bool]]:
     rest = ""
     while chunk := file.read(PIECE_CHARACTERS):
         *documents, rest = (rest + chunk).split(END_OF_TEXT)
@@ -101,11 +101,11 @@ def _split(file: IO[str]) -> Iterator[tuple[str, bool]]:
     yield rest, True
 
 
-def _unpacked(path: Path, raw: IO[bytes]) -> IO[str]:
+def _unpacked(path: Path, raw: io.BufferedReader) -> io.TextIOBase:
     if path.suffix == ".xz":
-        return lzma.open(raw, "rt", encoding="utf-8")
+        return io.TextIOWrapper(lzma.open(raw), encoding="utf-8")
     if path.suffix == ".gz":
-        return gzip.open(raw, "rt", encoding="utf-8")
+        return io.TextIOWrapper(gzip.open(raw), encoding="utf-8")
     return io.TextIOWrapper(raw, encoding="utf-8")
 
 
