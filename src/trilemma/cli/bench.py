@@ -24,7 +24,7 @@ def bench(
     isa: options.IsaChoice = None,
     runtime: options.Runtime = "native",
     repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Timed repetitions after warming up.")] = 5,
-    form: Annotated[options.Table, typer.Option("-o", "--as", help="Form of the table.")] = options.Table.MD,
+    form: Annotated[options.TableForm, typer.Option("-o", "--as", help="Form of the table.")] = "md",
     json: options.Json = False,
 ) -> None:
     """Measure time and memory of models in several forms side by side."""

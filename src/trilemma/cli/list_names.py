@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Literal, get_args
 
 import typer
 
 from trilemma.cli import options
 
-
-class Kind(StrEnum):
-    """A table of names."""
-
-    TECHNIQUES = "techniques"
-    FORMATS = "formats"
-    SCHEMES = "schemes"
-    DEVICES = "devices"
-    FAMILIES = "families"
-    ENGINES = "engines"
-    EXPORTERS = "exporters"
-    METRICS = "metrics"
+Kind = Literal["techniques", "formats", "schemes", "devices", "families", "engines", "exporters", "metrics"]
 
 
 def list_names(
@@ -30,7 +18,7 @@ def list_names(
     """List techniques, formats, schemes, devices, families, engines, exporters and metrics."""
     from trilemma.cli import console
 
-    tables = {str(each): _names(each) for each in ([kind] if kind else Kind)}
+    tables = {each: _names(each) for each in ([kind] if kind else get_args(Kind))}
     if json:
         console.print_json(tables)
         return
@@ -43,35 +31,35 @@ def list_names(
 def _names(kind: Kind) -> dict[str, str]:
     """name -> one line about it, in the order of the table."""
     match kind:
-        case Kind.METRICS:
+        case "metrics":
             from trilemma.core.metric import METRICS
 
             return {metric.name: _metric_line(metric.alias, metric.unit, metric.what) for metric in METRICS.values()}
-        case Kind.FORMATS:
+        case "formats":
             from trilemma.formats import FORMATS
 
             return {name: _format_line(FORMATS.get(name).bits, FORMATS.get(name).group) for name in FORMATS}
-        case Kind.SCHEMES:
+        case "schemes":
             from trilemma.techniques.schemes import list_schemes
 
             return list_schemes()
-        case Kind.TECHNIQUES:
+        case "techniques":
             from trilemma.techniques import TECHNIQUES
 
             return {name: TECHNIQUES.get(name).what for name in TECHNIQUES}
-        case Kind.FAMILIES:
+        case "families":
             from trilemma.model.families import FAMILIES
 
             return dict.fromkeys(FAMILIES, "")
-        case Kind.ENGINES:
+        case "engines":
             from trilemma.runtime import ENGINES
 
             return dict.fromkeys(ENGINES, "")
-        case Kind.EXPORTERS:
+        case "exporters":
             from trilemma.export import EXPORTERS
 
             return dict.fromkeys(EXPORTERS, "")
-        case Kind.DEVICES:
+        case "devices":
             from trilemma.core.environment import cpu_name, total_memory_bytes, usable_cores
 
             return {"host": f"{cpu_name()}, {usable_cores()} cores, {total_memory_bytes() / 1e9:.1f} GB"}

@@ -2,45 +2,24 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-
-class Kv(StrEnum):
-    """Precision of the KV cache; `none` recomputes everything."""
-
-    NONE = "none"
-    F32 = "f32"
-    BF16 = "bf16"
-    INT8 = "int8"
-
-
-class Isa(StrEnum):
-    """Instruction set of the native engine."""
-
-    SCALAR = "scalar"
-    AVX2 = "avx2"
-    AVX512 = "avx512"
-
-
-class Table(StrEnum):
-    """Form of a table on stdout."""
-
-    MD = "md"
-    CSV = "csv"
-    JSON = "json"
-    JSONL = "jsonl"
-
+Kv = Literal["none", "f32", "bf16", "int8"]
+Isa = Literal["scalar", "avx2", "avx512"]
+TableForm = Literal["md", "csv", "json", "jsonl"]
 
 Model = Annotated[
     str, typer.Argument(help="Checkpoint folder, artifact folder, bare config.json (random weights) or hub id.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all usable cores by default.")]
-KvCache = Annotated[Kv | None, typer.Option("--kv", help="Precision of the KV cache; the model's own by default.")]
+KvCache = Annotated[
+    Kv | None,
+    typer.Option("--kv", help="Precision of the KV cache (none recomputes); the model's own by default."),
+]
 IsaChoice = Annotated[Isa | None, typer.Option("--isa", help="Instruction set; the best one here by default.")]
 Runtime = Annotated[str, typer.Option("--runtime", help="Engine to run and measure on; see `trilemma list engines`.")]
 Context = Annotated[

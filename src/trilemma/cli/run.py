@@ -41,7 +41,7 @@ def run(
         max_tokens=max_tokens, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    opened = EngineOptions(threads=threads, kv_cache=kv and kv.value, isa=isa and isa.value, max_context=context)
+    opened = EngineOptions(threads=threads, kv_cache=kv, isa=isa, max_context=context)
     with open_text_model(model, runtime=runtime, options=opened) as text_model:
         sink = None if json else _write
         answer = text_model.complete(text, sampling, stop=stop or [], chat=chat, on_text=sink)
