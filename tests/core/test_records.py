@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +11,7 @@ from pydantic import ValidationError
 
 from trilemma.core import errors
 from trilemma.core.environment import read_environment
-from trilemma.core.errors import InputError, RecipeError, TrilemmaError, UnknownNameError
+from trilemma.core.errors import InputError, MissingExtraError, RecipeError, TrilemmaError, UnknownNameError
 from trilemma.core.measurement import Measurement
 from trilemma.core.metric import METRICS, resolve_metric
 from trilemma.core.quantity import format_duration, format_percent, format_quantity
@@ -101,6 +103,18 @@ def test_a_table_loads_on_first_use_and_refuses_a_second_meaning():
         table.register("pi", "math:e")
     with pytest.raises(UnknownNameError, match="Valid: pi, tau"):
         table.get("phi")
+
+
+def test_an_entry_whose_package_is_missing_names_the_extra(monkeypatch, tmp_path):
+    (tmp_path / "needs_torch_here.py").write_text("import torch\n")
+    (tmp_path / "needs_nothing_known.py").write_text("import no_such_package_at_all\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    table: Registry[object] = Registry("thing", {"a": "needs_torch_here:x", "b": "needs_nothing_known:x"})
+    with pytest.raises(MissingExtraError, match=r"The thing 'a' needs .*trilemma\[compress\]"):
+        table.get("a")
+    with pytest.raises(ModuleNotFoundError, match="no_such_package_at_all"):
+        table.get("b")
 
 
 def test_every_error_is_one_of_ours_and_stands_in_the_tree():

@@ -46,7 +46,7 @@ def _names(kind: Kind) -> dict[str, str]:
         case "techniques":
             from trilemma.techniques import TECHNIQUES
 
-            return {name: TECHNIQUES.get(name).what for name in TECHNIQUES}
+            return {name: _technique_line(name) for name in TECHNIQUES}
         case "families":
             from trilemma.model.families import FAMILIES
 
@@ -63,6 +63,16 @@ def _names(kind: Kind) -> dict[str, str]:
             from trilemma.core.environment import cpu_name, total_memory_bytes, usable_cores
 
             return {"host": f"{cpu_name()}, {usable_cores()} cores, {total_memory_bytes() / 1e9:.1f} GB"}
+
+
+def _technique_line(name: str) -> str:
+    from trilemma.core.errors import MissingExtraError
+    from trilemma.techniques import TECHNIQUES
+
+    try:
+        return TECHNIQUES.get(name).what
+    except MissingExtraError as error:
+        return f"not here: {error}"
 
 
 def _metric_line(alias: str | None, unit: str, what: str) -> str:

@@ -9,11 +9,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from importlib.metadata import entry_points
+from types import ModuleType
 from typing import Generic, TypeVar, cast
 
-from trilemma.core.errors import UnknownNameError
+from trilemma.core.errors import MissingExtraError, UnknownNameError
 
 T = TypeVar("T")
+
+_EXTRA_OF = {"torch": "compress", "gguf": "gguf", "huggingface_hub": "hub", "pynvml": "nvml", "llama_cpp": "bench"}
 
 
 class Registry(Generic[T]):
@@ -41,14 +44,28 @@ class Registry(Generic[T]):
         return sorted(self._targets)
 
     def get(self, name: str) -> T:
-        """The entry of that name. Raises UnknownNameError naming the valid ones."""
+        """The entry of that name.
+
+        Raises:
+            UnknownNameError: no such entry; the message names the valid ones.
+            MissingExtraError: it needs a package of an extra that is not installed.
+        """
         self._merge_entry_points()
         if name not in self._targets:
             raise UnknownNameError(self.kind, name, self._targets)
         if name not in self._loaded:
             module, _, attribute = self._targets[name].partition(":")
-            self._loaded[name] = cast(T, getattr(importlib.import_module(module), attribute))
+            self._loaded[name] = cast(T, getattr(self._import(name, module), attribute))
         return self._loaded[name]
+
+    def _import(self, name: str, module: str) -> ModuleType:
+        try:
+            return importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            package = (error.name or "").partition(".")[0]
+            if package not in _EXTRA_OF:
+                raise
+            raise MissingExtraError(package, _EXTRA_OF[package], f"The {self.kind} '{name}'") from None
 
     def __contains__(self, name: object) -> bool:
         self._merge_entry_points()
