@@ -1,0 +1,234 @@
+// The only file that knows Python: records to structs, buffers to spans, errors to exceptions.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/function.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+
+#include <memory>
+#include <optional>
+
+#include "engine/dispatch.h"
+#include "engine/generate.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace trilemma {
+namespace {
+
+using ByteArray = nb::ndarray<const std::uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using FloatArray = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using TokenArray = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Logits = nb::ndarray<nb::numpy, float, nb::ndim<2>, nb::c_contig>;
+
+template <class Enum>
+Enum named(const std::string& value, const char* what, std::initializer_list<std::pair<const char*, Enum>> names) {
+  std::string valid;
+  for (const auto& [name, result] : names) {
+    if (value == name) return result;
+    valid += (valid.empty() ? "" : ", ") + std::string(name);
+  }
+  throw EngineFault("Unknown " + std::string(what) + " '" + value + "'. Valid: " + valid + ".");
+}
+
+Activation activation_of(const std::string& name) {
+  return named<Activation>(name, "activation", {{"f32", Activation::kF32}, {"bf16", Activation::kBf16}, {"int8-g32", Activation::kInt8}});
+}
+
+template <class T>
+T field(const nb::dict& record, const char* key) {
+  if (!record.contains(key)) throw EngineFault("The config has no field '" + std::string(key) + "'.");
+  try {
+    return nb::cast<T>(record[key]);
+  } catch (const nb::cast_error&) {
+    throw EngineFault("The config's field '" + std::string(key) + "' has the wrong type.");
+  }
+}
+
+std::optional<nb::dict> part(const nb::dict& record, const char* key) {
+  const nb::object value = field<nb::object>(record, key);
+  if (value.is_none()) return std::nullopt;
+  return nb::cast<nb::dict>(value);
+}
+
+AttentionSpec read_attention(const nb::dict& d) {
+  AttentionSpec a;
+  a.heads = field<int>(d, "heads");
+  a.kv_heads = field<int>(d, "kv_heads");
+  a.head_dim = field<int>(d, "head_dim");
+  a.scale = field<float>(d, "scale");
+  a.window = field<std::optional<int>>(d, "window").value_or(0);
+  a.qkv_bias = field<bool>(d, "qkv_bias");
+  a.o_bias = field<bool>(d, "o_bias");
+  if (const auto rope = part(d, "rope"))
+    a.rope = RopeSpec{field<std::vector<float>>(*rope, "inverse_frequencies"), field<float>(*rope, "attention_factor")};
+  return a;
+}
+
+FfnSpec read_ffn(const nb::dict& d) {
+  const auto activation = named<Nonlinearity>(field<std::string>(d, "activation"), "ffn activation",
+                                              {{"silu", kSilu}, {"gelu", kGelu}, {"gelu_tanh", kGeluTanh}, {"relu", kRelu}});
+  return {field<int>(d, "hidden"), activation, field<bool>(d, "gated"), field<bool>(d, "bias")};
+}
+
+// `d` is DecoderConfig.model_dump().
+DecoderConfig read_config(const nb::dict& d) {
+  DecoderConfig c;
+  c.dim = field<int>(d, "dim");
+  c.vocab_size = field<int>(d, "vocab_size");
+  c.max_context = field<int>(d, "max_context");
+  c.norm_eps = field<float>(d, "norm_eps");
+  c.tied = field<bool>(d, "tied");
+  for (const nb::handle item : field<nb::sequence>(d, "layers")) {
+    const auto layer = nb::cast<nb::dict>(item);
+    LayerConfig spec;
+    if (const auto attention = part(layer, "attention")) spec.attention = read_attention(*attention);
+    if (const auto ffn = part(layer, "ffn")) spec.ffn = read_ffn(*ffn);
+    c.layers.push_back(std::move(spec));
+  }
+  return c;
+}
+
+Bytes bytes_of(const ByteArray& array) { return {array.data(), array.size()}; }
+
+// Called without the GIL; true when a signal handler raised (Ctrl-C).
+bool signal_raised() {
+  const nb::gil_scoped_acquire gil;
+  return PyErr_CheckSignals() != 0;
+}
+
+// A context is used by one thread at a time; a second one is told so instead of corrupting the cache.
+class PyContext {
+  template <class Work>
+  auto exclusively(const Work& work) {
+    if (busy_.exchange(true)) throw EngineFault("This engine is already at work in another thread. Open one engine a thread.");
+    struct Free {
+      std::atomic<bool>& busy;
+      ~Free() { busy = false; }
+    } const free{busy_};
+    try {
+      const nb::gil_scoped_release unlocked;
+      return work();
+    } catch (const Interrupted&) {
+      throw nb::python_error();
+    }
+  }
+
+ public:
+  PyContext(std::shared_ptr<const Model> model, int threads, const std::string& isa, const std::string& kv_cache,
+            int max_context, int max_sequences, int chunk)
+      : context_(std::move(model),
+                 {threads, isa,
+                  named<KvMode>(kv_cache, "kv_cache", {{"none", KvMode::kNone}, {"f32", KvMode::kF32}, {"bf16", KvMode::kBf16}, {"int8", KvMode::kInt8}}),
+                  max_context, max_sequences, chunk}) {}
+
+  Logits forward(const std::vector<std::tuple<int, TokenArray, std::string>>& steps) {
+    std::vector<Slice> slices;
+    for (const auto& [sequence, tokens, logits] : steps)
+      slices.push_back({sequence, {tokens.data(), tokens.size()},
+                        named<LogitsMode>(logits, "logits mode", {{"none", LogitsMode::kNone}, {"last", LogitsMode::kLast}, {"all", LogitsMode::kAll}})});
+    const std::size_t rows = Context::logits_rows(slices), vocab = std::size_t(context_.model().config().vocab_size);
+    auto values = std::make_unique_for_overwrite<float[]>(rows * vocab);
+    exclusively([&] { context_.forward(slices, values.get(), signal_raised); });
+    float* data = values.release();
+    const nb::capsule owner(data, [](void* p) noexcept { delete[] static_cast<float*>(p); });
+    return Logits(data, {rows, vocab}, owner);
+  }
+
+  nb::tuple generate(std::vector<std::int32_t> prompt, int max_tokens, double temperature, int top_k, double top_p,
+                     double min_p, double repetition_penalty, std::uint64_t seed, std::vector<std::int32_t> stops,
+                     const nb::object& on_token) {
+    const GenerateRequest request{std::move(prompt), max_tokens,
+                                  {temperature, top_k, top_p, min_p, repetition_penalty, seed}, std::move(stops)};
+    const auto callback = [&](std::int32_t token) {
+      const nb::gil_scoped_acquire gil;
+      if (PyErr_CheckSignals() != 0) throw nb::python_error();
+      if (on_token.is_none()) return true;
+      const nb::object answer = on_token(token);
+      return !(nb::isinstance<nb::bool_>(answer) && !nb::cast<bool>(answer));
+    };
+    GenerateResult result;
+    exclusively([&] { result = trilemma::generate(context_, request, callback, signal_raised); });
+    static const char* const reasons[] = {"length", "stop", "context", "interrupted"};
+    return nb::make_tuple(result.tokens, result.times_s, reasons[int(result.reason)]);
+  }
+
+  int create() { return exclusively([&] { return context_.sequences().create(); }); }
+  int fork(int sequence) { return exclusively([&] { return context_.sequences().fork(sequence); }); }
+  void truncate(int sequence, int length) { exclusively([&] { context_.sequences().truncate(sequence, length); }); }
+  void release(int sequence) { exclusively([&] { context_.sequences().release(sequence); }); }
+  int length(int sequence) { return context_.sequences().length(sequence); }
+  nb::tuple memory() const {
+    const MemoryUse use = context_.memory();
+    return nb::make_tuple(use.weights, use.kv, use.scratch);
+  }
+  const char* isa() const { return context_.isa(); }
+  int threads() const { return context_.threads(); }
+  int max_context() const { return context_.max_context(); }
+
+ private:
+  Context context_;
+  std::atomic<bool> busy_{false};
+};
+
+void bind_model(nb::module_& m) {
+  nb::class_<Model>(m, "Model", "The immutable weights; filled tensor by tensor, then finalized.")
+      .def("__init__", [](Model* self, const nb::dict& config) { new (self) Model(read_config(config)); }, "config"_a)
+      .def("add_plain",
+           [](Model& self, const std::string& name, const std::string& dtype, int rows, int cols, const ByteArray& data,
+              const std::string& activation) {
+             const auto type = named<Dtype>(dtype, "dtype", {{"f32", kF32}, {"f16", kF16}, {"bf16", kBf16}});
+             self.add_matrix(name, Matrix::plain(name, type, rows, cols, bytes_of(data), activation_of(activation)));
+           },
+           "name"_a, "dtype"_a, "rows"_a, "cols"_a, "data"_a, "activation"_a = "f32")
+      .def("add_packed",
+           [](Model& self, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
+              const std::string& activation, const ByteArray& codes, const ByteArray& scales,
+              const std::optional<ByteArray>& minima) {
+             self.add_matrix(name, Matrix::packed(name, bits, symmetric, group, rows, cols, activation_of(activation),
+                                                  bytes_of(codes), bytes_of(scales),
+                                                  minima ? bytes_of(*minima) : Bytes{nullptr, 0}));
+           },
+           "name"_a, "bits"_a, "symmetric"_a, "group"_a, "rows"_a, "cols"_a, "activation"_a, "codes"_a, "scales"_a,
+           "minima"_a.none() = nb::none())
+      .def("add_vector",
+           [](Model& self, const std::string& name, const FloatArray& values) {
+             self.add_vector(name, values.data(), values.size());
+           },
+           "name"_a, "values"_a)
+      .def("finalize", &Model::finalize)
+      .def_prop_ro("weights_bytes", &Model::weights_bytes);
+}
+
+void bind_context(nb::module_& m) {
+  nb::class_<PyContext>(m, "Context", "One way of running a model: threads, kernels, KV cache, scratch.")
+      .def(nb::init<std::shared_ptr<const Model>, int, const std::string&, const std::string&, int, int, int>(),
+           "model"_a, nb::kw_only(), "threads"_a, "isa"_a, "kv_cache"_a, "max_context"_a, "max_sequences"_a = 1, "chunk"_a = 0)
+      .def("forward", &PyContext::forward, "steps"_a)
+      .def("generate", &PyContext::generate, "prompt"_a, nb::kw_only(), "max_tokens"_a, "temperature"_a, "top_k"_a, "top_p"_a,
+           "min_p"_a, "repetition_penalty"_a, "seed"_a, "stop_tokens"_a, "on_token"_a.none() = nb::none())
+      .def("create", &PyContext::create)
+      .def("fork", &PyContext::fork, "sequence"_a)
+      .def("truncate", &PyContext::truncate, "sequence"_a, "length"_a)
+      .def("release", &PyContext::release, "sequence"_a)
+      .def("length", &PyContext::length, "sequence"_a)
+      .def("memory", &PyContext::memory)
+      .def_prop_ro("isa", &PyContext::isa)
+      .def_prop_ro("threads", &PyContext::threads)
+      .def_prop_ro("max_context", &PyContext::max_context);
+}
+
+}  // namespace
+}  // namespace trilemma
+
+NB_MODULE(_native, m) {
+  m.doc() = "Trilemma's native engine: a decoder step on the CPU.";
+  nb::exception<trilemma::EngineFault>(m, "EngineFault", PyExc_ValueError);
+  m.def("supported_isas", &trilemma::supported_isas);
+  trilemma::bind_model(m);
+  trilemma::bind_context(m);
+}

@@ -1,0 +1,97 @@
+// One way of running a model: threads, instruction set, KV cache and scratch, all sized once.
+//
+// `forward` takes slices of several sequences, prefill and decode mixed. Results depend on none of: threads,
+// instruction set, how tokens are split over calls and chunks, what else is in the batch.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+
+#include "kv_pool.h"
+#include "product.h"
+#include "rope_table.h"
+
+namespace trilemma {
+
+struct ContextOptions {
+  int threads = 1;
+  std::string isa;  // empty: the fastest
+  KvMode kv = KvMode::kBf16;
+  int max_context = 0;
+  int max_sequences = 1;
+  int chunk = 0;  // tokens that run through a layer together; 0: a good default
+};
+
+enum class LogitsMode { kNone, kLast, kAll };
+
+struct Slice {
+  int sequence;
+  std::span<const std::int32_t> tokens;
+  LogitsMode logits;
+};
+
+struct MemoryUse {
+  std::size_t weights, kv, scratch;
+};
+
+// Asked now and then during long work; true stops it by throwing Interrupted.
+using InterruptCheck = std::function<bool()>;
+struct Interrupted {};
+
+class Context {
+ public:
+  Context(std::shared_ptr<const Model> model, const ContextOptions& options);
+  Context(const Context&) = delete;
+
+  const Model& model() const { return *model_; }
+  KvPool& sequences() { return kv_; }
+  const char* isa() const { return kernels_.name; }
+  int threads() const { return threads_; }
+  int max_context() const { return kv_.capacity(); }
+  MemoryUse memory() const;
+
+  // Rows of logits that `forward` will write.
+  static std::size_t logits_rows(std::span<const Slice> slices);
+  // `logits` is (logits_rows, vocab). Sequences grow only when all went well.
+  // Throws EngineFault for a bad token, an unknown or repeated sequence, or one that would outgrow the context.
+  void forward(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted = {});
+
+ private:
+  // Consecutive tokens of one sequence inside a pass.
+  struct Segment {
+    int sequence, first, count, position;
+  };
+  struct Scratch {
+    AlignedBuffer x;  // residual stream, (pass, dim)
+    AlignedBuffer normed, q, k, v, attended, gate, up;
+    ProductInput input;
+    int pass = 0, chunk = 0;
+  };
+  struct Pass;
+
+  void reserve();
+  void check(std::span<const Slice> slices) const;
+  void run_cached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted);
+  void run_uncached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted);
+  float* run_pass(Pass& pass, float* logits, const InterruptCheck& interrupted);
+  void embed(const Pass& pass);
+  void attention(const Pass& pass, int layer, int first, int count);
+  void attend(const Pass& pass, int layer, int first, int count);
+  void feed_forward(int layer, int first, int count);
+  float* write_logits(const Pass& pass, float* logits);
+  void norm(const InputForms& forms, const float* weight, int first, int count);
+  template <class Task>
+  void each_token(int count, double work, const Task& task);
+
+  std::shared_ptr<const Model> model_;
+  const Kernels& kernels_;
+  int threads_;
+  KvPool kv_;
+  RopeTables rope_;
+  Scratch scratch_;
+};
+
+}  // namespace trilemma

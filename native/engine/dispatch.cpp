@@ -1,0 +1,77 @@
+#include "dispatch.h"
+
+#include <cstdlib>
+
+#include "config.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace trilemma {
+namespace {
+
+struct Support {
+  bool avx2 = false, avx512 = false;
+};
+
+#if defined(__x86_64__)
+// What the operating system saves on a context switch; cpuid alone does not tell.
+unsigned long long saved_state() {
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (static_cast<unsigned long long>(high) << 32) | low;
+}
+
+Support detect() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid(1, &a, &b, &c, &d)) return {};
+  const bool osxsave = c & bit_OSXSAVE, fma = c & bit_FMA, f16c = c & bit_F16C, avx = c & bit_AVX;
+  if (!osxsave || !avx) return {};
+  const unsigned long long state = saved_state();
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
+  Support s;
+  s.avx2 = (state & 6) == 6 && fma && f16c && (b & bit_AVX2);
+  const unsigned needed = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
+  s.avx512 = s.avx2 && (state & 0xe6) == 0xe6 && (b & needed) == needed && (c & bit_AVX512VNNI);
+  return s;
+}
+#else
+Support detect() { return {}; }
+#endif
+
+const Support& support() {
+  static const Support found = detect();
+  return found;
+}
+
+}  // namespace
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names{"scalar"};
+  if (support().avx2) names.push_back("avx2");
+  if (support().avx512) names.push_back("avx512");
+  return names;
+}
+
+const Kernels& pick_kernels(const std::string& asked) {
+  std::string name = asked;
+  if (name.empty())
+    if (const char* variable = std::getenv("TRILEMMA_ISA")) name = variable;
+  if (name.empty()) name = supported_isas().back();
+  std::string valid;
+  for (const std::string& isa : supported_isas()) {
+    valid += (valid.empty() ? "" : ", ") + isa;
+    if (isa != name) continue;
+#if defined(__x86_64__)
+    if (name == "avx512") return kernels_avx512;
+    if (name == "avx2") return kernels_avx2;
+#endif
+    return kernels_scalar;
+  }
+  const bool known = name == "avx2" || name == "avx512";
+  throw EngineFault("Instruction set '" + name + "' " + (known ? "is not supported by this processor" : "is unknown") +
+                    ". Usable here: " + valid + ".");
+}
+
+}  // namespace trilemma

@@ -1,0 +1,141 @@
+#include "kv_pool.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace trilemma {
+namespace {
+
+KvType type_of(KvMode mode) { return mode == KvMode::kInt8 ? kKvInt8 : mode == KvMode::kBf16 ? kKvBf16 : kKvF32; }
+
+std::size_t element_bytes(KvType type) { return type == kKvF32 ? 4 : type == kKvBf16 ? 2 : 1; }
+
+}  // namespace
+
+KvPool::KvPool(const DecoderConfig& config, KvMode mode, int capacity, int sequences)
+    : mode_(mode), type_(type_of(mode)), capacity_(capacity), padded_capacity_(int(round_up(size_t(capacity), kKvTile))) {
+  std::size_t end = 0, largest = 0;
+  for (const LayerConfig& layer : config.layers) {
+    Layout layout;
+    if (layer.attention) {
+      layout.heads = layer.attention->kv_heads;
+      layout.head_dim = layer.attention->head_dim;
+      layout.padded_dim = int(round_up(size_t(layout.head_dim), 16));
+      // Without a cache every layer starts at the front of the shared buffer.
+      end = lay_out(layout, mode == KvMode::kNone ? 0 : end);
+      largest = std::max(largest, end);
+    }
+    layers_.push_back(layout);
+  }
+  slots_.resize(size_t(sequences));
+  if (mode == KvMode::kNone) {
+    shared_ = AlignedBuffer(largest);
+    for (Slot& s : slots_) s.history.reserve(size_t(capacity));
+  } else {
+    for (Slot& s : slots_) s.data = AlignedBuffer(largest);
+  }
+}
+
+std::size_t KvPool::lay_out(Layout& layout, std::size_t at) const {
+  const size_t positions = size_t(layout.heads) * size_t(padded_capacity_);
+  const auto take = [&](std::size_t bytes) {
+    const std::size_t start = at;
+    at += round_up(bytes, 64);
+    return start;
+  };
+  layout.k = take(positions * size_t(layout.head_dim) * element_bytes(type_));
+  layout.v = take(positions * size_t(layout.padded_dim) * element_bytes(type_));
+  if (type_ == kKvInt8) {
+    layout.k_scale = take(positions * sizeof(float));
+    layout.v_scale = take(positions * sizeof(float));
+  }
+  return at;
+}
+
+KvPool::Slot& KvPool::slot(int sequence) {
+  return const_cast<Slot&>(static_cast<const KvPool*>(this)->slot(sequence));
+}
+
+const KvPool::Slot& KvPool::slot(int sequence) const {
+  if (sequence < 0 || size_t(sequence) >= slots_.size() || !slots_[size_t(sequence)].used)
+    throw EngineFault("There is no sequence " + std::to_string(sequence) + " in this context.");
+  return slots_[size_t(sequence)];
+}
+
+int KvPool::create() {
+  for (size_t i = 0; i < slots_.size(); ++i)
+    if (!slots_[i].used) {
+      slots_[i].used = true;
+      slots_[i].length = 0;
+      slots_[i].history.clear();
+      return int(i);
+    }
+  throw EngineFault("All " + std::to_string(slots_.size()) +
+                    " sequences of this context are in use. Release one, or open the context for more.");
+}
+
+int KvPool::fork(int sequence) {
+  const int fresh = (slot(sequence), create());
+  const Slot& from = slot(sequence);
+  Slot& to = slot(fresh);
+  to.history = from.history;
+  to.length = from.length;
+  if (mode_ != KvMode::kNone) copy_positions(from, to);
+  return fresh;
+}
+
+void KvPool::copy_positions(const Slot& from, Slot& to) const {
+  const size_t used = round_up(size_t(from.length), kKvTile), all = size_t(padded_capacity_), size = element_bytes(type_);
+  const auto copy = [&](std::size_t start, int heads, std::size_t position_bytes) {
+    for (int h = 0; h < heads; ++h) {
+      const size_t at = start + size_t(h) * all * position_bytes;
+      std::memcpy(to.data.data() + at, from.data.data() + at, used * position_bytes);
+    }
+  };
+  for (const Layout& layer : layers_) {
+    copy(layer.k, layer.heads, size_t(layer.head_dim) * size);
+    copy(layer.v, layer.heads, size_t(layer.padded_dim) * size);
+    if (type_ != kKvInt8) continue;
+    copy(layer.k_scale, layer.heads, sizeof(float));
+    copy(layer.v_scale, layer.heads, sizeof(float));
+  }
+}
+
+void KvPool::truncate(int sequence, int length) {
+  Slot& s = slot(sequence);
+  if (length < 0 || length > s.length)
+    throw EngineFault("Can not truncate a sequence of " + std::to_string(s.length) + " positions to " +
+                      std::to_string(length) + ".");
+  s.length = length;
+  if (mode_ == KvMode::kNone) s.history.resize(size_t(length));
+}
+
+void KvPool::release(int sequence) { slot(sequence).used = false; }
+
+void KvPool::append(int sequence, const std::int32_t* tokens, int count) {
+  Slot& s = slot(sequence);
+  s.length += count;
+  if (mode_ == KvMode::kNone) s.history.insert(s.history.end(), tokens, tokens + count);
+}
+
+KvView KvPool::view(int sequence, int layer) const {
+  const Layout& l = layers_[size_t(layer)];
+  std::byte* base = mode_ == KvMode::kNone ? shared_.data() : slot(sequence).data.data();
+  const bool scaled = type_ == kKvInt8;
+  return {base + l.k,
+          base + l.v,
+          scaled ? reinterpret_cast<float*>(base + l.k_scale) : nullptr,
+          scaled ? reinterpret_cast<float*>(base + l.v_scale) : nullptr,
+          type_,
+          l.head_dim,
+          l.padded_dim,
+          padded_capacity_};
+}
+
+std::size_t KvPool::bytes() const {
+  std::size_t total = shared_.bytes();
+  for (const Slot& s : slots_) total += s.data.bytes() + s.history.capacity() * sizeof(std::int32_t);
+  return total;
+}
+
+}  // namespace trilemma

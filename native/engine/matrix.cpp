@@ -1,0 +1,114 @@
+#include "matrix.h"
+
+#include <bit>
+#include <cstring>
+
+#include "config.h"
+
+namespace trilemma {
+namespace {
+
+AlignedBuffer copy_checked(const std::string& name, const char* part, Bytes from, std::size_t expected) {
+  if (from.size != expected)
+    throw EngineFault("Tensor '" + name + "': " + part + " hold " + std::to_string(from.size) + " bytes, expected " +
+                      std::to_string(expected) + ".");
+  AlignedBuffer to(expected);
+  if (expected) std::memcpy(to.data(), from.data, expected);
+  return to;
+}
+
+void check_shape(const std::string& name, int rows, int cols) {
+  if (rows <= 0 || cols <= 0 || cols > (1 << 24))
+    throw EngineFault("Tensor '" + name + "': shape (" + std::to_string(rows) + ", " + std::to_string(cols) +
+                      ") can not be held; both must be positive.");
+}
+
+float half(uint16_t h) {
+  const uint32_t sign = uint32_t(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
+  if (exponent == 0) {
+    const float value = float(mantissa) * 0x1p-24f;
+    return sign ? -value : value;
+  }
+  const uint32_t high = exponent == 31 ? 0x7f800000u : (exponent + 112) << 23;
+  return std::bit_cast<float>(sign | high | (mantissa << 13));
+}
+
+void read_plain(const PlainView& view, int row, float* out) {
+  const size_t n = size_t(view.cols), at = size_t(row) * n;
+  if (view.dtype == kF32) {
+    std::memcpy(out, static_cast<const float*>(view.data) + at, n * sizeof(float));
+    return;
+  }
+  const auto* bits = static_cast<const uint16_t*>(view.data) + at;
+  for (size_t i = 0; i < n; ++i)
+    out[i] = view.dtype == kF16 ? half(bits[i]) : std::bit_cast<float>(uint32_t(bits[i]) << 16);
+}
+
+int code_at(const PackedView& view, const uint8_t* panel, int r, int k) {
+  if (view.bits == 8) return int8_t(panel[size_t(k / 4) * 64 + size_t(r * 4 + k % 4)]);
+  const uint8_t byte = panel[size_t(k / 8) * 64 + size_t(r * 4 + k % 4)];
+  return ((k / 4) % 2 ? byte >> 4 : byte & 15) - (view.minima ? 0 : 8);
+}
+
+void read_packed(const PackedView& view, int row, float* out) {
+  const int panel = row / kPanel, r = row % kPanel;
+  const uint8_t* codes = view.codes + size_t(panel) * size_t(view.blocks) * size_t(kBlock * kPanel * view.bits / 8);
+  const size_t groups = size_t(panel) * size_t(view.groups) * kPanel + size_t(r);
+  for (int k = 0; k < view.cols; ++k) {
+    const size_t g = groups + size_t(k / kBlock / view.group_blocks) * kPanel;
+    const float value = float(code_at(view, codes, r, k)) * half(view.scales[g]);
+    out[k] = view.minima ? value + half(view.minima[g]) : value;
+  }
+}
+
+}  // namespace
+
+Matrix Matrix::plain(const std::string& name, Dtype dtype, int rows, int cols, Bytes data, Activation activation) {
+  check_shape(name, rows, cols);
+  if (activation == Activation::kInt8)
+    throw EngineFault("Tensor '" + name + "': int8 activations need quantized weights; this one is unquantized. "
+                      "Use 'f32' or 'bf16' activations, or quantize it.");
+  Matrix m;
+  m.rows_ = rows;
+  m.cols_ = cols;
+  m.activation_ = activation;
+  m.codes_ = copy_checked(name, "values", data, size_t(rows) * size_t(cols) * (dtype == kF32 ? 4 : 2));
+  m.plain_view_ = {m.codes_.data(), dtype, rows, cols};
+  return m;
+}
+
+Matrix Matrix::packed(const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
+                      Activation activation, Bytes codes, Bytes scales, Bytes minima) {
+  check_shape(name, rows, cols);
+  if (bits != 4 && !(bits == 8 && symmetric))
+    throw EngineFault("Tensor '" + name + "': " + std::to_string(bits) + (symmetric ? "-bit symmetric" : "-bit asymmetric") +
+                      " codes are not supported; 4-bit (both kinds) and 8-bit symmetric are.");
+  if (group < 0 || group % kBlock != 0)
+    throw EngineFault("Tensor '" + name + "': group " + std::to_string(group) +
+                      " must be a multiple of 32, or 0 for the whole row.");
+  Matrix m;
+  m.rows_ = rows;
+  m.cols_ = cols;
+  m.packed_ = true;
+  m.activation_ = activation;
+  PackedView& v = m.packed_view_;
+  v.rows = rows;
+  v.cols = cols;
+  v.bits = bits;
+  v.blocks = (cols + kBlock - 1) / kBlock;
+  v.group_blocks = group ? group / kBlock : v.blocks;
+  v.groups = (v.blocks + v.group_blocks - 1) / v.group_blocks;
+  const size_t panels = size_t(m.panels());
+  const size_t group_bytes = panels * size_t(v.groups) * kPanel * 2;
+  m.codes_ = copy_checked(name, "codes", codes, panels * size_t(v.blocks) * size_t(kBlock * kPanel * bits / 8));
+  m.scales_ = copy_checked(name, "scales", scales, group_bytes);
+  m.minima_ = copy_checked(name, "minima", minima, symmetric ? 0 : group_bytes);
+  v.codes = m.codes_.as<uint8_t>();
+  v.scales = m.scales_.as<uint16_t>();
+  v.minima = symmetric ? nullptr : m.minima_.as<uint16_t>();
+  return m;
+}
+
+void Matrix::read_row(int row, float* out) const { packed_ ? read_packed(packed_view_, row, out) : read_plain(plain_view_, row, out); }
+
+}  // namespace trilemma

@@ -1,0 +1,57 @@
+// One weight matrix as the engine holds it, in one of two layouts.
+//
+// rows.v1: f32, f16 or bf16, row-major, unpadded.
+// panel16.v1: panels of 16 rows (the last padded with zero codes), columns padded to a multiple of 32.
+//   4 bits: per 8 columns one 64-byte line; byte r*4+j holds row r, column k+j in the low nibble and k+4+j in the
+//           high one; symmetric codes are stored +8.
+//   8 bits: per 4 columns one 64-byte line; byte r*4+j is the signed code of row r, column k+j.
+//   scales (and minima) are f16, [panel][group][16]; a group is 32, 64 or 128 columns, or the whole row.
+#pragma once
+
+#include <string>
+#include <variant>
+
+#include "../kernels/table.h"
+#include "aligned.h"
+
+namespace trilemma {
+
+enum class Activation { kF32, kBf16, kInt8 };
+
+struct Bytes {
+  const void* data;
+  std::size_t size;
+};
+
+class Matrix {
+ public:
+  Matrix() = default;
+  // Copies the buffers after checking their sizes; throws EngineFault naming `name` otherwise.
+  static Matrix plain(const std::string& name, Dtype dtype, int rows, int cols, Bytes data, Activation activation);
+  // group 0 means the whole row.
+  static Matrix packed(const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
+                       Activation activation, Bytes codes, Bytes scales, Bytes minima);
+
+  int rows() const { return rows_; }
+  int cols() const { return cols_; }
+  int panels() const { return (rows_ + kPanel - 1) / kPanel; }
+  bool is_packed() const { return packed_; }
+  Activation activation() const { return activation_; }
+  bool asymmetric() const { return minima_.bytes() != 0; }
+  const PlainView& plain_view() const { return plain_view_; }
+  const PackedView& packed_view() const { return packed_view_; }
+  std::size_t bytes() const { return codes_.bytes() + scales_.bytes() + minima_.bytes(); }
+
+  // One row as f32 (embedding gather): code * scale (+ minimum), each rounded, as the numpy reference does.
+  void read_row(int row, float* out) const;
+
+ private:
+  int rows_ = 0, cols_ = 0;
+  bool packed_ = false;
+  Activation activation_ = Activation::kF32;
+  AlignedBuffer codes_, scales_, minima_;
+  PlainView plain_view_{};
+  PackedView packed_view_{};
+};
+
+}  // namespace trilemma

@@ -1,0 +1,108 @@
+// y = W x for panel16.v1 with float activations (f32, or f32 values rounded to bf16): the accuracy mode.
+//
+// Lanes are rows. Per block of 32 columns: two chains (columns k%8 < 4 and the others) of code * x, added,
+// then one fma with the group's scale. Codes are exact in f32, so the scale is the only rounding of a weight.
+#pragma once
+
+#include "panel.h"
+
+namespace trilemma {
+namespace {
+
+#if defined(TRILEMMA_SIMD_AVX512)
+constexpr int kFloatTokens = 6;
+#elif defined(TRILEMMA_SIMD_AVX2)
+constexpr int kFloatTokens = 2;
+#else
+constexpr int kFloatTokens = 2;
+#endif
+
+template <bool Symmetric, int Shift>
+inline V16f code4(V16u line) {
+  const V16f code = nibble<Shift>(line);
+  return Symmetric ? sub(code, set1(8.0f)) : code;
+}
+
+template <int T>
+inline void step(V16f weight, const float* x, size_t ldx, V16f* sum) {
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) sum[t] = fma(weight, set1(x[size_t(t) * ldx]), sum[t]);
+}
+
+// 8 columns of a 4-bit panel: one line.
+template <bool Symmetric, int T>
+inline void columns4(const uint8_t* codes, const float* x, size_t ldx, V16f* even, V16f* odd) {
+  const V16u line = load_line(codes);
+  step<T>(code4<Symmetric, 0>(line), x + 0, ldx, even);
+  step<T>(code4<Symmetric, 8>(line), x + 1, ldx, even);
+  step<T>(code4<Symmetric, 16>(line), x + 2, ldx, even);
+  step<T>(code4<Symmetric, 24>(line), x + 3, ldx, even);
+  step<T>(code4<Symmetric, 4>(line), x + 4, ldx, odd);
+  step<T>(code4<Symmetric, 12>(line), x + 5, ldx, odd);
+  step<T>(code4<Symmetric, 20>(line), x + 6, ldx, odd);
+  step<T>(code4<Symmetric, 28>(line), x + 7, ldx, odd);
+}
+
+template <int T>
+inline void columns8(const uint8_t* codes, const float* x, size_t ldx, V16f* sum) {
+  const V16u line = load_line(codes);
+  step<T>(signed_byte<0>(line), x + 0, ldx, sum);
+  step<T>(signed_byte<1>(line), x + 1, ldx, sum);
+  step<T>(signed_byte<2>(line), x + 2, ldx, sum);
+  step<T>(signed_byte<3>(line), x + 3, ldx, sum);
+}
+
+template <int Bits, bool Symmetric, int T>
+inline void float_tile(const PackedView& w, int panel, const FloatInput& in, int token, const Output& out) {
+  const PanelView p = panel_of(w, panel);
+  const float* x = in.x + size_t(token) * in.ld;
+  const float* sums = in.sums + size_t(token) * (in.ld / kBlock);
+  const uint8_t* codes = p.codes;
+  V16f total[T], scale = zero(), minimum = zero();
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) total[t] = zero();
+  for (int b = 0, until = 0, group = 0; b < w.blocks; ++b, x += kBlock) {
+    if (b == until) {
+      scale = load_f16(p.scales + group * kPanel);
+      if (!Symmetric) minimum = load_f16(p.minima + group * kPanel);
+      until += w.group_blocks;
+      ++group;
+    }
+    V16f even[T], odd[T];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
+    for (int i = 0; i < kBlock; i += 8, codes += size_t(Bits) * 16) {
+      if (Bits == 4) {
+        columns4<Symmetric, T>(codes, x + i, in.ld, even, odd);
+      } else {
+        columns8<T>(codes, x + i, in.ld, even);
+        columns8<T>(codes + 64, x + i + 4, in.ld, odd);
+      }
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      total[t] = fma(scale, add(even[t], odd[t]), total[t]);
+      if (!Symmetric) total[t] = fma(minimum, set1(sums[size_t(t) * (in.ld / kBlock) + size_t(b)]), total[t]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) write_panel(total[t], panel, w.rows, token + t, out);
+}
+
+template <int Bits, bool Symmetric>
+inline void float_panels(const PackedView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out) {
+  int t = 0;
+  for (; t + kFloatTokens <= tokens; t += kFloatTokens)
+    for (int p = begin; p < end; ++p) float_tile<Bits, Symmetric, kFloatTokens>(w, p, x, t, out);
+  for (; t < tokens; ++t)
+    for (int p = begin; p < end; ++p) float_tile<Bits, Symmetric, 1>(w, p, x, t, out);
+}
+
+void matmul_float(const PackedView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out) {
+  if (w.bits == 8) return float_panels<8, true>(w, x, tokens, begin, end, out);
+  if (w.minima) return float_panels<4, false>(w, x, tokens, begin, end, out);
+  float_panels<4, true>(w, x, tokens, begin, end, out);
+}
+
+}  // namespace
+}  // namespace trilemma

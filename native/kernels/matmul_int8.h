@@ -1,0 +1,88 @@
+// y = W x for panel16.v1 with int8 activations in groups of 32.
+//
+// Per block of 32 columns the sum of products is an exact int32; then
+//     total = fma(w_scale * x_scale, float(sum), total)         (+ fma(w_min, x_scale * sum(x codes), total))
+// with blocks ascending. So all instruction sets, tile sizes and thread counts give the same bits.
+#pragma once
+
+#include "panel.h"
+
+#if defined(TRILEMMA_SIMD_AVX512)
+#include "block_dot_avx512.h"
+#elif defined(TRILEMMA_SIMD_AVX2)
+#include "block_dot_avx2.h"
+#else
+#include "block_dot_scalar.h"
+#endif
+
+namespace trilemma {
+namespace {
+
+template <int Bits, bool Symmetric, int T>
+inline void int8_tile(const PackedView& w, int panel, const Int8Input& in, int token, const Output& out) {
+  const PanelView p = panel_of(w, panel);
+  const size_t width = T == kTokenTile ? size_t(kTokenTile) : size_t(in.width);
+  const size_t first = size_t(token / kTokenTile) * size_t(in.blocks) * size_t(in.width) + size_t(token % kTokenTile);
+  const int8_t* x = in.codes + first * kBlock;
+  const int32_t* bias = (Bits == 8 ? in.bias128 : in.bias8) + first;
+  const float* x_scale = in.scale + first;
+  const float* x_sum = in.sum + first;
+  const uint8_t* codes = p.codes;
+  V16f total[T], scale = zero(), minimum = zero();
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) total[t] = zero();
+  for (int b = 0, until = 0, group = 0; b < w.blocks; ++b) {
+    if (b == until) {
+      scale = load_f16(p.scales + group * kPanel);
+      if (!Symmetric) minimum = load_f16(p.minima + group * kPanel);
+      until += w.group_blocks;
+      ++group;
+    }
+    const BlockWeights<Bits> weights(codes);
+    constexpr int kStep = T < kDotTokens ? T : kDotTokens;
+#pragma GCC unroll 16
+    for (int t = 0; t < T; t += kStep) {
+      V16f sum[kStep];
+      block_dot<Bits, Symmetric, kStep>(weights, x + size_t(t) * kBlock, bias + t, sum);
+#pragma GCC unroll 16
+      for (int u = 0; u < kStep; ++u) {
+        total[t + u] = fma(mul(scale, set1(x_scale[t + u])), sum[u], total[t + u]);
+        if (!Symmetric) total[t + u] = fma(minimum, set1(x_sum[t + u]), total[t + u]);
+      }
+    }
+    codes += block_bytes(Bits);
+    x += width * kBlock;
+    bias += width;
+    x_scale += width;
+    x_sum += width;
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) write_panel(total[t], panel, w.rows, token + t, out);
+}
+
+template <int Bits, bool Symmetric, int T>
+inline void int8_range(const PackedView& w, int begin, int end, const Int8Input& x, int token, const Output& out) {
+  for (int p = begin; p < end; ++p) int8_tile<Bits, Symmetric, T>(w, p, x, token, out);
+}
+
+template <int Bits, bool Symmetric>
+inline void int8_panels(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out) {
+  for (int t = 0; t < tokens;) {
+    // A smaller tile never straddles two tiles of the input: sizes are powers of two, largest first.
+    const int left = tokens - t;
+    if (kIntTokens >= 16 && left >= 16) int8_range<Bits, Symmetric, kIntTokens >= 16 ? 16 : 1>(w, begin, end, x, t, out), t += 16;
+    else if (kIntTokens >= 8 && left >= 8) int8_range<Bits, Symmetric, kIntTokens >= 8 ? 8 : 1>(w, begin, end, x, t, out), t += 8;
+    else if (left >= 4) int8_range<Bits, Symmetric, 4>(w, begin, end, x, t, out), t += 4;
+    else if (left >= 2) int8_range<Bits, Symmetric, 2>(w, begin, end, x, t, out), t += 2;
+    else int8_range<Bits, Symmetric, 1>(w, begin, end, x, t, out), t += 1;
+  }
+}
+
+void matmul_int8(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out) {
+  if (w.bits == 8) return int8_panels<8, true>(w, x, tokens, begin, end, out);
+  if (w.minima) return int8_panels<4, false>(w, x, tokens, begin, end, out);
+  int8_panels<4, true>(w, x, tokens, begin, end, out);
+}
+
+}  // namespace
+}  // namespace trilemma

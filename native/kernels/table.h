@@ -1,0 +1,112 @@
+// The function table of one instruction set, and the plain records its kernels read.
+//
+// This header is included by translation units that are compiled for instruction sets the host may lack.
+// It therefore holds only plain structs: no inline functions with external linkage, no std templates.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace trilemma {
+
+enum Dtype : int { kF32 = 0, kF16 = 1, kBf16 = 2 };
+enum KvType : int { kKvF32 = 0, kKvBf16 = 1, kKvInt8 = 2 };
+enum Nonlinearity : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
+
+// All matrices are walked in panels of 16 rows and columns in blocks of 32.
+enum : int { kPanel = 16, kBlock = 32, kTokenTile = 16, kKvTile = 16, kMaxHeadDim = 512 };
+
+// rows.v1: row-major, unpadded.
+struct PlainView {
+  const void* data;
+  Dtype dtype;
+  int rows, cols;
+};
+
+// panel16.v1: see docs of engine/matrix.h for the exact byte order.
+struct PackedView {
+  const uint8_t* codes;
+  const uint16_t* scales;  // f16 [panel][group][16]
+  const uint16_t* minima;  // the same, or null when symmetric
+  int rows, cols;
+  int blocks;        // columns padded to 32, / 32
+  int group_blocks;  // blocks that share a scale
+  int groups;
+  int bits;  // 4 or 8
+};
+
+// Activations quantized to int8 in groups of 32, in tiles of `width` = min(16, tokens) tokens:
+// codes [tile][block][width][32]; the other arrays [tile][block][width].
+struct Int8Input {
+  int8_t* codes;
+  float* scale;      // absmax / 127
+  int32_t* bias8;    // -8 * sum of codes: undoes the +8 of biased 4-bit weights
+  int32_t* bias128;  // -128 * sum of codes: undoes the +128 of biased 8-bit weights
+  float* sum;        // scale * sum of codes: what a group's minimum is multiplied with
+  int width;
+  int blocks;
+};
+
+// Float activations, rows padded with zeros to `ld` (a multiple of 32).
+struct FloatInput {
+  const float* x;
+  size_t ld;
+  const float* sums;  // [token][ld/32] sums of blocks; only needed by asymmetric weights
+};
+
+// y[token * ld + row] = product (+ bias[row]) (+ the old y when `accumulate`).
+struct Output {
+  float* y;
+  size_t ld;
+  const float* bias;
+  int accumulate;
+};
+
+// One layer's cache of one sequence. K is [head][tile of 16 positions][head_dim][16], so that a vector holds
+// 16 positions and no dot product needs a horizontal sum; V is [head][position][padded head_dim].
+struct KvView {
+  void* k;
+  void* v;
+  float* k_scale;  // [head][position], int8 only
+  float* v_scale;
+  KvType type;
+  int head_dim, padded_dim;
+  int capacity;  // positions, a multiple of 16
+};
+
+// Rows of attention are (token, query head of the group) pairs of one KV head, flattened token-first.
+struct AttentionTask {
+  const float* q;  // of the first token and the first head of the group, already scaled
+  float* out;
+  size_t ld_q, ld_out;  // floats between tokens
+  int group;            // query heads per KV head
+  int kv_head;
+  int row_begin, row_end;
+  int first_position;  // of token 0
+  int window;          // 0: unlimited
+};
+
+struct Kernels {
+  const char* name;
+  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+  // Zeroes row[k, ceil32(k)): every kernel may read whole blocks.
+  void (*pad_row)(float* row, int k);
+  void (*round_bf16)(const float* x, int padded_k, float* out);
+  void (*block_sums)(const float* x, int blocks, float* sums);
+  void (*quantize_int8)(const float* x, int token, const Int8Input& out);
+  // Rotates `heads` vectors in place, rotate-half order, then multiplies all of each head by `scale`.
+  void (*rope)(float* x, int heads, int head_dim, int rotary_half, const float* cos, const float* sin, float scale);
+  void (*glu)(float* gate, const float* up, int n, Nonlinearity kind);  // gate = f(gate) * up; up may be null
+  void (*kv_store)(const KvView& kv, const float* k, const float* v, int heads, int position);
+  void (*attention)(const KvView& kv, const AttentionTask& task);
+  // Panels [begin, end) of 16 rows, all tokens.
+  void (*matmul_plain)(const PlainView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out);
+  void (*matmul_float)(const PackedView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out);
+  void (*matmul_int8)(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out);
+};
+
+extern const Kernels kernels_scalar;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+}  // namespace trilemma

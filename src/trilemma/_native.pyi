@@ -1,0 +1,74 @@
+"""Stub of the C++ extension (native/bindings.cpp). Use `trilemma.runtime.native`, which checks and explains."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+class EngineFault(ValueError): ...
+
+def supported_isas() -> list[str]: ...
+
+class Model:
+    def __init__(self, config: Mapping[str, Any]) -> None: ...
+    def add_plain(
+        self, name: str, dtype: str, rows: int, cols: int, data: NDArray[np.uint8], activation: str = "f32"
+    ) -> None: ...
+    def add_packed(
+        self,
+        name: str,
+        bits: int,
+        symmetric: bool,
+        group: int,
+        rows: int,
+        cols: int,
+        activation: str,
+        codes: NDArray[np.uint8],
+        scales: NDArray[np.uint8],
+        minima: NDArray[np.uint8] | None = None,
+    ) -> None: ...
+    def add_vector(self, name: str, values: NDArray[np.float32]) -> None: ...
+    def finalize(self) -> None: ...
+    @property
+    def weights_bytes(self) -> int: ...
+
+class Context:
+    def __init__(
+        self,
+        model: Model,
+        *,
+        threads: int,
+        isa: str,
+        kv_cache: str,
+        max_context: int,
+        max_sequences: int = 1,
+        chunk: int = 0,
+    ) -> None: ...
+    def forward(self, steps: Sequence[tuple[int, NDArray[np.int32], str]]) -> NDArray[np.float32]: ...
+    def generate(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        min_p: float,
+        repetition_penalty: float,
+        seed: int,
+        stop_tokens: Sequence[int],
+        on_token: Callable[[int], bool | None] | None = None,
+    ) -> tuple[list[int], list[float], str]: ...
+    def create(self) -> int: ...
+    def fork(self, sequence: int) -> int: ...
+    def truncate(self, sequence: int, length: int) -> None: ...
+    def release(self, sequence: int) -> None: ...
+    def length(self, sequence: int) -> int: ...
+    def memory(self) -> tuple[int, int, int]: ...
+    @property
+    def isa(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def max_context(self) -> int: ...

@@ -1,0 +1,292 @@
+"""The native engine: weights handed to C++ tensor by tensor, and the Engine protocol on top of it.
+
+All the work of a token is done in `trilemma._native`; this file translates records, checks what
+users give, and names what is wrong. Packing formats is left to `trilemma.formats`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilemma.core.environment import usable_cores
+from trilemma.core.errors import CheckpointError, EngineError, InputError, UnsupportedModelError
+from trilemma.formats.grid import QuantizedMatrix
+from trilemma.formats.pack import PackedMatrix, pack
+from trilemma.model.model import Model
+from trilemma.model.plain import PlainMatrix
+from trilemma.runtime.engine import EngineMemory, EngineOptions, Generation, SamplingSettings
+from trilemma.runtime.sampling import check_sampling
+
+try:
+    from trilemma import _native
+except ImportError as error:  # pragma: no cover - only where the build was skipped
+    raise EngineError(
+        f"The native engine is not built ({error}). Build it with 'make native' or 'pip install .', "
+        "or choose the torch engine."
+    ) from None
+
+DEFAULT_CONTEXT = 4096
+"""Context of an engine when nobody asks for more: long enough to work, short enough not to fill a device."""
+
+LogitsOf = Literal["none", "last", "all"]
+
+
+def supported_isas() -> list[str]:
+    """Instruction sets that this host can run, slowest first."""
+    return _native.supported_isas()
+
+
+class NativeEngine:
+    """The Engine protocol in C++.
+
+    Results are bit-equal whatever the number of threads, the instruction set, and the way tokens
+    are split over calls.
+
+    Args:
+        model: plain matrices run with f32 or bf16 activations, quantized ones also with int8-g32.
+        options: None takes all usable cores, the fastest instruction set (or the one that the
+            environment variable TRILEMMA_ISA names), the model's own KV precision, and the model's
+            context up to DEFAULT_CONTEXT.
+
+    Raises:
+        InputError: a context longer than the model's, or an instruction set that the host lacks.
+        CheckpointError: a tensor of the wrong shape or size.
+        UnsupportedModelError: a storage format or an architecture option that the kernels do not run.
+    """
+
+    name = "native"
+
+    def __init__(self, model: Model, options: EngineOptions | None = None) -> None:
+        options = options or EngineOptions()
+        self.config = model.config
+        self.max_context = _context_of(model, options.max_context)
+        self.kv_cache: str = options.kv_cache or model.run.kv_cache
+        self._options = options
+        self._weights: _native.Model | None = load_weights(model)
+        self._context: _native.Context | None = self._open(self.max_context, 1)
+        self.isa: str = self._context.isa
+        self.threads: int = self._context.threads
+
+    def memory(self) -> EngineMemory:
+        """Bytes of weights (padding included), KV cache and scratch, counted by the engine."""
+        return EngineMemory(*self._opened().memory())
+
+    def logits(self, tokens: NDArray[np.int32] | Sequence[int], *, last_only: bool = False) -> NDArray[np.float32]:
+        """Logits (n, vocab), or (1, vocab) with `last_only`, of a fresh sequence."""
+        ids = self._checked(tokens)
+        context = self._opened()
+        with _faults():
+            sequence = context.create()
+            try:
+                return context.forward([(sequence, ids, "last" if last_only else "all")])
+            finally:
+                context.release(sequence)
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        settings: SamplingSettings,
+        on_token: Callable[[int], bool | None] | None = None,
+    ) -> Generation:
+        """Continue `prompt`; a stop token ends the output and is not part of it."""
+        check_sampling(settings)
+        ids = self._checked(prompt)
+        stops = set(settings.stop_token_ids) | (set() if settings.ignore_eos else set(self.config.eos_token_ids))
+        with _faults():
+            tokens, times_s, reason = self._opened().generate(
+                ids.tolist(),
+                max_tokens=settings.max_tokens,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                min_p=settings.min_p,
+                repetition_penalty=settings.repetition_penalty,
+                seed=settings.seed & (2**64 - 1),
+                stop_tokens=sorted(stops),
+                on_token=on_token,
+            )
+        return Generation(tokens, cast(Any, reason), len(ids), times_s)
+
+    def open_sequences(self, count: int, *, max_context: int | None = None) -> SequenceBatch:
+        """Room for `count` sequences of up to `max_context` tokens each, over the same weights."""
+        if count < 1:
+            raise InputError(f"open_sequences was asked for {count} sequences; it must be at least 1.")
+        context = self.max_context if max_context is None else max_context
+        return SequenceBatch(self._open(context, count), self.config.vocab_size)
+
+    def close(self) -> None:
+        """Free weights and cache; the engine can not be asked afterwards."""
+        self._context = self._weights = None
+
+    def _open(self, max_context: int, sequences: int) -> _native.Context:
+        if self._weights is None:
+            raise EngineError("The engine is closed.")
+        with _faults():
+            return _native.Context(
+                self._weights,
+                threads=self._options.threads or usable_cores(),
+                isa=self._options.isa or "",
+                kv_cache=self.kv_cache,
+                max_context=max_context,
+                max_sequences=sequences,
+            )
+
+    def _opened(self) -> _native.Context:
+        if self._context is None:
+            raise EngineError("The engine is closed.")
+        return self._context
+
+    def _checked(self, tokens: NDArray[np.int32] | Sequence[int]) -> NDArray[np.int32]:
+        ids = _token_array(tokens, self.config.vocab_size)
+        if len(ids) > self.max_context:
+            raise InputError(f"{len(ids)} tokens do not fit the context of {self.max_context}. Shorten the text.")
+        return ids
+
+
+@dataclass(frozen=True)
+class Step:
+    """Tokens to append to one sequence, and which of their logits are wanted."""
+
+    sequence: int
+    tokens: Sequence[int] | NDArray[np.int32]
+    logits: LogitsOf = "last"
+
+
+class SequenceBatch:
+    """Several sequences over one engine's weights: prefill and decode mixed in one `forward`.
+
+    Each sequence gets the logits that it would get alone, bit for bit.
+    """
+
+    def __init__(self, context: _native.Context, vocab_size: int) -> None:
+        self._context = context
+        self._vocab_size = vocab_size
+
+    def create(self) -> int:
+        """An empty sequence. Raises InputError when all are taken."""
+        with _faults():
+            return self._context.create()
+
+    def fork(self, sequence: int) -> int:
+        """A copy of a sequence with its cache; the two go on independently."""
+        with _faults():
+            return self._context.fork(sequence)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget all but the first `length` tokens."""
+        with _faults():
+            self._context.truncate(sequence, length)
+
+    def release(self, sequence: int) -> None:
+        with _faults():
+            self._context.release(sequence)
+
+    def length(self, sequence: int) -> int:
+        with _faults():
+            return self._context.length(sequence)
+
+    def forward(self, steps: Sequence[Step]) -> list[NDArray[np.float32]]:
+        """Logits of each step: (rows, vocab), with 0, 1 or len(tokens) rows."""
+        arrays = [_token_array(step.tokens, self._vocab_size) for step in steps]
+        slices = [(step.sequence, ids, step.logits) for step, ids in zip(steps, arrays, strict=True)]
+        with _faults():
+            logits = self._context.forward(slices)
+        rows = {"none": lambda ids: 0, "last": lambda ids: 1, "all": len}
+        ends = np.cumsum([rows[step.logits](ids) for step, ids in zip(steps, arrays, strict=True)])
+        return np.split(logits, ends[:-1]) if steps else []
+
+    def memory(self) -> EngineMemory:
+        return EngineMemory(*self._context.memory())
+
+
+def load_weights(model: Model) -> _native.Model:
+    """Copy a model's tensors into the engine one at a time, so that they are never twice in memory."""
+    try:
+        weights = _native.Model(model.config.model_dump())
+    except _native.EngineFault as fault:
+        raise UnsupportedModelError(str(fault)) from None
+    for name in model.names():
+        try:
+            _add(weights, name, model)
+        except _native.EngineFault as fault:
+            raise CheckpointError(str(fault)) from None
+    weights.finalize()
+    return weights
+
+
+def _add(weights: _native.Model, name: str, model: Model) -> None:
+    stored = model.stored(name)
+    activation = model.linear(name).activation
+    if isinstance(stored, QuantizedMatrix):
+        stored = pack(stored)
+    if isinstance(stored, PackedMatrix):
+        _add_packed(weights, name, stored, activation)
+    elif isinstance(stored, PlainMatrix):
+        weights.add_plain(name, stored.dtype, *stored.shape, _bytes(stored.bits), activation)
+    elif isinstance(stored, np.ndarray):
+        values = np.ascontiguousarray(stored, dtype=np.float32)
+        if values.ndim == 1:
+            weights.add_vector(name, values)
+        elif values.ndim == 2:
+            weights.add_plain(name, "f32", *values.shape, _bytes(values), activation)
+        else:
+            raise CheckpointError(f"Tensor '{name}' has shape {values.shape}; a vector or a matrix was expected.")
+    else:
+        raise UnsupportedModelError(f"Tensor '{name}' is stored as '{stored.format}', which the engine can not run.")
+
+
+def _add_packed(weights: _native.Model, name: str, stored: PackedMatrix, activation: str) -> None:
+    spec = stored.spec
+    if spec.layout != "panel16.v1":
+        raise UnsupportedModelError(f"Tensor '{name}' has the layout '{spec.layout}'; the engine runs 'panel16.v1'.")
+    minima = None if stored.minima is None else _bytes(stored.minima)
+    weights.add_packed(
+        name, spec.bits, spec.symmetric, spec.group or 0, *stored.shape, activation,
+        _bytes(stored.codes), _bytes(stored.scales), minima,
+    )  # fmt: skip
+
+
+def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+
+def _token_array(tokens: NDArray[np.int32] | Sequence[int], vocab_size: int) -> NDArray[np.int32]:
+    ids = np.asarray(tokens, dtype=np.int64).reshape(-1)
+    if ids.size == 0:
+        raise InputError("There are no tokens to run. Give at least one (the BOS token, say).")
+    outside = (ids < 0) | (ids >= vocab_size)
+    if outside.any():
+        bad = int(ids[outside][0])
+        raise InputError(f"Token {bad} is outside the vocabulary 0..{vocab_size - 1}: wrong tokenizer?")
+    return ids.astype(np.int32)
+
+
+def _context_of(model: Model, asked: int | None) -> int:
+    longest = model.config.max_context
+    if asked is None:
+        return min(longest, DEFAULT_CONTEXT)
+    if not 1 <= asked <= longest:
+        raise InputError(
+            f"A context of {asked} is not possible: the model's own is {longest}. Ask for 1 to {longest} tokens."
+        )
+    return asked
+
+
+@contextmanager
+def _faults() -> Iterator[None]:
+    """The engine's own errors as ours."""
+    try:
+        yield
+    except _native.EngineFault as fault:
+        raise InputError(str(fault)) from None
+    except MemoryError:
+        raise EngineError(
+            "There is not enough memory for the engine's cache and scratch. Ask for a shorter context, "
+            "fewer sequences, or a smaller KV precision."
+        ) from None
