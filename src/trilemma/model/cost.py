@@ -17,7 +17,7 @@ from trilemma.model.model import Model
 Role = Literal["embedding", "attention", "ffn", "head", "norms"]
 FormatBytes = Callable[[str, tuple[int, int]], int]  # (format name, (out, in)) -> bytes
 ROLES: tuple[Role, ...] = ("embedding", "attention", "ffn", "head", "norms")
-_LENGTHS = (128, 512, 2048, 8192, 32768)
+_LENGTHS = (128, 512, 2048, 8192, 32768, 131072)
 _PLAIN_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
@@ -158,7 +158,7 @@ def inspect_model(
     """Everything that can be said of a model without reading its weights.
 
     Args:
-        contexts: lengths to state figures at; by default 128, 512, 2048, 8192, 32768 and the model's own, as far as it goes.
+        contexts: lengths to state figures at; by default powers of 4 from 128 and the model's own.
         format_bytes: (format, shape) -> bytes, for packed matrices; by default one of each kind is opened and asked.
     """
     config = model.config

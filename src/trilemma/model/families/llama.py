@@ -9,8 +9,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import numpy as np
+
 from trilemma.core.errors import CheckpointError, UnsupportedModelError
-from trilemma.model.config import Attention, DecoderConfig, Dense, LayerSpec
+from trilemma.model.config import Attention, DecoderConfig, Dense, LayerSpec, Rope
 from trilemma.model.families import fields
 from trilemma.model.rope import context_with_rope, read_rope, write_rope
 
@@ -118,9 +120,9 @@ class LlamaLike:
             **write_rope(attention.rope),
             **self.write_options(config, attention, ffn),
         }
-        again = self.read_config(written)
-        if again != config:
-            raise self._cannot_write(_first_difference(again, config))
+        difference = _first_difference(self.read_config(written), config)
+        if difference is not None:
+            raise self._cannot_write(f"'{difference}' has no equivalent there")
         return written
 
     def write_options(self, config: DecoderConfig, attention: Attention, ffn: Dense) -> dict[str, Any]:
@@ -156,11 +158,29 @@ class LlamaLike:
         )
 
 
-def _first_difference(found: DecoderConfig, wanted: DecoderConfig) -> str:
-    for key in DecoderConfig.model_fields:
-        if getattr(found, key) != getattr(wanted, key):
-            return f"'{key}' has no equivalent there"
-    return "it has no equivalent there"
+def _first_difference(found: DecoderConfig, wanted: DecoderConfig) -> str | None:
+    """The first field that does not survive; frequency tables count as equal when they are so to f32 accuracy."""
+    for key in sorted(DecoderConfig.model_fields):
+        if key != "layers" and getattr(found, key) != getattr(wanted, key):
+            return key
+    for ours, theirs in zip(found.layers, wanted.layers, strict=True):
+        assert ours.attention is not None
+        rope = theirs.attention.rope if theirs.attention else None
+        if rope is None or not _same_rope(ours.attention.rope, rope):
+            return "rope"
+        adapted = ours.attention.model_copy(update={"rope": rope})
+        if theirs != ours.model_copy(update={"attention": adapted}):
+            return "layers"
+    return None
+
+
+def _same_rope(found: Rope | None, wanted: Rope) -> bool:
+    return (
+        found is not None
+        and len(found.inverse_frequencies) == len(wanted.inverse_frequencies)
+        and np.allclose(found.inverse_frequencies, wanted.inverse_frequencies, rtol=1e-6, atol=0)
+        and abs(found.attention_factor - wanted.attention_factor) <= 1e-6
+    )
 
 
 class Llama(LlamaLike):
