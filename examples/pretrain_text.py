@@ -132,6 +132,7 @@ def _write_tokens(path: Path, fast: Tokenizer, paths: list[Path], prepare: Prepa
             text_bytes += sum(len(text.encode()) for text in texts)
             for (_, ends), encoded in zip(group, fast.encode_batch(texts, add_special_tokens=False), strict=True):
                 np.array(encoded.ids + ([end] if ends else line_break), dtype=kind).tofile(file)
+        bar.update(task, completed=1.0)
     if not text_bytes:
         raise DataError(f"No text in {', '.join(map(str, paths))}. Give files with text.")
     beside.replace(path)
