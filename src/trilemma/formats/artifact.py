@@ -70,8 +70,11 @@ class ArtifactRecord(Record):
 class ArtifactSource:
     """Reads tensors of an artifact on demand."""
 
+    random = False
+
     def __init__(self, folder: Path, record: ArtifactRecord) -> None:
         self._record = record
+        self.files = [folder / RECORD_FILE, folder / WEIGHTS_FILE]
         self._blobs = BlobReader(folder / WEIGHTS_FILE)
         names = set(self._blobs.names())
         for name, tensor in record.tensors.items():

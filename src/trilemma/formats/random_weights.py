@@ -43,16 +43,19 @@ def random_matrix(spec: Format, shape: tuple[int, int], seed: int) -> PackedMatr
 class RandomPackedSource:
     """A source of random tensors in the formats that `format_of(name)` names; the same seed, the same bytes."""
 
+    random = True
+
     def __init__(self, config: DecoderConfig, format_of: Callable[[str], str], seed: int = 0) -> None:
         self._shapes = config.tensor_shapes()
         self._format_of = format_of
-        self._seed = seed
+        self.seed = seed
+        self.dtype = ",".join(self.stored_dtype(name) for name in self._shapes)  # part of the model's hash
 
     def stored_dtype(self, name: str) -> str:
         return self._format_of(name) if len(self._shapes[name]) == 2 else "f32"
 
     def read(self, name: str) -> Float32 | StoredMatrix:
-        shape, seed = self._shapes[name], zlib.crc32(f"{self._seed}/{name}".encode())
+        shape, seed = self._shapes[name], zlib.crc32(f"{self.seed}/{name}".encode())
         if len(shape) == 2:
             found = random_matrix(FORMATS.get(self.stored_dtype(name)), (shape[0], shape[1]), seed)
             return found.dequantize() if found.format == "f32" else found

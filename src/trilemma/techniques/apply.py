@@ -1,0 +1,162 @@
+"""Recipes put to work: every step is checked before any work starts, then applied in order."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilemma.core.errors import RecipeError, UnsupportedModelError
+from trilemma.core.recipe import Recipe
+from trilemma.core.record import Record
+from trilemma.formats.artifact import check_output, load_any, read_artifact, weights_bytes, write_artifact
+from trilemma.model.config import DecoderConfig
+from trilemma.model.model import Model
+from trilemma.techniques import TECHNIQUES
+from trilemma.techniques.schemes import scheme_to_recipe
+from trilemma.techniques.technique import Build, Technique, TechniqueSettings, read_settings
+
+Progress = Callable[[int, int, str], None]
+
+
+class CompressResult(Record):
+    """What `compress` left behind."""
+
+    path: str
+    recipe: Recipe
+    weights_bytes: int
+    original_weights_bytes: int
+    seconds: float
+
+    def __str__(self) -> str:
+        share = self.weights_bytes / max(1, self.original_weights_bytes)
+        label = self.recipe.name or self.recipe.hash
+        return f"{label}, weights {self.weights_bytes / 1e6:.2f} MB ({share:.0%} of the original), {self.seconds:.1f} s"
+
+
+def check_recipe(recipe: Recipe, config: DecoderConfig) -> list[tuple[Technique, TechniqueSettings]]:
+    """Every step as (technique, validated settings).
+
+    Raises:
+        RecipeError: a step's settings are wrong.
+        UnknownNameError: a technique that no table lists.
+        UnsupportedModelError: a technique that can not work on this model.
+    """
+    steps = []
+    for step in recipe.steps:
+        technique = TECHNIQUES.get(step.technique)()
+        settings = read_settings(technique, step.settings)
+        reason = technique.supports(config)
+        if reason is not None:
+            raise UnsupportedModelError(f"The technique '{step.technique}' can not be used on this model: {reason}.")
+        steps.append((technique, settings))
+    return steps
+
+
+def needs_calibration(recipe: Recipe, config: DecoderConfig) -> bool:
+    """Whether some step looks at calibration text."""
+    return any(technique.needs_calibration(settings) for technique, settings in check_recipe(recipe, config))
+
+
+def apply_recipe(model: Model, recipe: Recipe, build: Build) -> Model:
+    """The model that the recipe makes of `model`, which stays as it is.
+
+    Raises:
+        RecipeError: wrong settings, or a step needs calibration text and `build` has none.
+        UnsupportedModelError: a technique that can not work on this model.
+    """
+    steps = check_recipe(recipe, model.config)
+    for technique, settings in steps:
+        if technique.needs_calibration(settings) and (build.calibration is None or not len(build.calibration)):
+            raise RecipeError(
+                f"The technique '{technique.name}' needs calibration text. Give some with --data (or `data=`), "
+                "or use a scheme that ends without -gptq."
+            )
+    for technique, settings in steps:
+        model = technique.apply(model, settings, build)
+    return model
+
+
+def build_artifact(model: Model, recipe: Recipe, output: str | Path, build: Build) -> Model:
+    """Apply a recipe, write the artifact, and open it again; `output` is untouched until the end."""
+    check_output(output, force=True)
+    write_artifact(apply_recipe(model, recipe, build), output, recipe)
+    return read_artifact(output)
+
+
+def compress(
+    model: Model | str | Path,
+    output: str | Path,
+    *,
+    scheme: str | None = None,
+    recipe: Recipe | str | Path | None = None,
+    calibration: NDArray[np.int32] | None = None,
+    data: list[Path] | list[str] | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> CompressResult:
+    """Apply one scheme or recipe, without a search, and write the artifact.
+
+    Args:
+        recipe: a Recipe, or the path of a recipe.yaml (its own seed holds).
+        calibration: token windows (n, context); or give `data`, text files to cut them from.
+        force: replace an artifact that is there already.
+
+    Raises:
+        RecipeError: neither or both of scheme and recipe, or one that can not be used.
+        OutputError: the output is taken or can not be written.
+        DataError: the texts can not be used.
+    """
+    start = time.monotonic()
+    check_output(output, force=force)
+    chosen = _choose(scheme, recipe, seed)
+    opened = model if isinstance(model, Model) else load_any(model)
+    if calibration is None and data and needs_calibration(chosen, opened.config):
+        calibration = read_calibration(opened, data, chosen.seed)
+    build = Build(calibration=calibration, seed=chosen.seed, threads=threads, progress=progress)
+    made = build_artifact(opened, chosen, output, build)
+    return CompressResult(
+        path=str(output), recipe=chosen, weights_bytes=weights_bytes(made),
+        original_weights_bytes=weights_bytes(opened), seconds=time.monotonic() - start,
+    )  # fmt: skip
+
+
+def _choose(scheme: str | None, recipe: Recipe | str | Path | None, seed: int) -> Recipe:
+    if (scheme is None) == (recipe is None):
+        raise RecipeError("Give one of a scheme (for example W4A8-g32-gptq) and a recipe (a recipe.yaml).")
+    if scheme is not None:
+        return scheme_to_recipe(scheme, seed=seed)
+    if isinstance(recipe, Recipe):
+        return recipe
+    assert recipe is not None
+    try:
+        return Recipe.from_yaml(Path(recipe).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"Can not read the recipe '{recipe}': {error}.") from None
+
+
+CALIBRATION_WINDOWS = 128
+CALIBRATION_CONTEXT = 512
+
+
+def read_calibration(model: Model, data: list[Path] | list[str], seed: int) -> NDArray[np.int32]:
+    """Calibration windows (n, context) cut from text files with the model's own tokenizer.
+
+    Raises:
+        CheckpointError: the model has no tokenizer.
+        DataError: the texts can not be used.
+    """
+    from trilemma.data.documents import read_documents
+    from trilemma.data.windows import sample_calibration
+    from trilemma.model.tokenizer import Tokenizer
+
+    if model.path is None:
+        raise RecipeError("The model has no folder and so no tokenizer. Give `calibration` windows instead of `data`.")
+    tokenizer = Tokenizer.load(model.path)
+    context = min(CALIBRATION_CONTEXT, model.config.max_context)
+    return sample_calibration(read_documents(data), tokenizer.encode, context, CALIBRATION_WINDOWS, seed)

@@ -1,0 +1,97 @@
+"""Which matrix gets which format and which activations: settings shared by every weight quantizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from trilemma.core.errors import RecipeError
+from trilemma.formats import FORMATS, Format
+from trilemma.model.config import DecoderConfig
+from trilemma.model.model import Activation, LinearRun
+from trilemma.techniques.technique import TechniqueSettings
+
+
+class WeightSettings(TechniqueSettings):
+    """Formats of the matrices, and the precision of what they are multiplied with."""
+
+    weights: str = Field(description="format of the matrices inside layers, such as int4-g32")
+    embedding: str | None = Field(
+        None,
+        description="format of the embedding (and tied head); by default int8-g32 under 4-bit weights, else as weights",
+    )
+    head: str | None = Field(None, description="format of an untied head; by default that of the embedding")
+    overrides: dict[str, str] = Field(
+        default={}, description="pattern of tensor names -> format, the last match wins: 'layers.0.*': 'int8-g32'"
+    )
+    activations: Activation = Field(
+        "int8-g32", description="input precision of quantized products: int8-g32 (A8), bf16 (A16) or f32"
+    )
+
+    @field_validator("weights", "embedding", "head")
+    @classmethod
+    def _known_format(cls, value: str | None) -> str | None:
+        return value if value is None else _known(value)
+
+    @field_validator("overrides")
+    @classmethod
+    def _known_formats(cls, value: dict[str, str]) -> dict[str, str]:
+        return {pattern: _known(name) for pattern, name in value.items()}
+
+
+def _known(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError(f"no format is called '{name}'; valid: {', '.join(FORMATS)}")
+    return name
+
+
+def assign_formats(config: DecoderConfig, settings: WeightSettings) -> dict[str, Format]:
+    """Format of every matrix of the model, in file order.
+
+    Raises:
+        RecipeError: a pattern of `overrides` matches no matrix.
+    """
+    weights = FORMATS.get(settings.weights)
+    small = "int8-g32" if weights.bits < 8 else weights.name
+    embedding = settings.embedding or small
+    ends = {"embedding.weight": embedding, "head.weight": settings.head or embedding}
+    matrices = [name for name, shape in config.tensor_shapes().items() if len(shape) == 2]
+    chosen = {name: ends.get(name, weights.name) for name in matrices}
+    for pattern, format_name in settings.overrides.items():
+        matched = [name for name in matrices if fnmatchcase(name, pattern)]
+        if not matched:
+            raise RecipeError(
+                f"The override '{pattern}' matches no matrix. Names look like "
+                f"'{matrices[-1]}'; patterns like 'layers.0.*' or '*.ffn.down.weight'."
+            )
+        chosen |= dict.fromkeys(matched, format_name)
+    return {name: FORMATS.get(format_name) for name, format_name in chosen.items()}
+
+
+def assign_runs(config: DecoderConfig, formats: Mapping[str, Format], activations: Activation) -> dict[str, LinearRun]:
+    """Input precision of every matrix product; a matrix kept in floating point never gets int8 inputs."""
+    return {
+        name: LinearRun(activation=_activation(spec, activations))
+        for name, spec in formats.items()
+        if config.tied or name != "embedding.weight"
+    }
+
+
+def _activation(spec: Format, wanted: Activation) -> Activation:
+    if not spec.floating:
+        return wanted
+    return "bf16" if spec.name == "bf16" and wanted != "f32" else "f32"
+
+
+def named(name: str, error: RecipeError) -> RecipeError:
+    """The same error with the tensor's name in front."""
+    return RecipeError(f"Tensor '{name}': {error}")
+
+
+def settings_help(settings: type[TechniqueSettings]) -> dict[str, str]:
+    """Field -> its one-line help, for the command line and the reference."""
+    fields: Mapping[str, Any] = settings.model_fields
+    return {name: field.description or "" for name, field in fields.items()}

@@ -1,0 +1,200 @@
+"""GPTQ: choose codes column by column, letting later columns make up for the error of earlier ones.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers",
+2022 (arXiv:2210.17323). Groups are static: scales are fitted to the original weights, weighted by
+the Hessian's diagonal and rounded to f16, before any code is chosen. So the order of columns is
+free, and no group ever sees half of its columns updated. Embedding and head are rounded to nearest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trilemma.core.environment import usable_cores
+from trilemma.core.errors import RecipeError
+from trilemma.formats.grid import Format, QuantizedMatrix
+from trilemma.formats.pack import pack
+from trilemma.formats.quantize import fit_grid, usable_codes
+from trilemma.model.config import DecoderConfig
+from trilemma.model.model import Float32, Model, StoredMatrix
+from trilemma.techniques.calibration import Gram, calibrate_layers, using_threads
+from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs, named
+from trilemma.techniques.quantize.rtn import ScaleChoice, round_matrix, scale_rule
+from trilemma.techniques.technique import Build, report
+
+_DAMPING_STEPS = 6
+
+
+class GptqSettings(WeightSettings):
+    """Settings of `gptq`."""
+
+    damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
+    block: int = Field(128, ge=1, description="columns between two updates of all later columns; changes speed only")
+    activation_order: bool = Field(True, description="take columns by falling activation energy")
+    scale: ScaleChoice = Field("mse", description="how scales are found: mse, absmax or auto (mse below 8 bits)")
+
+
+class Gptq:
+    """Quantize layer by layer with error feedback."""
+
+    name: ClassVar[str] = "gptq"
+    what: ClassVar[str] = "choose codes with second-order error feedback on calibration text"
+    Settings: ClassVar[type[GptqSettings]] = GptqSettings
+
+    def supports(self, config: DecoderConfig) -> str | None:
+        return None
+
+    def needs_calibration(self, settings: GptqSettings) -> bool:
+        return True
+
+    def apply(self, model: Model, settings: GptqSettings, build: Build) -> Model:
+        formats = assign_formats(model.config, settings)
+        runs = assign_runs(model.config, formats, settings.activations)
+        ends = {}
+        for name in (name for name in formats if not name.startswith("layers.")):
+            report(build, 0, len(model.config.layers), f"rtn {name}")
+            ends[name] = round_matrix(name, model.tensor(name), formats[name])
+        before = model
+        model = model.with_tensors(ends, runs)
+
+        def choose(name: str, gram: Gram) -> StoredMatrix:
+            with using_threads(1):  # columns are too short to share; matrices go side by side instead
+                return _choose(name, before.tensor(name), gram, formats[name], settings)
+
+        def replace(grams: Mapping[str, Gram]) -> dict[str, Float32 | StoredMatrix]:
+            with ThreadPoolExecutor(build.threads or usable_cores()) as pool:
+                return dict(zip(grams, pool.map(choose, grams, grams.values()), strict=True))
+
+        return calibrate_layers(model, build, runs, replace)
+
+
+def _choose(name: str, weight: Float32, gram: Gram, spec: Format, settings: GptqSettings) -> StoredMatrix:
+    if spec.floating:
+        return round_matrix(name, weight, spec)
+    try:
+        return pack(quantize_gptq(weight, gram.hessian(), spec, settings))
+    except RecipeError as error:
+        raise named(name, error) from None
+
+
+def quantize_gptq(weight: Float32, hessian: Tensor, spec: Format, settings: GptqSettings) -> QuantizedMatrix:
+    """One matrix (out, in) on its grid, for inputs whose H = 2 X^T X is `hessian` (in, in).
+
+    Raises:
+        RecipeError: values that the format can not hold, or a Hessian that no damping makes positive.
+    """
+    importance = hessian.diagonal().to("cpu", torch.float32).numpy()
+    scales, minima = fit_grid(weight, spec, scale=scale_rule(spec, settings.scale), importance=importance)
+    codes = gptq_codes(
+        torch.from_numpy(weight), hessian, torch.from_numpy(scales.astype(np.float32)),
+        None if minima is None else torch.from_numpy(minima.astype(np.float32)), spec,
+        damping=settings.damping, block=settings.block, activation_order=settings.activation_order,
+    )  # fmt: skip
+    return QuantizedMatrix(spec, codes.numpy(), scales, minima)
+
+
+def gptq_codes(
+    weight: Tensor,
+    hessian: Tensor,
+    scales: Tensor,
+    minima: Tensor | None,
+    spec: Format,
+    *,
+    damping: float = 0.01,
+    block: int = 128,
+    activation_order: bool = True,
+) -> Tensor:
+    """Codes (out, in) int8 for given scales and minima (out, groups), all in the Hessian's dtype.
+
+    Within a block errors go to the block's later columns at once; columns behind the block get the
+    whole block's error in one product when it is done, and only then. Inputs that calibration never
+    saw are rounded to nearest.
+    """
+    dtype, device = hessian.dtype, hessian.device
+    order = column_order(hessian, activation_order)
+    upper = inverse_factor(hessian[order][:, order], damping)  # (in, in)
+    group = order // spec.group_size(weight.shape[1])
+    scale = scales.to(device, dtype).T.contiguous()  # (groups, out)
+    shift = None if minima is None else minima.to(device, dtype).T.contiguous()
+    rest = weight.to(device, dtype).T[order].contiguous()  # (in, out): a column of the matrix is a row here
+    codes = torch.empty(rest.shape, dtype=torch.int8, device=device)
+    for first in range(0, len(rest), block):
+        last = min(first + block, len(rest))
+        errors = _block_codes(rest, codes, upper, scale, shift, group, spec, first, last)
+        if last < len(rest):
+            rest[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
+    unordered = torch.empty_like(codes)
+    unordered[order] = codes
+    return unordered.T.contiguous().cpu()
+
+
+def _block_codes(
+    rest: Tensor,
+    codes: Tensor,
+    upper: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    group: Tensor,
+    spec: Format,
+    first: int,
+    last: int,
+) -> Tensor:
+    """Codes of the columns first..last; returns their scaled errors (columns, out)."""
+    low, high = usable_codes(spec)
+    errors = torch.empty(last - first, rest.shape[1], dtype=rest.dtype, device=rest.device)
+    for column, at in zip(range(first, last), group[first:last].tolist(), strict=True):
+        values, step = rest[column], scale[at]
+        shifted = values if shift is None else values - shift[at]
+        code = torch.where(step != 0, shifted / step, torch.zeros_like(step)).round_().clamp_(low, high)
+        codes[column] = code.to(torch.int8)
+        rounded = code * step if shift is None else code * step + shift[at]
+        error = (values - rounded) / upper[column, column]
+        errors[column - first] = error
+        if column + 1 < last:
+            rest[column + 1 : last].addr_(upper[column, column + 1 : last], error, alpha=-1)
+    return errors
+
+
+def column_order(hessian: Tensor, activation_order: bool) -> Tensor:
+    """Columns by falling activation energy (ties by index), or as they are."""
+    if not activation_order:
+        return torch.arange(hessian.shape[0], device=hessian.device)
+    return torch.argsort(hessian.diagonal(), descending=True, stable=True)
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper triangular U with U^T U = (H + damping mean(diag H) I)^-1, in the Hessian's dtype.
+
+    Falls back to f64, then to ever more damping.
+
+    Raises:
+        RecipeError: no damping up to 10^5 times the given one is enough.
+    """
+    diagonal = hessian.diagonal()
+    alive = diagonal > 0
+    mean = diagonal[alive].mean() if alive.any() else torch.ones((), dtype=hessian.dtype, device=hessian.device)
+    damped = hessian.clone()
+    damped.diagonal()[~alive] = mean  # an input never seen: no error is passed on from it
+    for dtype in (hessian.dtype, torch.float64):
+        for step in range(1 if dtype != torch.float64 else _DAMPING_STEPS):
+            trial = damped.to(dtype, copy=True)
+            trial.diagonal().add_(mean.to(dtype) * damping * 10**step)
+            factor = _factor(trial)
+            if factor is not None:
+                return factor.to(hessian.dtype)
+    raise RecipeError("The calibration statistics can not be inverted. Use other calibration text or more of it.")
+
+
+def _factor(positive: Tensor) -> Tensor | None:
+    lower, failed = torch.linalg.cholesky_ex(positive)
+    if failed:
+        return None
+    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return None if failed or not torch.isfinite(upper).all() else upper

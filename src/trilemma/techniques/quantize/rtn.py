@@ -1,0 +1,73 @@
+"""Round-to-nearest: every matrix to its grid on its own, without data. The baseline of all quantizers."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from trilemma.core.errors import RecipeError
+from trilemma.formats.grid import Format
+from trilemma.formats.pack import PackedMatrix, pack
+from trilemma.formats.plain import to_plain
+from trilemma.formats.quantize import ScaleRule, quantize_rtn
+from trilemma.model.config import DecoderConfig
+from trilemma.model.model import Float32, Model
+from trilemma.model.plain import PlainDtype, PlainMatrix
+from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs, named
+from trilemma.techniques.technique import Build, report
+
+ScaleChoice = Literal["auto", "absmax", "mse"]
+
+
+class RtnSettings(WeightSettings):
+    """Settings of `rtn`."""
+
+    scale: ScaleChoice = Field(
+        "auto", description="how scales are found: absmax, mse (least squared error) or auto (mse below 8 bits)"
+    )
+
+
+class RoundToNearest:
+    """Quantize every matrix on its own."""
+
+    name: ClassVar[str] = "rtn"
+    what: ClassVar[str] = "round weights to the nearest value of their grid; needs no data"
+    Settings: ClassVar[type[RtnSettings]] = RtnSettings
+
+    def supports(self, config: DecoderConfig) -> str | None:
+        return None
+
+    def needs_calibration(self, settings: RtnSettings) -> bool:
+        return False
+
+    def apply(self, model: Model, settings: RtnSettings, build: Build) -> Model:
+        formats = assign_formats(model.config, settings)
+        replaced = {}
+        for done, (name, spec) in enumerate(formats.items()):
+            report(build, done, len(formats), f"rtn {name}")
+            replaced[name] = round_matrix(name, model.tensor(name), spec, settings.scale)
+        report(build, len(formats), len(formats), "rtn")
+        return model.with_tensors(replaced, assign_runs(model.config, formats, settings.activations))
+
+
+def round_matrix(name: str, values: Float32, spec: Format, scale: ScaleChoice = "auto") -> PackedMatrix | PlainMatrix:
+    """One matrix (out, in) in its format, packed. Raises RecipeError naming the tensor."""
+    try:
+        if spec.floating:
+            return to_plain(values, plain_dtype(spec))
+        return pack(quantize_rtn(values, spec, scale=scale_rule(spec, scale)))
+    except RecipeError as error:
+        raise named(name, error) from None
+
+
+def scale_rule(spec: Format, choice: ScaleChoice) -> ScaleRule:
+    """'auto' searches where it pays: below 8 bits."""
+    if choice == "auto":
+        return "mse" if spec.bits < 8 else "absmax"
+    return choice
+
+
+def plain_dtype(spec: Format) -> PlainDtype:
+    dtypes: dict[str, PlainDtype] = {"f32": "f32", "f16": "f16", "bf16": "bf16"}
+    return dtypes[spec.name]
