@@ -37,7 +37,8 @@ class ReferenceLoop:
         self._rounds = 1
         self._pool = ThreadPoolExecutor(self.threads)
         self._pass()  # threads start, pages are touched
-        self._rounds = max(1, round(_TARGET_S / max(self._best_of(3), 1e-6)))
+        while self._best_of(2) < _TARGET_S and self._rounds < 1 << 16:
+            self._rounds *= 2
         self._began = self._account()
 
     def probe(self) -> float:
