@@ -1,0 +1,236 @@
+"""Matrix products of the native engine against numpy, at odd shapes, in every format, activation mode and set.
+
+A decoder without layers is a product: logits = head . norm(embedding[token]). The packer here is written apart
+from `trilemma.formats`, from the layout's definition alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from trilemma import _native
+
+ISAS = _native.supported_isas()
+SHAPES = [(511, 172), (16, 32), (3, 8), (40, 576), (33, 130), (100, 257)]  # rows, columns
+TOKENS = [1, 2, 3, 5, 8, 16, 17, 31]
+
+
+@dataclass
+class Codes:
+    """codes (rows, cols) int; scales and minima (rows, groups) f16."""
+
+    bits: int
+    group: int
+    codes: np.ndarray
+    scales: np.ndarray
+    minima: np.ndarray | None
+
+    def dequantize(self) -> np.ndarray:
+        group = self.group or self.codes.shape[1]
+        columns = self.codes.shape[1]
+        wide = np.repeat(self.scales.astype(np.float64), group, axis=1)[:, :columns] * self.codes
+        if self.minima is not None:
+            wide += np.repeat(self.minima.astype(np.float64), group, axis=1)[:, :columns]
+        return wide
+
+
+def random_codes(rng: np.random.Generator, rows: int, cols: int, bits: int, group: int, symmetric: bool) -> Codes:
+    groups = -(-cols // (group or cols))
+    low = -(2 ** (bits - 1)) if symmetric else 0
+    codes = rng.integers(low, low + 2**bits, (rows, cols))
+    scales = (rng.uniform(-1, 1, (rows, groups)) / 2**bits).astype(np.float16)  # negative scales are legal
+    minima = None if symmetric else rng.uniform(-1, 0, (rows, groups)).astype(np.float16)
+    return Codes(bits, group, codes, scales, minima)
+
+
+def pack_panels(c: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    rows, cols = c.codes.shape
+    panels, blocks = -(-rows // 16), -(-cols // 32)
+    biased = c.codes + 8 if c.bits == 4 and c.minima is None else c.codes
+    full = np.full((panels * 16, blocks * 32), 8 if c.bits == 4 and c.minima is None else 0)
+    full[:rows, :cols] = biased
+    out = bytearray()
+    for panel in full.reshape(panels, 16, -1):
+        step = 8 if c.bits == 4 else 4
+        for k in range(0, blocks * 32, step):
+            for r in range(16):
+                for j in range(4):
+                    high = int(panel[r, k + 4 + j]) << 4 if c.bits == 4 else 0
+                    out.append((int(panel[r, k + j]) | high) & 0xFF)
+
+    def by_panel(values: np.ndarray) -> np.ndarray:
+        padded = np.zeros((panels * 16, values.shape[1]), np.float16)
+        padded[:rows] = values
+        return np.ascontiguousarray(padded.reshape(panels, 16, -1).transpose(0, 2, 1)).reshape(-1).view(np.uint8)
+
+    minima = None if c.minima is None else by_panel(c.minima)
+    return np.frombuffer(bytes(out), np.uint8), by_panel(c.scales), minima
+
+
+def layerless(rows: int, cols: int, embedding: np.ndarray, add_head) -> _native.Model:
+    """vocab must cover embedding rows and head rows alike: the larger is padded with zeros."""
+    config = {"dim": cols, "vocab_size": rows, "max_context": 64, "norm_eps": 1e-5, "tied": False, "layers": ()}
+    model = _native.Model(config)
+    table = np.zeros((rows, cols), np.float32)
+    table[: len(embedding)] = embedding[:rows]
+    model.add_plain("embedding.weight", "f32", rows, cols, table.reshape(-1).view(np.uint8))
+    model.add_vector("final_norm.weight", np.ones(cols, np.float32))
+    add_head(model)
+    model.finalize()
+    return model
+
+
+def run(
+    model: _native.Model, tokens: int, isa: str, *, distinct: int, threads: int = 1, chunk: int = 0
+) -> np.ndarray:
+    context = _native.Context(model, threads=threads, isa=isa, kv_cache="f32", max_context=64, chunk=chunk)
+    ids = np.arange(tokens, dtype=np.int32) % distinct
+    return context.forward([(context.create(), ids, "all")])
+
+
+def normed_inputs(embedding: np.ndarray, cols: int) -> np.ndarray:
+    """What the product sees, bit for bit: an identity matrix as the head."""
+    eye = np.eye(cols, dtype=np.float32)
+    model = layerless(
+        cols, cols, embedding, lambda m: m.add_plain("head.weight", "f32", cols, cols, eye.reshape(-1).view(np.uint8))
+    )
+    distinct = min(len(embedding), cols)
+    return run(model, distinct, "scalar", distinct=distinct)
+
+
+def int8_inputs(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (tokens, cols) and scale of each column's group of 32."""
+    pad = -x.shape[1] % 32
+    groups = np.pad(x, ((0, 0), (0, pad))).reshape(len(x), -1, 32)
+    scale = np.abs(groups).max(-1, keepdims=True) / np.float32(127)
+    codes = np.rint(groups * (np.float32(1) / scale))
+    wide = np.broadcast_to(scale, groups.shape)
+    return codes.reshape(len(x), -1)[:, : x.shape[1]], wide.reshape(len(x), -1)[:, : x.shape[1]]
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    raw = x.astype(np.float32).view(np.uint32)
+    return (((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16) << 16).view(np.float32)
+
+
+def expected(weights: np.ndarray, x: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
+    """The product in f64 and the size of its terms, which the error is measured against."""
+    seen = x.astype(np.float64)
+    if activation == "bf16":
+        seen = bf16(x).astype(np.float64)
+    if activation == "int8-g32":
+        codes, scale = int8_inputs(x)
+        seen = codes.astype(np.float64) * scale.astype(np.float64)
+    return seen @ weights.T, np.abs(seen) @ np.abs(weights).T
+
+
+def embedding_for(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
+    return rng.standard_normal((min(31, rows, cols), cols)).astype(np.float32) * np.float32(2)
+
+
+def check_everywhere(model: _native.Model, wanted: np.ndarray, size: np.ndarray) -> None:
+    distinct = len(wanted)
+    first = run(model, 1, ISAS[-1], distinct=distinct)
+    for tokens in TOKENS:
+        results = [run(model, tokens, isa, distinct=distinct, threads=threads) for isa in ISAS for threads in (1, 2)]
+        results.append(run(model, tokens, ISAS[-1], distinct=distinct, chunk=7))
+        for other in results[1:]:
+            np.testing.assert_array_equal(other, results[0])
+        np.testing.assert_array_equal(results[0][:1], first)
+        picked = np.arange(tokens) % distinct
+        error = np.abs(results[0].astype(np.float64) - wanted[picked])
+        assert (error <= 1e-6 * size[picked] + 1e-30).all(), float((error / size[picked]).max())
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize("activation", ["int8-g32", "bf16", "f32"])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric"),
+    [(8, 0, True), (8, 32, True), (8, 128, True), (4, 32, True), (4, 128, True), (4, 0, True), (4, 64, False)],
+)
+def test_quantized(random_generator, rows, cols, activation, bits, group, symmetric):
+    c = random_codes(random_generator, rows, cols, bits, group, symmetric)
+    embedding = embedding_for(random_generator, rows, cols)
+    codes, scales, minima = pack_panels(c)
+    model = layerless(
+        rows, cols, embedding,
+        lambda m: m.add_packed("head.weight", bits, symmetric, group, rows, cols, activation, codes, scales, minima),
+    )  # fmt: skip
+    wanted, size = expected(c.dequantize(), normed_inputs(embedding, cols), activation)
+    check_everywhere(model, wanted, size)
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("activation", ["f32", "bf16"])
+def test_plain(random_generator, rows, cols, dtype, activation):
+    weights = random_generator.standard_normal((rows, cols)).astype(np.float32)
+    if dtype == "f32":
+        bits, values = weights, weights
+    elif dtype == "f16":
+        bits = (weights * np.float32(1e-3)).astype(np.float16)  # some of them subnormal
+        values = bits.astype(np.float32)
+    else:
+        values = bf16(weights)
+        bits = (values.view(np.uint32) >> 16).astype(np.uint16)
+    embedding = embedding_for(random_generator, rows, cols)
+    raw = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
+    model = layerless(
+        rows, cols, embedding, lambda m: m.add_plain("head.weight", dtype, rows, cols, raw, activation)
+    )
+    wanted, size = expected(values.astype(np.float64), normed_inputs(embedding, cols), activation)
+    check_everywhere(model, wanted, size)
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), [(8, 0, True), (4, 32, True), (4, 64, False)])
+def test_rows_of_a_tied_embedding(random_generator, bits, group, symmetric):
+    """The gather gives code * scale (+ minimum), each rounded once; the same matrix is the head."""
+    rows, cols = 37, 72
+    c = random_codes(random_generator, rows, cols, bits, group, symmetric)
+    codes, scales, minima = pack_panels(c)
+    config = {"dim": cols, "vocab_size": rows, "max_context": 64, "norm_eps": 1e-5, "tied": True, "layers": ()}
+    model = _native.Model(config)
+    model.add_packed("embedding.weight", bits, symmetric, group, rows, cols, "f32", codes, scales, minima)
+    model.add_vector("final_norm.weight", np.ones(cols, np.float32))
+    model.finalize()
+    weights = c.dequantize()
+    found = run(model, 3, ISAS[-1], distinct=3)
+    x = weights[:3] / np.sqrt((weights[:3] ** 2).mean(1, keepdims=True) + 1e-5)
+    np.testing.assert_allclose(found, x @ weights.T, rtol=1e-4, atol=1e-4 * np.abs(x @ weights.T).max())
+
+
+def test_a_nan_is_not_swallowed_by_int8_activations():
+    c = random_codes(np.random.default_rng(1), 16, 64, 8, 32, True)
+    codes, scales, _ = pack_panels(c)
+    embedding = np.full((3, 64), np.nan, np.float32)
+    model = layerless(
+        16, 64, embedding, lambda m: m.add_packed("head.weight", 8, True, 32, 16, 64, "int8-g32", codes, scales)
+    )
+    for isa in ISAS:
+        assert np.isnan(run(model, 1, isa, distinct=1)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4, True, 48, 16, 64, "int8-g32", 512, 64), "multiple of 32"),
+        ((4, True, 32, 16, 64, "int8-g32", 511, 64), "codes hold 511 bytes, expected 512"),
+        ((4, True, 32, 16, 64, "int8-g32", 512, 62), "scales hold 62 bytes, expected 64"),
+        ((8, False, 32, 16, 64, "int8-g32", 1024, 64), "8-bit asymmetric"),
+        ((4, True, 32, 16, 64, "int8", 512, 64), "Unknown activation 'int8'"),
+        ((4, True, 32, 17, 64, "int8-g32", 1024, 128), "the config says \\(16, 64\\)"),
+    ],
+)
+def test_wrong_buffers_are_refused(arguments, message):
+    bits, symmetric, group, rows, cols, activation, codes, scales = arguments
+    model = _native.Model(
+        {"dim": 64, "vocab_size": 16, "max_context": 8, "norm_eps": 1e-5, "tied": True, "layers": ()}
+    )
+    with pytest.raises(_native.EngineFault, match=message):
+        model.add_packed(
+            "embedding.weight", bits, symmetric, group, rows, cols, activation,
+            np.zeros(codes, np.uint8), np.zeros(scales, np.uint8),
+        )  # fmt: skip
