@@ -69,6 +69,19 @@ class TokenSet:
             tuple(self.domains[index] for index in used),
         )
 
+    @classmethod
+    def joined(cls, parts: Sequence[TokenSet]) -> TokenSet:
+        """Several sets of one context as one."""
+        offsets = np.cumsum([0] + [part.document_count for part in parts[:-1]])
+        return cls(
+            tuple(window for part in parts for window in part.windows),
+            np.concatenate([part.documents + offset for part, offset in zip(parts, offsets, strict=True)]),
+            np.concatenate([part.text_bytes for part in parts]),
+            parts[0].context,
+            tuple(source for part in parts for source in part.sources),
+            tuple(domain for part in parts for domain in part.domains),
+        )
+
     def of_domain(self, domain: str) -> TokenSet:
         return self.take([at for at, index in enumerate(self.documents) if self.domains[index] == domain])
 

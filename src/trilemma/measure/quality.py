@@ -23,7 +23,17 @@ from trilemma.runtime.engine import Engine
 
 Float64 = NDArray[np.float64]
 
-__all__ = ["Reference", "TokenScores", "evaluate", "perplexity_of", "score", "summarize"]
+__all__ = [
+    "Reference",
+    "TokenScores",
+    "evaluate",
+    "likelihood",
+    "perplexity_of",
+    "score",
+    "summarize",
+    "token_documents",
+    "token_likelihood",
+]
 
 _INTERVAL = "95% symmetric percentile-t bootstrap over documents"
 
@@ -39,6 +49,9 @@ class TokenScores:
     kl: Float64
     agrees: NDArray[np.bool_]
 
+    def rows(self, chosen: NDArray[np.bool_]) -> TokenScores:
+        return TokenScores(self.nll[chosen], self.kl[chosen], self.agrees[chosen])
+
 
 def perplexity_of(engine: Engine, token_set: TokenSet, progress: Progress | None = None) -> dict[str, Measurement]:
     """Perplexity and bits per byte without a reference.
@@ -46,6 +59,11 @@ def perplexity_of(engine: Engine, token_set: TokenSet, progress: Progress | None
     Raises:
         EngineError: logits that are not finite, or windows longer than the engine's context.
     """
+    return likelihood(token_likelihood(engine, token_set, progress), token_set)
+
+
+def token_likelihood(engine: Engine, token_set: TokenSet, progress: Progress | None = None) -> Float64:
+    """Negative log-likelihood of every predicted token in nats, (rows,). Raises as `perplexity_of`."""
     parts = []
     with RowPool(engine.threads) as pool:
         for index, window in enumerate(token_set.windows):
@@ -59,7 +77,7 @@ def perplexity_of(engine: Engine, token_set: TokenSet, progress: Progress | None
             require_finite(normalizer, index, engine)
             parts.append(token_nll(logits, window[1:], normalizer))
             _tell(progress, index, token_set, "perplexity")
-    return _likelihood(np.concatenate(parts), token_set)
+    return np.concatenate(parts)
 
 
 def evaluate(
@@ -79,7 +97,8 @@ def evaluate(
             f"The reference was made on other tokens (hash {reference.token_set.hash}, not {token_set.hash}). "
             "Build a reference on this token set."
         )
-    return summarize(score(engine, reference, progress), reference)
+    scores = score(engine, reference, progress)
+    return summarize(scores, reference.token_set, reference.nll, reference.engine_name)
 
 
 def score(engine: Engine, reference: Reference, progress: Progress | None = None) -> TokenScores:
@@ -122,17 +141,18 @@ def score(engine: Engine, reference: Reference, progress: Progress | None = None
     return TokenScores(nll, kl, agrees)
 
 
-def summarize(scores: TokenScores, reference: Reference) -> dict[str, Measurement]:
-    """Measurements with intervals over documents from per-token figures."""
-    tokens = reference.token_set
+def summarize(
+    scores: TokenScores, tokens: TokenSet, reference_nll: Float64, reference_name: str
+) -> dict[str, Measurement]:
+    """Measurements with intervals over documents from per-token figures of the candidate and its reference."""
     owners = token_documents(tokens)
     counts = per_document(np.ones(len(owners)), tokens)
-    base_ppl = math.exp(float(reference.nll.mean()))
-    paired = ratio_interval(per_document(scores.nll - reference.nll, tokens), counts)
+    base_ppl = math.exp(float(reference_nll.mean()))
+    paired = ratio_interval(per_document(scores.nll - reference_nll, tokens), counts)
     kl = ratio_interval(per_document(scores.kl, tokens), counts, scale="log")
     agreement = share_interval(per_document(scores.agrees.astype(np.float64), tokens), counts)
-    versus = f"against {reference.engine_name} f32 on the same tokens; {_INTERVAL}"
-    found = _likelihood(scores.nll, tokens)
+    versus = f"against {reference_name} f32 on the same tokens; {_INTERVAL}"
+    found = likelihood(scores.nll, tokens)
     found["ppl_increase"] = _measure(
         "ppl_increase",
         _map(paired, _expm1),
@@ -159,7 +179,8 @@ def per_document(values: NDArray[np.floating], token_set: TokenSet) -> Float64:
     return sums.astype(np.float64)
 
 
-def _likelihood(nll: Float64, token_set: TokenSet) -> dict[str, Measurement]:
+def likelihood(nll: Float64, token_set: TokenSet) -> dict[str, Measurement]:
+    """Perplexity and bits per byte from per-token figures."""
     sums = per_document(nll, token_set)
     counts = per_document(np.ones(len(nll)), token_set)
     text_bytes = np.bincount(token_set.documents, weights=token_set.text_bytes, minlength=token_set.document_count)
