@@ -203,6 +203,13 @@ def test_a_typo_says_both(tmp_path):
             read_checkpoint(name)
 
 
+def test_a_typo_in_a_folder_that_exists_is_not_looked_up_on_the_hub(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent.parent)
+    right = folder.relative_to(folder.parent.parent)
+    with pytest.raises(CheckpointError, match=f"Did you mean '{right}'"):
+        read_checkpoint(f"{right}0")
+
+
 def test_end_tokens_of_the_generation_config(folder):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 5]}))
     assert read_checkpoint(folder).config.eos_token_ids == (3, 5)

@@ -7,6 +7,7 @@ and tokenizer files only). A bare config.json gives a model of random weights, t
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -69,10 +70,13 @@ def _locate(path: str | Path) -> Path:
     if local.exists():
         return local
     a_file = text.endswith((".json", ".safetensors", ".gguf"))
-    if isinstance(path, str) and _HUB_ID.fullmatch(text) and not a_file:
+    beside = sorted(entry.name for entry in local.parent.iterdir()) if local.parent.is_dir() else []
+    if isinstance(path, str) and _HUB_ID.fullmatch(text) and not a_file and not beside:
         return _fetch(text)
+    close = difflib.get_close_matches(local.name, beside, n=1)
+    hint = f" Did you mean '{local.with_name(close[0])}'?" if close else ""
     raise CheckpointError(
-        f"There is no folder '{text}', and it is no hub id either (those look like 'organisation/name'). "
+        f"There is no folder '{text}', and it is no hub id either (those look like 'organisation/name').{hint} "
         "Give a folder with config.json and safetensors, a config.json, or a hub id."
     )
 
