@@ -69,14 +69,18 @@ def _locate(path: str | Path) -> Path:
     local = Path(path).expanduser()
     if local.exists():
         return local
-    a_file = text.endswith((".json", ".safetensors", ".gguf"))
-    beside = sorted(entry.name for entry in local.parent.iterdir()) if local.parent.is_dir() else []
-    if isinstance(path, str) and _HUB_ID.fullmatch(text) and not a_file and not beside:
-        return _fetch(text)
-    close = difflib.get_close_matches(local.name, beside, n=1)
-    hint = f" Did you mean '{local.with_name(close[0])}'?" if close else ""
+    if _HUB_ID.fullmatch(text) and not text.endswith((".json", ".safetensors", ".gguf")):
+        beside = sorted(entry.name for entry in local.parent.iterdir()) if local.parent.is_dir() else []
+        if not beside:
+            return _fetch(text)
+        near = difflib.get_close_matches(local.name, beside, n=1)
+        hint = f"Did you mean '{local.with_name(near[0])}'?" if near else "Check the spelling."
+        raise CheckpointError(
+            f"There is no folder '{text}', and no hub was asked, because the folder '{local.parent}' is here. {hint} "
+            "To fetch that model from the hub, run in another directory, or give the folder it was downloaded to."
+        )
     raise CheckpointError(
-        f"There is no folder '{text}', and it is no hub id either (those look like 'organisation/name').{hint} "
+        f"There is no folder '{text}', and it is no hub id either (those look like 'organisation/name'). "
         "Give a folder with config.json and safetensors, a config.json, or a hub id."
     )
 
