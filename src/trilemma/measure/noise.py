@@ -17,8 +17,9 @@ import numpy as np
 MOVED = 0.05  # the machine moved when the loop's time changed by more than this
 FOREIGN_SHARE = 0.05  # or when others took more than this share of the cores
 _TRIES = 3
-_TARGET_S = 0.008
-_LEAST_ACCOUNT_S = 2.0  # core-seconds; the kernel counts in ticks of 10 ms
+_TARGET_S = 0.005
+_LEAST_ACCOUNT_S = 0.2  # core-seconds below which the kernel's ticks say nothing
+_TICKS_OF_DOUBT = 2
 
 
 class ReferenceLoop:
@@ -42,8 +43,8 @@ class ReferenceLoop:
         self._began = self._account()
 
     def probe(self) -> float:
-        """Seconds of the work now: the best of three tries."""
-        self.times_s.append(self._best_of(_TRIES))
+        """Seconds of the work now: the median of three tries."""
+        self.times_s.append(sorted(self._pass() for _ in range(_TRIES))[_TRIES // 2])
         return self.times_s[-1]
 
     @property
@@ -53,11 +54,15 @@ class ReferenceLoop:
 
     @property
     def foreign_share(self) -> float | None:
-        """Share of this process's cores that others took since the loop was made; None where unknown."""
+        """Least share of this process's cores that others took since the loop was made; None where unknown.
+
+        The kernel counts in ticks, so two of them are taken off in favour of a quiet machine.
+        """
         now, began = self._account(), self._began
         if now is None or began is None or now[0] - began[0] < _LEAST_ACCOUNT_S:
             return None
-        return max(0.0, (now[1] - began[1]) - (now[2] - began[2])) / (now[0] - began[0])
+        doubt = _TICKS_OF_DOUBT / os.sysconf("SC_CLK_TCK")
+        return max(0.0, (now[1] - began[1]) - (now[2] - began[2]) - doubt) / (now[0] - began[0])
 
     @property
     def reason(self) -> str | None:
