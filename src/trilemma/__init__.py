@@ -9,13 +9,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trilemma.api import export_model, inspect
+    from trilemma.api import bench, export_model, inspect
     from trilemma.core.errors import TrilemmaError
     from trilemma.core.limit import Limit
     from trilemma.core.measurement import Measurement
     from trilemma.core.recipe import Recipe
     from trilemma.core.verdict import Verdict
-    from trilemma.measure.bench import bench
     from trilemma.measure.compare import compare
     from trilemma.measure.evaluate import evaluate
     from trilemma.runtime.text_model import TextModel
@@ -31,7 +30,7 @@ _WHERE = {
     "TextModel": "runtime.text_model",
     "TrilemmaError": "core.errors",
     "Verdict": "core.verdict",
-    "bench": "measure.bench",
+    "bench": "api",
     "check": "search.check",
     "compare": "measure.compare",
     "compress": "techniques.apply",

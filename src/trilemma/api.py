@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from trilemma.core.results import BenchReport
+    from trilemma.measure.bench import BenchCandidate
     from trilemma.model.cost import Inspection
     from trilemma.model.model import Model
+    from trilemma.runtime.engine import EngineOptions
 
 
 def inspect(model: Model | str | Path) -> Inspection:
@@ -24,6 +28,60 @@ def inspect(model: Model | str | Path) -> Inspection:
     from trilemma.model.cost import inspect_model
 
     return inspect_model(load_any(model) if isinstance(model, str | Path) else model)
+
+
+def bench(
+    models: str | Path | Sequence[str | Path],
+    *,
+    schemes: Sequence[str] = (),
+    runtime: str = "native",
+    options: EngineOptions | None = None,
+    prompt_tokens: int = 128,
+    output_tokens: int = 32,
+    repetitions: int = 5,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> BenchReport:
+    """What models cost on this machine, interleaved; each as it is, or in every scheme.
+
+    Args:
+        models: checkpoints, artifacts or bare config.json files (random weights: cost only).
+        schemes: such as 'bf16' or 'W4A8-g32'; rounding to nearest, since codes do not change the cost.
+        options: threads, KV precision, instruction set.
+        prompt_tokens, output_tokens: lengths of each request.
+        repetitions: timed ones, after a discarded round.
+
+    Raises:
+        RecipeError: a scheme that can not be read, or one that needs text.
+        InputError: lengths that a model's context does not hold.
+    """
+    from trilemma.measure.bench import bench as measure
+    from trilemma.runtime.engine import EngineOptions
+
+    given = [models] if isinstance(models, str | Path) else list(models)
+    opened = options or EngineOptions()
+    candidates = [_candidate(model, scheme, opened) for model in given for scheme in schemes] or given
+    return measure(
+        candidates, runtime=runtime, options=opened, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        repetitions=repetitions, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def _candidate(path: str | Path, scheme: str, options: EngineOptions) -> BenchCandidate:
+    from trilemma.formats.artifact import load_any
+    from trilemma.measure.bench import BenchCandidate
+    from trilemma.techniques.apply import apply_recipe
+    from trilemma.techniques.cost_twin import cost_twin
+    from trilemma.techniques.schemes import scheme_to_recipe
+    from trilemma.techniques.technique import Build
+
+    recipe = scheme_to_recipe(scheme)
+    model = load_any(path)
+    random = bool(getattr(model.source, "random", False))
+    made = cost_twin(model, recipe) if random else apply_recipe(model, recipe, Build())
+    place = Path(path)
+    name = place.parent.name if place.name == "config.json" else place.name or str(path)
+    return BenchCandidate(name, scheme, made, options, recipe)
 
 
 def export_model(model: Model | str | Path, output: str | Path, *, to: str = "gguf", force: bool = False) -> Path:

@@ -107,7 +107,7 @@ DAMAGES = {
     "nan": (put_nan, ["down_proj", "NaN"]),
     "unknown architecture": (lambda folder: change_config(folder, model_type="griffin"), ["griffin", "llama"]),
     "no architecture": (lambda folder: change_config(folder, model_type=None), ["model_type"]),
-    "pickle": (make_pickle, ["pickle", "save_pretrained"]),
+    "pickle": (make_pickle, ["pickle", "safetensors.torch"]),
     "broken config": (break_json, ["config.json"]),
 }
 

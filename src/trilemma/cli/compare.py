@@ -2,19 +2,61 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trilemma.cli import options
 
+if TYPE_CHECKING:
+    from trilemma.measure.results import CompareRow
+
+METRICS = (
+    "weights_bytes", "engine_memory_bytes", "ttft_s", "tpot_s", "perplexity", "ppl_increase", "kl_mean",
+    "top1_agreement",
+)  # fmt: skip
+
 
 def compare(
     models: Annotated[list[str], typer.Argument(help="Two or more models; the first is the reference.")],
-    data: options.Data = None,
+    data: options.SomeNamedData = None,
     context: options.Context = None,
+    max_tokens: options.TextTokens = 30_000,
+    prepare: options.PrepareText = "none",
+    prompt: Annotated[int, typer.Option("--prompt", min=1, help="Prompt tokens of the timing.")] = 128,
+    output: Annotated[int, typer.Option("--output", min=2, help="Output tokens of the timing.")] = 32,
+    repetitions: Annotated[int, typer.Option("--repetitions", min=1, help="Timed ones, after a discarded round.")] = 5,
+    kv: options.KvCache = None,
     threads: options.Threads = None,
+    isa: options.IsaChoice = None,
     runtime: options.Runtime = "native",
     json: options.Json = False,
 ) -> None:
-    """Compare models on the same text and machine; the first is the reference."""
+    """Compare models on the same text and machine, interleaved and paired; the first is the reference."""
+    from trilemma.cli import console
+    from trilemma.cli.evaluate import by_domain
+    from trilemma.measure.compare import compare as measure
+    from trilemma.runtime.engine import EngineOptions
+
+    with console.progress("compare") as update:
+        result = measure(
+            models, by_domain(data) if data else None, context=context, max_tokens=max_tokens, prepare=prepare,
+            prompt_tokens=prompt, output_tokens=output, repetitions=repetitions, runtime=runtime,
+            options=EngineOptions(threads=threads, kv_cache=kv, isa=isa), progress=update,
+        )  # fmt: skip
+    if json:
+        console.print_json(result)
+        return
+    shown = [metric for metric in METRICS if any(metric in row.measurements for row in result.rows)]
+    # Models stand side by side, so metrics are the rows.
+    rows = [[metric, *(_cell(row, metric) for row in result.rows)] for metric in shown]
+    console.table("The first is the reference; x is paired to it", ["metric", *(row.name for row in result.rows)], rows)
+    for note in result.notes:
+        typer.echo(note)
+
+
+def _cell(row: CompareRow, metric: str) -> str:
+    from trilemma.cli.console import show
+
+    pair = row.relative.get(metric)
+    return show(row.measurements.get(metric)) + ("" if pair is None else f" x{pair[0]:.2f}")

@@ -18,16 +18,11 @@ def export(
     json: options.Json = False,
 ) -> None:
     """Write a model in another runtime's form; what lies on the same grid goes out bit for bit."""
+    from trilemma.api import export_model
     from trilemma.cli import console
-    from trilemma.core.errors import OutputError
     from trilemma.core.quantity import format_quantity
-    from trilemma.export import EXPORTERS
-    from trilemma.formats.artifact import load_any
 
-    exporter = EXPORTERS.get(to)
-    if output.exists() and not force:
-        raise OutputError(f"'{output}' exists already. Give another path, or --force to replace it.")
-    exporter(load_any(model), output)
+    export_model(model, output, to=to, force=force)
     if json:
         console.print_json({"path": str(output), "bytes": output.stat().st_size, "to": to})
     else:

@@ -34,3 +34,13 @@ Data = Annotated[
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]
+TextTokens = Annotated[int, typer.Option("--max-tokens", min=2, help="Tokens of text for each domain.")]
+PrepareText = Annotated[
+    Literal["none", "book"],
+    typer.Option(
+        "--prepare", help="book: join hard line breaks and drop underscores, as the shipped model was trained."
+    ),
+]
+_NAMED = typer.Option("--data", help="Text file, or name=file for a domain of its own. May be repeated.")
+NamedData = Annotated[list[str], _NAMED]
+SomeNamedData = Annotated[list[str] | None, _NAMED]

@@ -1,4 +1,4 @@
-"""`trilemma report`: render report.json as one self-contained page."""
+"""`trilemma report`: render a run's record as one self-contained page."""
 
 from __future__ import annotations
 
@@ -7,20 +7,41 @@ from typing import Annotated
 
 import typer
 
+from trilemma.cli import options
+
 
 def report(
-    source: Annotated[Path, typer.Argument(help="Artifact folder or report.json.")],
+    source: Annotated[Path, typer.Argument(help="Artifact folder, its report.json, or what `bench --save` wrote.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="HTML file to write.")] = Path("report.html"),
+    force: options.Force = False,
 ) -> None:
-    """Render a run's report.json as a self-contained HTML page."""
-    from trilemma.core.errors import InputError
-    from trilemma.core.results import read_report
-    from trilemma.report import render
+    """Render the record of `optimize` or `bench` as a self-contained HTML page."""
+    from trilemma.core.errors import InputError, OutputError
 
     path = source / "report.json" if source.is_dir() else source
     if not path.is_file():
         raise InputError(
-            f"There is no report at '{path}'. Give a folder that `trilemma optimize` wrote, or a report.json."
+            f"There is no report at '{path}'. Give a folder that `trilemma optimize` wrote, or its record."
         )
-    output.write_text(render(read_report(path.read_text(encoding="utf-8"))), encoding="utf-8")
+    if output.exists() and not force and not _is_a_page(output):
+        raise OutputError(f"'{output}' exists and is no HTML page. Give another path, or --force to replace it.")
+    output.write_text(_render(path.read_text(encoding="utf-8")), encoding="utf-8")
     typer.echo(str(output))
+
+
+def _is_a_page(path: Path) -> bool:
+    return path.is_file() and path.read_bytes()[:200].lstrip().lower().startswith(b"<!doctype html")
+
+
+def _render(text: str) -> str:
+    """The panel says which record it is: cost and quality have pages of their own and are never mixed."""
+    import json
+
+    from trilemma.core.results import read_bench, read_report
+    from trilemma.report import render, render_cost
+
+    try:
+        panel = json.loads(text).get("panel")
+    except (ValueError, AttributeError):
+        panel = None
+    return render_cost(read_bench(text)) if panel == "cost" else render(read_report(text))

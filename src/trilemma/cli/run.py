@@ -49,7 +49,7 @@ def run(
         console.print_json({"text": answer.text, "finish_reason": answer.finish_reason, **answer.figures()})
         return
     typer.echo("")
-    console.stderr.print(answer.summary(), style="dim", markup=False)
+    console.stderr.print(answer.summary(), style="dim", markup=False, soft_wrap=True)
 
 
 def _write(piece: str) -> None:
