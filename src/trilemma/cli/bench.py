@@ -61,10 +61,8 @@ def bench(
 def _markdown(report: BenchReport) -> str:
     from trilemma.cli.console import show
 
-    lines = [
-        "| model | form | " + " | ".join(METRICS) + " | of bandwidth |",
-        "|---|---|" + "---:|" * (len(METRICS) + 1),
-    ]
+    headers = ["model", "form", *METRICS, "of bandwidth"]
+    lines = [f"| {' | '.join(headers)} |", "|---|---|" + "---:|" * (len(headers) - 2)]
     for row in report.rows:
         shown = (show(row.trial.measurements.get(metric)) for metric in METRICS)
         lines.append(f"| {_name(row)} | {row.trial.name} | " + " | ".join(shown) + f" | {_share(row)} |")
@@ -92,15 +90,12 @@ def _csv(report: BenchReport) -> str:
 
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        ["model", "form", "parameters", "random_weights", "metric", "value", "unit", "low", "high", "noisy"]
-    )
+    headers = ["model", "form", "parameters", "random_weights", "metric", "value", "unit", "low", "high", "noisy"]
+    writer.writerow(headers)
     for row in report.rows:
+        about = [row.model, row.trial.name, row.parameters, row.random_weights]
         for name, found in row.trial.measurements.items():
-            low, high = found.interval or ("", "")
-            writer.writerow(
-                [row.model, row.trial.name, row.parameters, row.random_weights, name, found.value, found.unit, low, high, found.noisy]
-            )  # fmt: skip
+            writer.writerow([*about, name, found.value, found.unit, *(found.interval or ("", "")), found.noisy])
     return out.getvalue()
 
 

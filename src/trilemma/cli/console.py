@@ -98,8 +98,11 @@ def show(measurement: Measurement | None) -> str:
 def _interval(measurement: Measurement) -> str:
     if measurement.ci95 is None or measurement.unit == "bytes":
         return ""
-    low, high = (_quantity(measurement.metric, edge, measurement.unit) for edge in measurement.ci95)
-    return f" [{low}, {high}]"
+    edges = [_quantity(measurement.metric, edge, measurement.unit) for edge in measurement.ci95]
+    unit = _quantity(measurement.metric, measurement.value or 0.0, measurement.unit).partition(" ")[2]
+    if unit and all(edge.endswith(f" {unit}") for edge in edges):
+        edges = [edge.removesuffix(f" {unit}") for edge in edges]
+    return f" [{', '.join(edges)}]"
 
 
 def _quantity(metric: str, value: float, unit: str) -> str:

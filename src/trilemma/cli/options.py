@@ -37,9 +37,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace an output that is 
 TextTokens = Annotated[int, typer.Option("--max-tokens", min=2, help="Tokens of text for each domain.")]
 PrepareText = Annotated[
     Literal["none", "book"],
-    typer.Option(
-        "--prepare", help="book: join hard line breaks and drop underscores, as the shipped model was trained."
-    ),
+    typer.Option("--prepare", help="book: join hard line breaks, drop underscores (as the shipped model was trained)."),
 ]
 _NAMED = typer.Option("--data", help="Text file, or name=file for a domain of its own. May be repeated.")
 NamedData = Annotated[list[str], _NAMED]

@@ -20,9 +20,7 @@ def report(
 
     path = source / "report.json" if source.is_dir() else source
     if not path.is_file():
-        raise InputError(
-            f"There is no report at '{path}'. Give a folder that `trilemma optimize` wrote, or its record."
-        )
+        raise InputError(f"There is no report at '{path}'. Give a folder that `trilemma optimize` wrote.")
     if output.exists() and not force and not _is_a_page(output):
         raise OutputError(f"'{output}' exists and is no HTML page. Give another path, or --force to replace it.")
     output.write_text(_render(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -133,6 +133,21 @@ class BenchReport(Record):
     notes: tuple[str, ...] = ()
 
 
+def read_bench(text: str) -> BenchReport:
+    """Parse a bench results file.
+
+    Raises:
+        InputError: not JSON, unknown keys, or a schema version that this release can not read.
+    """
+    try:
+        return BenchReport.model_validate_json(text)
+    except ValidationError as error:
+        raise InputError(
+            f"This is not a bench record of schema version {SCHEMA_VERSION}: {explain(error)[:400]}. "
+            "Make it again with `trilemma bench --save`."
+        ) from None
+
+
 def read_report(text: str) -> OptimizeReport:
     """Parse report.json.
 
