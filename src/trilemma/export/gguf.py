@@ -1,0 +1,198 @@
+"""GGUF, for llama.cpp and its family: metadata, tensors and tokenizer in one file.
+
+What lies on a grid of GGUF goes out bit for bit (see gguf_blocks.py). Architectures: `llama` for
+the llama and mistral families, whose q and k rows are reordered as llama.cpp wants them, and
+`qwen2`. Importing GGUF is another matter and not here.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trilemma.core.errors import MissingExtraError, OutputError, RecipeError
+from trilemma.export import ExportReport
+from trilemma.export.gguf_blocks import LOSSLESS_FORMATS, Target, encode_matrix, nearest_target, rope_rows, row_bytes
+from trilemma.export.gguf_blocks import target_of as type_of
+from trilemma.export.gguf_metadata import Shape, read_shape, rope_factors, write_metadata, write_vocabulary
+from trilemma.export.gguf_vocabulary import read_vocabulary
+from trilemma.formats import FORMATS
+from trilemma.formats.artifact import weights_bytes
+from trilemma.model.config import DecoderConfig
+from trilemma.model.model import Model
+
+_ROLES = {
+    "attention_norm": "attn_norm", "attention.q": "attn_q", "attention.k": "attn_k", "attention.v": "attn_v",
+    "attention.o": "attn_output", "ffn_norm": "ffn_norm", "ffn.gate": "ffn_gate", "ffn.up": "ffn_up",
+    "ffn.down": "ffn_down",
+}  # fmt: skip
+_ENDS = {
+    "embedding.weight": "token_embd.weight",
+    "final_norm.weight": "output_norm.weight",
+    "head.weight": "output.weight",
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One tensor of the file: its name, GGUF type, (out, in) or (n,) shape, and how to make its bytes."""
+
+    name: str
+    target: Target
+    shape: tuple[int, ...]
+    load: Callable[[], NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        rows = int(np.prod(self.shape[:-1], dtype=np.int64))
+        return rows * row_bytes(self.target.type, self.shape[-1])
+
+
+def export_gguf(model: Model, path: str | Path, *, requantize: bool = False) -> ExportReport:
+    """Write a model as one GGUF file, a tensor at a time.
+
+    Args:
+        requantize: store formats that GGUF lacks as Q8_0 (F16 where rows are no multiple of 32)
+            instead of refusing them; the report states the error.
+
+    Raises:
+        UnsupportedModelError: a structure that the GGUF architecture can not express.
+        RecipeError: a format that no GGUF type holds, and no `requantize`.
+        MissingExtraError: the package `gguf` is not installed.
+        OutputError: the file can not be written.
+    """
+    gguf = _package()
+    target = Path(path)
+    shape = read_shape(model.config)
+    notes: list[str] = list(shape.notes)
+    entries = _plan(model, shape, requantize)
+    partial = target.with_name(target.name + ".partial")
+    writer = gguf.GGUFWriter(None, shape.architecture, use_temp_file=False)
+    _describe(gguf, writer, model, shape, notes, entries)
+    try:
+        _write(gguf, writer, partial, entries, notes)
+        partial.replace(target)
+    except OSError as error:
+        raise OutputError(
+            f"Can not write '{target}': {error.strerror or error}. Free space or choose another place."
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+    return _report(model, target, entries, notes)
+
+
+def _package() -> Any:
+    try:
+        import gguf
+    except ImportError:
+        raise MissingExtraError("gguf", "gguf", "Exporting GGUF") from None
+    return gguf
+
+
+def _plan(model: Model, shape: Shape, requantize: bool) -> list[_Entry]:
+    entries = []
+    for name, dimensions in model.config.tensor_shapes().items():
+        target = _target(model, name, dimensions, requantize)
+        rows = _row_order(model.config, shape, name)
+        entries.append(_Entry(gguf_name(name), target, dimensions, _loader(model, name, target, rows)))
+    factors = rope_factors(shape)
+    if factors is not None:
+        entries.append(_Entry("rope_freqs.weight", Target("F32"), factors.shape, lambda: factors))
+    return entries
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of a canonical tensor name."""
+    if name in _ENDS:
+        return _ENDS[name]
+    _, layer, rest = name.split(".", 2)
+    role, _, leaf = rest.rpartition(".")
+    return f"blk.{layer}.{_ROLES[role]}.{leaf}"
+
+
+def _target(model: Model, name: str, dimensions: tuple[int, ...], requantize: bool) -> Target:
+    if len(dimensions) == 1:
+        return Target("F32")
+    format_name = model.format_of(name)
+    found = type_of(FORMATS.get(format_name), dimensions[1])
+    if found is not None:
+        return found
+    if not requantize:
+        raise RecipeError(
+            f"Tensor '{name}' has the format '{format_name}', which no GGUF type holds without loss. "
+            f"These do: {', '.join(LOSSLESS_FORMATS)}. Compress into one of them, or export with requantize."
+        )
+    return nearest_target(dimensions[1])
+
+
+def _row_order(config: DecoderConfig, shape: Shape, name: str) -> NDArray[np.intp] | None:
+    """llama.cpp's llama rotates neighbouring pairs: rows of q and k (and their biases) are reordered."""
+    if shape.architecture != "llama" or ".attention." not in name:
+        return None
+    spec = config.layers[int(name.split(".")[1])].attention
+    heads = {"q": spec.heads, "k": spec.kv_heads}.get(name.split(".")[3]) if spec else None
+    return None if heads is None or spec is None else rope_rows(heads, spec.head_dim)
+
+
+def _loader(model: Model, name: str, target: Target, rows: NDArray[np.intp] | None) -> Callable[[], NDArray[Any]]:
+    def load() -> NDArray[Any]:
+        if len(model.config.tensor_shapes()[name]) == 2:
+            return encode_matrix(model.stored(name), target, rows)
+        values = model.tensor(name).astype(np.float32)
+        return np.ascontiguousarray(values if rows is None else values[rows])
+
+    return load
+
+
+def _describe(gguf: Any, writer: Any, model: Model, shape: Shape, notes: list[str], entries: list[_Entry]) -> None:
+    name = model.path.resolve().name if model.path is not None else "model"
+    most = Counter(entry.target.type for entry in entries if len(entry.shape) == 2).most_common(1)[0][0]
+    write_metadata(gguf, writer, shape, name=name, most=most)
+    if model.path is None or not (model.path / "tokenizer.json").is_file():
+        writer.add_tokenizer_model("no_vocab")
+        notes.append("the model has no tokenizer.json, so the file carries no vocabulary and can not read text")
+        return
+    vocabulary = read_vocabulary(model.path, model.config)
+    write_vocabulary(writer, vocabulary)
+    notes += vocabulary.notes
+
+
+def _write(gguf: Any, writer: Any, partial: Path, entries: list[_Entry], notes: list[str]) -> None:
+    try:
+        for entry in entries:
+            kind = gguf.GGMLQuantizationType[entry.target.type]
+            dtype = np.dtype(np.float16 if entry.target.type == "F16" else np.float32)
+            writer.add_tensor_info(entry.name, entry.shape, dtype, entry.nbytes, raw_dtype=kind)
+        writer.write_header_to_file(partial)
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for entry in entries:
+            values = entry.load()
+            assert values.nbytes == entry.nbytes, f"{entry.name}: {values.nbytes} bytes, announced {entry.nbytes}"
+            writer.write_tensor_data(values)
+    finally:
+        writer.close()
+
+
+def _report(model: Model, path: Path, entries: list[_Entry], notes: list[str]) -> ExportReport:
+    inexact = [entry.name for entry in entries if not entry.target.exact]
+    if inexact:
+        notes.append(f"stored again with loss: {', '.join(inexact[:3])}" + (" ..." if len(inexact) > 3 else ""))
+    for why, count in Counter(entry.target.why for entry in entries if entry.target.why).items():
+        notes.append(f"{count} tensors: {why}")
+    source, written = weights_bytes(model), sum(entry.nbytes for entry in entries)
+    if written > source * 1.01:
+        notes.append(
+            f"the tensors take {written / 1e6:.2f} MB in GGUF and {source / 1e6:.2f} MB here "
+            f"(+{written / source - 1:.0%}): GGUF keeps a scale for every 32 values"
+        )
+    return ExportReport(
+        path=str(path), bytes=path.stat().st_size, tensor_bytes=written, source_bytes=source,
+        types=dict(Counter(entry.target.type for entry in entries)), lossless=not inexact, notes=tuple(notes),
+    )  # fmt: skip
