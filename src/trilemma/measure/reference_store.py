@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -87,21 +88,25 @@ class Reference:
             OutputError: the file can not be written.
         """
         bounded, notes = bound_token_set(token_set, engine.config.vocab_size, max_bytes)
-        root = Path(cache_dir) if cache_dir is not None else Path(tempfile.mkdtemp(prefix="trilemma-reference-"))
-        folder = root / f"reference-{key or 'unkeyed'}-{bounded.hash}"
-        if not (key and (folder / "rows.npz").exists()):
-            try:
+        folder: Path | None = None
+        try:
+            folder, kept = _folder(cache_dir, key, bounded)
+            if not (folder / "rows.npz").exists():
                 _write(engine, bounded, folder, progress)
-            except OSError as error:
+        except OSError as error:
+            if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
-                raise OutputError(
-                    f"The reference's log-probabilities can not be written to '{folder}': {error.strerror or error}. "
-                    "Free space there, give another cache folder, or measure on fewer tokens."
-                ) from None
+            raise OutputError(
+                f"The reference's log-probabilities can not be written to '{folder or cache_dir}': "
+                f"{error.strerror or error}. Free space there, give another cache folder, or measure on fewer tokens."
+            ) from None
         with np.load(folder / "rows.npz") as rows:
             nll, best, top, step = rows["nll"], rows["best"], rows["top"], rows["step"]
         codes = np.memmap(folder / "codes.u16", dtype=np.uint16, mode="r", shape=(len(nll), engine.config.vocab_size))
-        return cls(bounded, token_set.hash, engine.name, nll, best, top, step, codes, notes)
+        found = cls(bounded, token_set.hash, engine.name, nll, best, top, step, codes, notes)
+        if not kept:
+            weakref.finalize(found, shutil.rmtree, folder, ignore_errors=True)
+        return found
 
 
 def bound_token_set(token_set: TokenSet, vocab_size: int, max_bytes: int) -> tuple[TokenSet, tuple[str, ...]]:
@@ -176,9 +181,18 @@ class RowPool:
         self._pool.shutdown()
 
 
+def _folder(cache_dir: str | Path | None, key: str, token_set: TokenSet) -> tuple[Path, bool]:
+    """A named folder that is kept and found again, or without a key one of the reference's own."""
+    if cache_dir is not None:
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    if cache_dir is not None and key:
+        folder = Path(cache_dir) / f"reference-{key}-{token_set.hash}"
+        folder.mkdir(exist_ok=True)
+        return folder, True
+    return Path(tempfile.mkdtemp(prefix="reference-", dir=cache_dir)), False
+
+
 def _write(engine: Engine, token_set: TokenSet, folder: Path, progress: Progress | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "rows.npz").unlink(missing_ok=True)
     rows = token_set.predicted_tokens
     nll, best = np.empty(rows, np.float64), np.empty(rows, np.int32)
     top, step = np.empty(rows, np.float32), np.empty(rows, np.float32)
