@@ -4,7 +4,11 @@ Quality figures are ratios of sums over documents (nats over tokens). Documents 
 difficulty, so the document is what is resampled. Of the percentile, BCa, expanded percentile,
 Student-t, percentile-t and symmetric percentile-t intervals, the last (Hall 1988, "On symmetric
 bootstrap confidence intervals", JRSS B 50) covers best at 5-40 documents, on the logarithm for
-positive quantities; docs/reference lists the figures.
+positive quantities. In 1,000 simulated repetitions at 10, 20 and 40 documents of unequal length the
+95% interval held the truth in 96.2, 95.2, 94.5% (nats), 96.0, 94.6, 95.4% (paired differences with
+t5 tails) and 93.8, 94.1, 93.6% (KL, lognormal 0.5 between documents); where KL differs between
+documents by lognormal 1.0 it is 90-92%, so many documents matter most there. The 99.9% quantile of
+KL held in 88, 91 and 94%.
 Left out: tests of hypotheses. A verdict asks where the interval lies, nothing else.
 """
 
