@@ -9,8 +9,13 @@ import pytest
 
 WITHOUT = """
 import sys
-for name in ("torch", "transformers", "huggingface_hub", "gguf", "safetensors"):
-    sys.modules[name] = None  # importing it raises ImportError
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("torch", "transformers", "huggingface_hub", "safetensors"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
 sys.argv = ["trilemma", *sys.argv[1:]]
 from trilemma.cli.main import main
 main()
