@@ -227,7 +227,7 @@ void bind_context(nb::module_& m) {
 
 NB_MODULE(_native, m) {
   m.doc() = "Trilemma's native engine: a decoder step on the CPU.";
-  nb::exception<trilemma::EngineFault>(m, "EngineFault", PyExc_ValueError);
+  nb::exception<trilemma::EngineFault>(m, "NativeError", PyExc_ValueError);
   m.def("supported_isas", &trilemma::supported_isas);
   trilemma::bind_model(m);
   trilemma::bind_context(m);

@@ -229,7 +229,7 @@ def test_wrong_buffers_are_refused(arguments, message):
     model = _native.Model(
         {"dim": 64, "vocab_size": 16, "max_context": 8, "norm_eps": 1e-5, "tied": True, "layers": ()}
     )
-    with pytest.raises(_native.EngineFault, match=message):
+    with pytest.raises(_native.NativeError, match=message):
         model.add_packed(
             "embedding.weight", bits, symmetric, group, rows, cols, activation,
             np.zeros(codes, np.uint8), np.zeros(scales, np.uint8),

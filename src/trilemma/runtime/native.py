@@ -209,12 +209,12 @@ def load_weights(model: Model) -> _native.Model:
     """Copy a model's tensors into the engine one at a time, so that they are never twice in memory."""
     try:
         weights = _native.Model(model.config.model_dump())
-    except _native.EngineFault as fault:
+    except _native.NativeError as fault:
         raise UnsupportedModelError(str(fault)) from None
     for name in model.names():
         try:
             _add(weights, name, model)
-        except _native.EngineFault as fault:
+        except _native.NativeError as fault:
             raise CheckpointError(str(fault)) from None
     weights.finalize()
     return weights
@@ -228,13 +228,14 @@ def _add(weights: _native.Model, name: str, model: Model) -> None:
     if isinstance(stored, PackedMatrix):
         _add_packed(weights, name, stored, activation)
     elif isinstance(stored, PlainMatrix):
-        weights.add_plain(name, stored.dtype, *stored.shape, _bytes(stored.bits), activation)
+        rows, cols = stored.shape
+        weights.add_plain(name, stored.dtype, rows, cols, _bytes(stored.bits), activation)
     elif isinstance(stored, np.ndarray):
         values = np.ascontiguousarray(stored, dtype=np.float32)
         if values.ndim == 1:
             weights.add_vector(name, values)
         elif values.ndim == 2:
-            weights.add_plain(name, "f32", *values.shape, _bytes(values), activation)
+            weights.add_plain(name, "f32", len(values), values.shape[1], _bytes(values), activation)
         else:
             raise CheckpointError(f"Tensor '{name}' has shape {values.shape}; a vector or a matrix was expected.")
     else:
@@ -283,7 +284,7 @@ def _faults() -> Iterator[None]:
     """The engine's own errors as ours."""
     try:
         yield
-    except _native.EngineFault as fault:
+    except _native.NativeError as fault:
         raise InputError(str(fault)) from None
     except MemoryError:
         raise EngineError(

@@ -1,0 +1,45 @@
+// What every kernel is tested against: plain loops in double precision, over unpacked weights.
+// Not part of the engine.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "table.h"
+
+namespace trilemma::reference {
+
+// A quantized matrix, unpacked: w = code * scale[group] (+ minimum[group]).
+struct Grid {
+  int rows, cols, bits, group;  // group 0: the whole row
+  std::vector<int> codes;       // (rows, cols)
+  std::vector<float> scales;    // (rows, groups), exact in f16
+  std::vector<float> minima;    // the same, or empty
+
+  int groups() const { return group ? (cols + group - 1) / group : 1; }
+  double value(int row, int col) const;
+};
+
+// panel16.v1 of a grid.
+struct Panels {
+  std::vector<std::uint8_t> codes;
+  std::vector<std::uint16_t> scales, minima;
+  PackedView view(const Grid& grid) const;
+};
+Panels pack(const Grid& grid);
+
+std::uint16_t to_half(float exact);  // of a value that a half holds exactly
+
+// y = W x and, for tolerances, |W| |x|.
+struct Sum {
+  double value, size;
+};
+Sum product(const Grid& grid, int row, const std::vector<double>& x);
+
+double nonlinear(double x, Nonlinearity kind);
+
+// Attention of one query over keys and values (positions, dim), all of them visible.
+std::vector<double> attention(const std::vector<double>& q, const std::vector<std::vector<double>>& k,
+                              const std::vector<std::vector<double>>& v);
+
+}  // namespace trilemma::reference

@@ -1,0 +1,180 @@
+// The engine without Python: a small random model under threads, chunks, batches and sanitizers.
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "engine/dispatch.h"
+#include "engine/generate.h"
+#include "engine/thread_pool.h"
+
+using namespace trilemma;
+
+namespace {
+
+DecoderConfig small_config() {
+  DecoderConfig c;
+  c.dim = 60;
+  c.vocab_size = 211;
+  c.max_context = 160;
+  RopeSpec rope{{1.0f, 0.1f, 0.01f, 0.001f}, 1.0f};
+  for (int i = 0; i < 2; ++i)
+    c.layers.push_back({AttentionSpec{6, 2, 8, rope, 0.35f, i ? 40 : 0, true, false}, FfnSpec{172, kSilu, true, false}});
+  c.layers.push_back({std::nullopt, FfnSpec{50, kGelu, false, true}});
+  return c;
+}
+
+Matrix random_matrix(const std::string& name, int rows, int cols, bool packed) {
+  if (!packed) {
+    std::vector<float> values(size_t(rows) * size_t(cols));
+    for (float& v : values) v = check::normal() * 0.1f;
+    return Matrix::plain(name, kF32, rows, cols, {values.data(), values.size() * 4}, Activation::kF32);
+  }
+  const size_t panels = size_t((rows + 15) / 16), blocks = size_t((cols + 31) / 32);
+  std::vector<uint8_t> codes(panels * blocks * 256);
+  for (uint8_t& c : codes) c = uint8_t(check::between(0, 255));
+  std::vector<uint16_t> scales(panels * blocks * 16, 0x2400);  // 1/64
+  return Matrix::packed(name, 4, true, 32, rows, cols, Activation::kInt8, {codes.data(), codes.size()},
+                        {scales.data(), scales.size() * 2}, {nullptr, 0});
+}
+
+std::shared_ptr<Model> small_model(bool packed) {
+  auto model = std::make_shared<Model>(small_config());
+  const DecoderConfig& c = model->config();
+  const auto matrix = [&](const std::string& name, int rows, int cols) {
+    model->add_matrix(name, random_matrix(name, rows, cols, packed));
+  };
+  const auto vector = [&](const std::string& name, int n, float base) {
+    std::vector<float> values(static_cast<size_t>(n));
+    for (float& v : values) v = base + check::normal() * 0.1f;
+    model->add_vector(name, values.data(), values.size());
+  };
+  matrix("embedding.weight", c.vocab_size, c.dim);
+  matrix("head.weight", c.vocab_size, c.dim);
+  vector("final_norm.weight", c.dim, 1);
+  for (size_t i = 0; i < c.layers.size(); ++i) {
+    const std::string p = "layers." + std::to_string(i) + ".";
+    if (c.layers[i].attention) {
+      vector(p + "attention_norm.weight", c.dim, 1);
+      for (const auto& [role, rows] : {std::pair{"q", 48}, std::pair{"k", 16}, std::pair{"v", 16}}) {
+        matrix(p + "attention." + role + ".weight", rows, c.dim);
+        vector(p + "attention." + role + ".bias", rows, 0);
+      }
+      matrix(p + "attention.o.weight", c.dim, 48);
+    }
+    const FfnSpec& f = *c.layers[i].ffn;
+    vector(p + "ffn_norm.weight", c.dim, 1);
+    if (f.gated) matrix(p + "ffn.gate.weight", f.hidden, c.dim);
+    matrix(p + "ffn.up.weight", f.hidden, c.dim);
+    matrix(p + "ffn.down.weight", c.dim, f.hidden);
+    if (f.bias) {
+      vector(p + "ffn.up.bias", f.hidden, 0);
+      vector(p + "ffn.down.bias", c.dim, 0);
+    }
+  }
+  model->finalize();
+  return model;
+}
+
+std::vector<std::int32_t> random_tokens(int n) {
+  std::vector<std::int32_t> tokens;
+  for (int i = 0; i < n; ++i) tokens.push_back(check::between(0, 210));
+  return tokens;
+}
+
+std::vector<float> logits(Context& context, int sequence, std::span<const std::int32_t> tokens) {
+  const Slice slice{sequence, tokens, LogitsMode::kAll};
+  std::vector<float> out(tokens.size() * 211);
+  context.forward({&slice, 1}, out.data());
+  return out;
+}
+
+bool same(std::span<const float> a, std::span<const float> b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size_bytes()) == 0;
+}
+
+void test_one_answer(const std::shared_ptr<Model>& model, KvMode kv) {
+  const std::vector<std::int32_t> tokens = random_tokens(150);
+  Context plain(model, {1, "scalar", kv, 160, 1, 0});
+  const std::vector<float> wanted = logits(plain, plain.sequences().create(), tokens);
+  for (const std::string& isa : supported_isas())
+    for (const int chunk : {0, 1, 33}) {
+      Context context(model, {3, isa, kv, 160, 3, chunk});
+      const int first = context.sequences().create(), second = context.sequences().create();
+      CHECK(same(logits(context, first, tokens), wanted), "whole, " + isa);
+      const std::span<const std::int32_t> all(tokens);
+      std::vector<float> parts = logits(context, second, all.first(70));
+      const int copy = context.sequences().fork(second);
+      const std::vector<float> rest = logits(context, copy, all.subspan(70));
+      parts.insert(parts.end(), rest.begin(), rest.end());
+      CHECK(same(parts, wanted), "in parts and forked, " + isa);
+      // Two sequences in one step.
+      context.sequences().truncate(first, 69);
+      context.sequences().truncate(copy, 100);
+      const Slice slices[] = {{copy, all.subspan(100, 30), LogitsMode::kLast}, {first, all.subspan(69, 1), LogitsMode::kAll}};
+      std::vector<float> both(2 * 211);
+      context.forward(slices, both.data());
+      CHECK(same(std::span(both).first(211), std::span(wanted).subspan(129 * 211, 211)), "batch, " + isa);
+      CHECK(same(std::span(both).last(211), std::span(wanted).subspan(69 * 211, 211)), "batch, " + isa);
+    }
+}
+
+template <class Work>
+bool refuses(const Work& work) {
+  try {
+    work();
+  } catch (const EngineFault&) {
+    return true;
+  }
+  return false;
+}
+
+void test_refusals(const std::shared_ptr<Model>& model) {
+  Context context(model, {1, "", KvMode::kBf16, 16, 1, 0});
+  CHECK(refuses([&] { context.sequences().length(0); }), "a sequence that was never made");
+  const int s = context.sequences().create();
+  CHECK(refuses([&] { logits(context, s, std::vector<std::int32_t>{211}); }), "a token outside the vocabulary");
+  CHECK(refuses([&] { logits(context, s, random_tokens(17)); }), "more than the context");
+  CHECK(refuses([&] { context.sequences().truncate(s, 1); }), "growing by truncation");
+  CHECK(refuses([&] { Context(model, {1, "", KvMode::kBf16, 161, 1, 0}); }), "a context longer than the model's");
+  CHECK(refuses([&] { Context(model, {0, "", KvMode::kBf16, 16, 1, 0}); }), "no threads");
+  CHECK(context.sequences().length(s) == 0, "a refused step must change nothing");
+}
+
+void test_interruption(const std::shared_ptr<Model>& model) {
+  Context context(model, {2, "", KvMode::kF32, 160, 1, 0});
+  GenerateRequest request{random_tokens(5), 100, {0.8, 0, 0.9, 0.01, 1.1, 7}, {}};
+  int seen = 0;
+  const GenerateResult cut = generate(context, request, [&](std::int32_t) { return ++seen < 4; }, {});
+  const GenerateResult whole = generate(context, request, {}, {});
+  CHECK(cut.tokens.size() == 4 && cut.reason == FinishReason::kInterrupted, "stopped by the callback");
+  CHECK(whole.tokens.size() == 100 && whole.reason == FinishReason::kLength, "as long as asked");
+  CHECK(std::equal(cut.tokens.begin(), cut.tokens.end(), whole.tokens.begin()), "the same tokens");
+}
+
+// Many small jobs from several threads at once: what a thread sanitizer should see.
+void test_pool() {
+  const auto client = [] {
+    for (int round = 0; round < 2000; ++round) {
+      std::vector<int> done(size_t(round % 17) + 1, 0);
+      ThreadPool::instance().run(1 + round % 4, int(done.size()), [&](int i) { done[size_t(i)] += i + 1; });
+      for (size_t i = 0; i < done.size(); ++i) CHECK(done[i] == int(i) + 1, "an item was lost or done twice");
+    }
+  };
+  std::thread other(client);
+  client();
+  other.join();
+}
+
+}  // namespace
+
+int main() {
+  test_pool();
+  for (const bool packed : {false, true}) {
+    const auto model = small_model(packed);
+    for (const KvMode kv : {KvMode::kNone, KvMode::kF32, KvMode::kBf16, KvMode::kInt8}) test_one_answer(model, kv);
+    test_refusals(model);
+    test_interruption(model);
+  }
+  return check::finish("test_engine");
+}

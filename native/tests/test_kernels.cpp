@@ -1,0 +1,301 @@
+// Every kernel of every instruction set that this host has: equal to scalar bit for bit, and to the double-precision
+// reference within a named tolerance, at odd sizes.
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+#include "check.h"
+#include "engine/dispatch.h"
+#include "kernels/reference.h"
+
+using namespace trilemma;
+namespace ref = trilemma::reference;
+
+namespace {
+
+const int kTokens[] = {1, 2, 3, 5, 8, 16, 17, 31};
+constexpr double kSumTolerance = 1e-6;     // of the sum of absolute terms
+constexpr double kFunctionTolerance = 1e-6;
+
+std::vector<const Kernels*> tables() {
+  std::vector<const Kernels*> all;
+  for (const std::string& isa : supported_isas()) all.push_back(&pick_kernels(isa));
+  return all;
+}
+
+std::vector<float> random_values(size_t n, float scale = 1) {
+  std::vector<float> v(n);
+  for (float& x : v) x = check::normal() * scale;
+  return v;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// Runs `compute` with every table and checks that the bits agree; returns the scalar result.
+std::vector<float> everywhere(const char* what, const std::function<std::vector<float>(const Kernels&)>& compute) {
+  const std::vector<float> first = compute(*tables()[0]);
+  for (const Kernels* k : tables()) CHECK(same_bits(compute(*k), first), std::string(what) + " differs in " + k->name);
+  return first;
+}
+
+void check_close(const char* what, double found, double wanted, double tolerance) {
+  CHECK(std::fabs(found - wanted) <= tolerance, std::string(what) + ": " + std::to_string(found) + ", expected " + std::to_string(wanted));
+}
+
+size_t padded(int k) { return size_t((k + 31) / 32 * 32); }
+
+std::vector<float> padded_rows(int tokens, int cols) {
+  std::vector<float> x(size_t(tokens) * padded(cols), 0.0f);
+  for (int t = 0; t < tokens; ++t)
+    for (int k = 0; k < cols; ++k) x[size_t(t) * padded(cols) + size_t(k)] = check::normal();
+  return x;
+}
+
+struct Quantized {
+  std::vector<int8_t> codes;
+  std::vector<float> scale, sum;
+  std::vector<int32_t> bias8, bias128;
+  Int8Input input{};
+
+  Quantized(const Kernels& kernels, const std::vector<float>& x, int tokens, int cols) {
+    const int width = tokens < 16 ? tokens : 16, blocks = int(padded(cols) / 32);
+    const size_t cells = size_t((tokens + width - 1) / width * width) * size_t(blocks);
+    codes.resize(cells * 32);
+    scale.resize(cells);
+    sum.resize(cells);
+    bias8.resize(cells);
+    bias128.resize(cells);
+    input = {codes.data(), scale.data(), bias8.data(), bias128.data(), sum.data(), width, blocks};
+    for (int t = 0; t < tokens; ++t) kernels.quantize_int8(x.data() + size_t(t) * padded(cols), t, input);
+  }
+  // What the product sees of token t.
+  std::vector<double> values(int t, int cols) const {
+    std::vector<double> out;
+    for (int k = 0; k < cols; ++k) {
+      const size_t at = (size_t(t / 16) * size_t(input.blocks) + size_t(k / 32)) * size_t(input.width) + size_t(t % 16);
+      out.push_back(double(codes[at * 32 + size_t(k % 32)]) * double(scale[at]));
+    }
+    return out;
+  }
+};
+
+ref::Grid random_grid(int rows, int cols, int bits, int group, bool symmetric) {
+  ref::Grid g{rows, cols, bits, group, {}, {}, {}};
+  const int low = symmetric ? -(1 << (bits - 1)) : 0;
+  for (int i = 0; i < rows * cols; ++i) g.codes.push_back(check::between(low, low + (1 << bits) - 1));
+  for (int i = 0; i < rows * g.groups(); ++i) {
+    g.scales.push_back(float(check::between(-64, 64)) / 1024);
+    if (!symmetric) g.minima.push_back(float(check::between(-64, 0)) / 64);
+  }
+  return g;
+}
+
+void test_packed(int rows, int cols, int bits, int group, bool symmetric) {
+  const ref::Grid grid = random_grid(rows, cols, bits, group, symmetric);
+  const ref::Panels panels = ref::pack(grid);
+  const PackedView view = panels.view(grid);
+  const int panel_count = (rows + 15) / 16;
+  for (const int tokens : kTokens) {
+    const std::vector<float> x = padded_rows(tokens, cols), bias = random_values(size_t(rows));
+    const std::vector<float> before = random_values(size_t(tokens) * size_t(rows));
+    const auto integer = [&](const Kernels& k) {
+      const Quantized q(k, x, tokens, cols);
+      std::vector<float> y = before;
+      const int half = panel_count / 2;  // two calls, as two threads would
+      k.matmul_int8(view, q.input, tokens, half, panel_count, {y.data(), size_t(rows), bias.data(), 1});
+      k.matmul_int8(view, q.input, tokens, 0, half, {y.data(), size_t(rows), bias.data(), 1});
+      return y;
+    };
+    const auto floating = [&](const Kernels& k) {
+      std::vector<float> y(before.size()), sums(x.size() / 32);
+      k.block_sums(x.data(), int(sums.size()), sums.data());
+      k.matmul_float(view, {x.data(), padded(cols), sums.data()}, tokens, 0, panel_count, {y.data(), size_t(rows), nullptr, 0});
+      return y;
+    };
+    const std::vector<float> a = everywhere("matmul_int8", integer), b = everywhere("matmul_float", floating);
+    const Quantized q(*tables()[0], x, tokens, cols);
+    for (int t = 0; t < tokens; ++t) {
+      const std::vector<double> seen = q.values(t, cols);
+      const std::vector<double> exact(x.begin() + std::ptrdiff_t(size_t(t) * padded(cols)), x.begin() + std::ptrdiff_t(size_t(t + 1) * padded(cols)));
+      for (int r = 0; r < rows; ++r) {
+        const size_t at = size_t(t) * size_t(rows) + size_t(r);
+        const ref::Sum i = ref::product(grid, r, seen), f = ref::product(grid, r, exact);
+        const double rest = double(before[at]) + double(bias[size_t(r)]);
+        check_close("matmul_int8", a[at], i.value + rest, kSumTolerance * (i.size + std::fabs(rest) + 1));
+        check_close("matmul_float", b[at], f.value, kSumTolerance * (f.size + 1));
+      }
+    }
+  }
+}
+
+void test_plain(int rows, int cols, Dtype dtype) {
+  std::vector<float> values(size_t(rows) * size_t(cols));
+  std::vector<uint16_t> halves(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    values[i] = float(check::between(-127, 127)) / 64;  // exact in all three types
+    halves[i] = dtype == kF16 ? ref::to_half(values[i]) : uint16_t(std::bit_cast<uint32_t>(values[i]) >> 16);
+  }
+  const PlainView view{dtype == kF32 ? static_cast<const void*>(values.data()) : halves.data(), dtype, rows, cols};
+  for (const int tokens : kTokens) {
+    const std::vector<float> x = padded_rows(tokens, cols);
+    const std::vector<float> y = everywhere("matmul_plain", [&](const Kernels& k) {
+      std::vector<float> out(size_t(tokens) * size_t(rows));
+      k.matmul_plain(view, {x.data(), padded(cols), nullptr}, tokens, 0, (rows + 15) / 16, {out.data(), size_t(rows), nullptr, 0});
+      return out;
+    });
+    for (int t = 0; t < tokens; ++t)
+      for (int r = 0; r < rows; ++r) {
+        double sum = 0, size = 0;
+        for (int k = 0; k < cols; ++k) {
+          const double term = double(values[size_t(r) * size_t(cols) + size_t(k)]) * double(x[size_t(t) * padded(cols) + size_t(k)]);
+          sum += term;
+          size += std::fabs(term);
+        }
+        check_close("matmul_plain", y[size_t(t) * size_t(rows) + size_t(r)], sum, kSumTolerance * (size + 1));
+      }
+  }
+}
+
+void test_rowwise(int n) {
+  std::vector<float> x = random_values(size_t(n), 5), w = random_values(size_t(n)), up = random_values(size_t(n));
+  x[0] = 100;
+  if (n > 1) x[1] = -100;  // both ends of exp
+  const std::vector<float> normed = everywhere("rms_norm", [&](const Kernels& k) {
+    std::vector<float> out(x.size());
+    k.rms_norm(x.data(), w.data(), n, 1e-5f, out.data());
+    return out;
+  });
+  double squares = 0;
+  for (const float v : x) squares += double(v) * double(v);
+  for (int i = 0; i < n; ++i) {
+    const double wanted = double(x[size_t(i)]) / std::sqrt(squares / n + 1e-5) * double(w[size_t(i)]);
+    check_close("rms_norm", normed[size_t(i)], wanted, kFunctionTolerance * (std::fabs(wanted) + 1e-3));
+  }
+  for (const Nonlinearity kind : {kSilu, kGelu, kGeluTanh, kRelu}) {
+    const std::vector<float> y = everywhere("glu", [&](const Kernels& k) {
+      std::vector<float> gate = x;
+      k.glu(gate.data(), up.data(), n, kind);
+      return gate;
+    });
+    for (int i = 0; i < n; ++i) {
+      const double f = ref::nonlinear(double(x[size_t(i)]), kind), g = double(up[size_t(i)]);
+      check_close("glu", y[size_t(i)], f * g, kFunctionTolerance * (std::fabs(x[size_t(i)]) + 1e-3) * (std::fabs(g) + 1e-3));
+    }
+  }
+}
+
+void test_rope(int heads, int dim, int half) {
+  const std::vector<float> x = random_values(size_t(heads) * size_t(dim));
+  std::vector<float> cos(size_t(half) + 1), sin(size_t(half) + 1);
+  for (int i = 0; i < half; ++i) cos[size_t(i)] = std::cos(float(i) + 0.3f), sin[size_t(i)] = std::sin(float(i) + 0.3f);
+  const std::vector<float> y = everywhere("rope", [&](const Kernels& k) {
+    std::vector<float> out = x;
+    k.rope(out.data(), heads, dim, half, cos.data(), sin.data(), 0.25f);
+    return out;
+  });
+  for (int h = 0; h < heads; ++h)
+    for (int i = 0; i < dim; ++i) {
+      const float* v = x.data() + size_t(h) * size_t(dim);
+      double wanted = double(v[i]);
+      if (i < half) wanted = double(v[i]) * double(cos[size_t(i)]) - double(v[i + half]) * double(sin[size_t(i)]);
+      else if (i < 2 * half) wanted = double(v[i]) * double(cos[size_t(i - half)]) + double(v[i - half]) * double(sin[size_t(i - half)]);
+      check_close("rope", y[size_t(h) * size_t(dim) + size_t(i)], wanted * 0.25, kFunctionTolerance);
+    }
+}
+
+struct Cache {
+  std::vector<uint8_t> k, v;
+  std::vector<float> k_scale, v_scale;
+  KvView view;
+
+  Cache(KvType type, int heads, int dim, int capacity) {
+    const size_t wide = size_t((dim + 15) / 16 * 16), cells = size_t(heads) * size_t(capacity);
+    k.assign(cells * size_t(dim) * 4 + 64, 0xff);  // NaN where nothing was stored: it must not leak out
+    v.assign(cells * wide * 4 + 64, 0xff);
+    k_scale.assign(cells, std::nanf(""));
+    v_scale.assign(cells, std::nanf(""));
+    const bool scaled = type == kKvInt8;
+    view = {k.data(), v.data(), scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, type, dim, int(wide), capacity};
+  }
+};
+
+double rounded(KvType type, const float* x, int dim, int d) {
+  if (type == kKvF32) return double(x[d]);
+  if (type == kKvBf16) {
+    const uint32_t b = std::bit_cast<uint32_t>(x[d]);
+    return double(std::bit_cast<float>((b + 0x7fff + ((b >> 16) & 1)) & 0xffff0000u));
+  }
+  float peak = 0;
+  for (int i = 0; i < dim; ++i) peak = std::max(peak, std::fabs(x[i]));
+  const float scale = peak / 127;
+  return double(std::nearbyint(x[d] * (1 / scale))) * double(scale);
+}
+
+void test_attention(KvType type, int dim, int group, int tokens, int first, int window) {
+  const int heads = 2, length = first + tokens, capacity = (length + 15) / 16 * 16;
+  const size_t kv_dim = size_t(heads) * size_t(dim), q_dim = kv_dim * size_t(group);
+  const std::vector<float> k = random_values(kv_dim * size_t(length)), v = random_values(kv_dim * size_t(length));
+  const std::vector<float> q = random_values(q_dim * size_t(tokens));
+  const std::vector<float> y = everywhere("attention", [&](const Kernels& kernels) {
+    Cache cache(type, heads, dim, capacity);
+    for (int p = 0; p < length; ++p) kernels.kv_store(cache.view, k.data() + size_t(p) * kv_dim, v.data() + size_t(p) * kv_dim, heads, p);
+    std::vector<float> out(q.size());
+    for (int h = 0; h < heads; ++h) {
+      const size_t column = size_t(h * group * dim);
+      const int rows = tokens * group, cut = rows / 3;
+      for (const auto& [begin, end] : {std::pair{0, cut}, std::pair{cut, rows}})
+        kernels.attention(cache.view, {q.data() + column, out.data() + column, q_dim, q_dim, group, h, begin, end, first, window});
+    }
+    return out;
+  });
+  for (int t = 0; t < tokens; ++t)
+    for (int h = 0; h < heads * group; ++h) {
+      std::vector<double> query;
+      std::vector<std::vector<double>> keys, values;
+      for (int d = 0; d < dim; ++d) query.push_back(double(q[size_t(t) * q_dim + size_t(h * dim + d)]));
+      const int end = first + t + 1, begin = window && end > window ? end - window : 0;
+      for (int p = begin; p < end; ++p) {
+        std::vector<double> key, value;
+        const size_t at = size_t(p) * kv_dim + size_t(h / group * dim);
+        for (int d = 0; d < dim; ++d) {
+          key.push_back(rounded(type, k.data() + at, dim, d));
+          value.push_back(rounded(type, v.data() + at, dim, d));
+        }
+        keys.push_back(key);
+        values.push_back(value);
+      }
+      const std::vector<double> wanted = ref::attention(query, keys, values);
+      for (int d = 0; d < dim; ++d)
+        check_close("attention", y[size_t(t) * q_dim + size_t(h * dim + d)], wanted[size_t(d)], 1e-5);
+    }
+}
+
+}  // namespace
+
+int main() {
+  for (const auto& [rows, cols] : {std::pair{37, 172}, std::pair{16, 32}, std::pair{5, 8}, std::pair{48, 300}}) {
+    for (const int group : {0, 32, 64, 128}) {
+      test_packed(rows, cols, 8, group, true);
+      test_packed(rows, cols, 4, group, true);
+      test_packed(rows, cols, 4, group, false);
+    }
+    for (const Dtype dtype : {kF32, kF16, kBf16}) test_plain(rows, cols, dtype);
+  }
+  for (const int n : {1, 7, 16, 172, 260}) test_rowwise(n);
+  test_rope(3, 8, 4);
+  test_rope(2, 80, 20);
+  test_rope(2, 64, 32);
+  test_rope(2, 24, 0);
+  for (const KvType type : {kKvF32, kKvBf16, kKvInt8})
+    for (const int window : {0, 5, 130}) {
+      test_attention(type, 8, 2, 1, 0, window);
+      test_attention(type, 8, 3, 19, 120, window);
+      test_attention(type, 40, 1, 140, 0, window);
+      test_attention(type, 96, 4, 1, 270, window);
+    }
+  return check::finish("test_kernels");
+}
