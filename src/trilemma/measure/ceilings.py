@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-LARGEST_PROBE_BYTES = 1_000_000_000
+LARGEST_PROBE_BYTES = 512_000_000
 _LEAST_S = 0.03
 _ROUNDS = 4
 
