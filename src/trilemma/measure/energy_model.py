@@ -10,9 +10,10 @@ Sources of the constants:
 - MACs: Horowitz, "Computing's energy problem", ISSCC 2014 (45 nm: fp32 multiply-add 4.6 pJ, fp16 1.5,
   int8 0.23), halved for current nodes.
 - DRAM per byte: DDR4 15-20 pJ/bit, LPDDR4/5 4-6 pJ/bit (the same talk gives 160 pJ/byte for DDR).
-- P: a server core's share of its package (225 W over 64 cores, and as much again for uncore and
-  regulators at partial load), a laptop's package limits (15-28 W), a Raspberry Pi 4/5 under load
-  (6-8 W), a phone's sustained power (3-5 W).
+- P is assumed from published power limits and fitted on no counter, hence the wide factors: a server
+  core's share of its package (225 W over 64 cores, and as much again for uncore and regulators at
+  partial load), a laptop's package limits (15-28 W), a Raspberry Pi 4/5 under load (6-8 W), a phone's
+  sustained power (3-5 W).
 """
 
 from __future__ import annotations
