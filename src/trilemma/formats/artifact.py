@@ -90,7 +90,7 @@ class ArtifactSource:
     def read(self, name: str) -> Float32 | StoredMatrix:
         tensor = self._tensor(name)
         arrays = {
-            part: self._blobs.read(blob.name, blob, tensor.blobs.get(part))
+            part: self._blobs.read(blob, tensor.blobs.get(part))
             for blob in blob_specs(name, tensor.format, tensor.shape)
             for part in (_part(name, blob.name),)
         }

@@ -2,7 +2,7 @@
 
 The header is padded to 4096 bytes and every blob starts at a multiple of 64; the gaps are filled by
 entries named `<blob>.padding`, because safetensors allows no holes. The file is an ordinary
-safetensors file to anybody else. Reading is by `pread`, so that nothing stays mapped or in memory.
+safetensors file to anybody else. Nothing stays mapped or in memory after reading.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from trilemma.core.errors import CheckpointError
 from trilemma.core.record import Record
+from trilemma.model.safetensors import SafetensorsFile
 
 HEADER_STEP = 4096
 BLOB_STEP = 64
-_MAX_HEADER = 100_000_000
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U8": np.uint8}
 _WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
 
@@ -75,83 +75,37 @@ class BlobWriter:
 
 
 class BlobReader:
-    """Reads blobs of a safetensors file by name; checks offsets and sizes once, when opened."""
+    """Reads blobs by name; header and sizes are checked once, when opened (see `model.safetensors`)."""
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError: missing, truncated, or not a safetensors file."""
         self.path = path
-        try:
-            self._descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
-        except OSError as error:
-            raise CheckpointError(f"Can not open '{path}': {error.strerror}. Copy the whole folder again.") from None
-        self._size = os.fstat(self._descriptor).st_size
-        self._entries, self._start = self._read_header()
+        self._file = SafetensorsFile(path)
 
     def names(self) -> list[str]:
-        return list(self._entries)
+        return list(self._file.entries)
 
-    def read(self, name: str, spec: BlobSpec, sha256: str | None = None) -> NDArray[Any]:
+    def read(self, spec: BlobSpec, sha256: str | None = None) -> NDArray[Any]:
         """One blob as an array of its shape (bf16 as uint16 bits).
 
         Raises:
             CheckpointError: absent, of another dtype or shape than `spec`, or its checksum differs.
         """
-        entry = self._entries.get(name)
+        entry = self._file.entries.get(spec.name)
         if entry is None:
-            raise CheckpointError(f"'{self.path}' has no blob '{name}'. The artifact is damaged: make it again.")
-        if (entry["dtype"], tuple(entry["shape"])) != (spec.dtype, spec.shape):
+            raise CheckpointError(f"'{self.path}' has no blob '{spec.name}'. The artifact is damaged: make it again.")
+        if (entry.dtype, entry.shape) != (spec.dtype, spec.shape):
             raise CheckpointError(
-                f"Blob '{name}' of '{self.path}' is {entry['dtype']} {entry['shape']}; "
-                f"the artifact's record says {spec.dtype} {list(spec.shape)}. Make the artifact again."
+                f"Blob '{spec.name}' of '{self.path}' is {entry.dtype} {entry.shape}; "
+                f"the artifact's record says {spec.dtype} {spec.shape}. Make the artifact again."
             )
-        raw = self._pread(self._start + entry["data_offsets"][0], spec.nbytes)
+        raw = self._file.read_bytes(spec.name)
         if sha256 is not None and hashlib.sha256(raw.data).hexdigest() != sha256:
             raise CheckpointError(
-                f"Blob '{name}' of '{self.path}' does not match its checksum: the file was changed or damaged. "
+                f"Blob '{spec.name}' of '{self.path}' does not match its checksum: the file was changed or damaged. "
                 "Copy or make the artifact again."
             )
         return raw.view(_NUMPY[spec.dtype]).reshape(spec.shape)
-
-    def _read_header(self) -> tuple[dict[str, Any], int]:
-        if self._size < 8:
-            raise CheckpointError(f"'{self.path}' has {self._size} bytes: it is truncated. Copy it again.")
-        length = int.from_bytes(self._pread(0, 8).tobytes(), "little")
-        if length > min(self._size - 8, _MAX_HEADER):
-            raise CheckpointError(f"'{self.path}' is truncated or no safetensors file. Copy it again.")
-        try:
-            header = json.loads(self._pread(8, length).tobytes())
-            header.pop("__metadata__", None)
-            for name, entry in header.items():
-                self._check_entry(name, entry, self._size - 8 - length)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"The header of '{self.path}' can not be read: {error}. Copy it again.") from None
-        return header, 8 + length
-
-    def _check_entry(self, name: str, entry: Mapping[str, Any], data_bytes: int) -> None:
-        spec = BlobSpec(name=name, dtype=entry["dtype"], shape=tuple(entry["shape"]))
-        begin, end = entry["data_offsets"]
-        if not 0 <= begin <= end <= data_bytes:
-            raise CheckpointError(
-                f"Blob '{name}' ends at byte {end} of {data_bytes} in '{self.path}': the file is truncated. "
-                "Copy it again."
-            )
-        if end - begin != spec.nbytes:
-            raise ValueError(f"'{name}' has {end - begin} bytes, its shape calls for {spec.nbytes}")
-
-    def _pread(self, offset: int, count: int) -> NDArray[np.uint8]:
-        raw = np.empty(count, dtype=np.uint8)
-        view, done = raw.data, 0
-        while done < count:
-            got = os.preadv(self._descriptor, [view[done : done + (1 << 30)]], offset + done)
-            if got == 0:
-                raise CheckpointError(f"'{self.path}' ends at byte {offset + done}: it is truncated. Copy it again.")
-            done += got
-        return raw
-
-    def __del__(self) -> None:
-        descriptor = getattr(self, "_descriptor", None)
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _header(blobs: Sequence[BlobSpec]) -> bytes:

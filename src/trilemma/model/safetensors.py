@@ -71,10 +71,16 @@ class SafetensorsFile:
                 f"Tensor '{name}' in {self.path} has dtype {entry.dtype}; weights must be F32, F16 or BF16. "
                 "Convert the checkpoint to bf16 first."
             )
-        values = np.empty(entry.shape, dtype=_NUMPY[entry.dtype])
-        if entry.nbytes:
-            self._read_into(values.reshape(-1).view(np.uint8).data, entry.start, name)
+        values: NDArray[Any] = self.read_bytes(name).view(_NUMPY[entry.dtype]).reshape(entry.shape)
         return values
+
+    def read_bytes(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of one tensor as they lie in the file, whatever its dtype; errors as of `read`."""
+        entry = self.entries[name]
+        raw = np.empty(entry.nbytes, dtype=np.uint8)
+        if entry.nbytes:
+            self._read_into(raw.data, entry.start, name)
+        return raw
 
     def _read_into(self, buffer: memoryview, start: int, name: str) -> None:
         try:
