@@ -17,12 +17,6 @@ constexpr int kFloatTokens = 2;
 constexpr int kFloatTokens = 2;
 #endif
 
-template <bool Symmetric, int Shift>
-inline V16f code4(V16u line) {
-  const V16f code = nibble<Shift>(line);
-  return Symmetric ? sub(code, set1(8.0f)) : code;
-}
-
 template <int T>
 inline void step(V16f weight, const float* x, size_t ldx, V16f* sum) {
 #pragma GCC unroll 8
@@ -32,15 +26,16 @@ inline void step(V16f weight, const float* x, size_t ldx, V16f* sum) {
 // 8 columns of a 4-bit panel: one line.
 template <bool Symmetric, int T>
 inline void columns4(const uint8_t* codes, const float* x, size_t ldx, V16f* even, V16f* odd) {
+  constexpr int kOffset = Symmetric ? 8 : 0;
   const V16u line = load_line(codes);
-  step<T>(code4<Symmetric, 0>(line), x + 0, ldx, even);
-  step<T>(code4<Symmetric, 8>(line), x + 1, ldx, even);
-  step<T>(code4<Symmetric, 16>(line), x + 2, ldx, even);
-  step<T>(code4<Symmetric, 24>(line), x + 3, ldx, even);
-  step<T>(code4<Symmetric, 4>(line), x + 4, ldx, odd);
-  step<T>(code4<Symmetric, 12>(line), x + 5, ldx, odd);
-  step<T>(code4<Symmetric, 20>(line), x + 6, ldx, odd);
-  step<T>(code4<Symmetric, 28>(line), x + 7, ldx, odd);
+  step<T>(nibble<0, kOffset>(line), x + 0, ldx, even);
+  step<T>(nibble<8, kOffset>(line), x + 1, ldx, even);
+  step<T>(nibble<16, kOffset>(line), x + 2, ldx, even);
+  step<T>(nibble<24, kOffset>(line), x + 3, ldx, even);
+  step<T>(nibble<4, kOffset>(line), x + 4, ldx, odd);
+  step<T>(nibble<12, kOffset>(line), x + 5, ldx, odd);
+  step<T>(nibble<20, kOffset>(line), x + 6, ldx, odd);
+  step<T>(nibble<28, kOffset>(line), x + 7, ldx, odd);
 }
 
 template <int T>

@@ -28,11 +28,11 @@ struct WeightBf16 {
 
 // Registers of a tile: rows x tokens accumulators, one input per token, one weight.
 #if defined(TRILEMMA_SIMD_AVX512)
-constexpr int kPlainRows = 4, kPlainTokens = 5;
+constexpr int kPlainRows = 4, kPlainTokens = 5, kPlainRowsOfOne = 8;
 #elif defined(TRILEMMA_SIMD_AVX2)
-constexpr int kPlainRows = 2, kPlainTokens = 2;
+constexpr int kPlainRows = 2, kPlainTokens = 2, kPlainRowsOfOne = 4;
 #else
-constexpr int kPlainRows = 4, kPlainTokens = 1;
+constexpr int kPlainRows = 4, kPlainTokens = 1, kPlainRowsOfOne = 4;
 #endif
 
 template <class W, int R, int T>
@@ -74,23 +74,30 @@ inline void plain_tile(const typename W::type* w, int k, const float* x, size_t 
 template <class W, int T>
 inline void plain_rows(const typename W::type* w, int k, const float* x, size_t ldx, int begin, int end,
                        const Output& out, float* y) {
+  constexpr int kRows = T == 1 ? kPlainRowsOfOne : kPlainRows;
   int row = begin;
-  for (; row + kPlainRows <= end; row += kPlainRows)
-    plain_tile<W, kPlainRows, T>(w + size_t(row) * size_t(k), k, x, ldx, y + row, out.ld,
+  for (; row + kRows <= end; row += kRows)
+    plain_tile<W, kRows, T>(w + size_t(row) * size_t(k), k, x, ldx, y + row, out.ld,
                                  out.bias ? out.bias + row : nullptr, out.accumulate);
   for (; row < end; ++row)
     plain_tile<W, 1, T>(w + size_t(row) * size_t(k), k, x, ldx, y + row, out.ld, out.bias ? out.bias + row : nullptr,
                         out.accumulate);
 }
 
+// All tokens from `t` on, in tiles of T and then smaller ones.
+template <class W, int T>
+inline void plain_tokens(const PlainView& view, const FloatInput& in, int t, int tokens, int begin, int end,
+                         const Output& out) {
+  const auto* w = static_cast<const typename W::type*>(view.data);
+  for (; t + T <= tokens; t += T)
+    plain_rows<W, T>(w, view.cols, in.x + size_t(t) * in.ld, in.ld, begin, end, out, out.y + size_t(t) * out.ld);
+  if constexpr (T > 1)
+    if (t < tokens) plain_tokens<W, T - 1>(view, in, t, tokens, begin, end, out);
+}
+
 template <class W>
 inline void plain(const PlainView& view, const FloatInput& in, int tokens, int begin, int end, const Output& out) {
-  const auto* w = static_cast<const typename W::type*>(view.data);
-  int t = 0;
-  for (; t + kPlainTokens <= tokens; t += kPlainTokens)
-    plain_rows<W, kPlainTokens>(w, view.cols, in.x + size_t(t) * in.ld, in.ld, begin, end, out, out.y + size_t(t) * out.ld);
-  for (; t < tokens; ++t)
-    plain_rows<W, 1>(w, view.cols, in.x + size_t(t) * in.ld, in.ld, begin, end, out, out.y + size_t(t) * out.ld);
+  plain_tokens<W, kPlainTokens>(view, in, 0, tokens, begin, end, out);
 }
 
 void matmul_plain(const PlainView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out) {

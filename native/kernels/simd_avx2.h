@@ -137,13 +137,14 @@ inline void store_bf16(uint16_t* p, V16f a) {
 inline V16u load_line(const uint8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
-template <int Shift>
+template <int Shift, int Offset>
 inline __m256 nibble_half(__m256i line) {
-  return _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(line, Shift), _mm256_set1_epi32(15)));
+  const __m256i code = _mm256_and_si256(_mm256_srli_epi32(line, Shift), _mm256_set1_epi32(15));
+  return _mm256_cvtepi32_ps(_mm256_sub_epi32(code, _mm256_set1_epi32(Offset)));
 }
-template <int Shift>
+template <int Shift, int Offset>
 inline V16f nibble(V16u line) {
-  return {nibble_half<Shift>(line.lo), nibble_half<Shift>(line.hi)};
+  return {nibble_half<Shift, Offset>(line.lo), nibble_half<Shift, Offset>(line.hi)};
 }
 template <int Byte>
 inline __m256 signed_byte_half(__m256i line) {

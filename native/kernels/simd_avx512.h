@@ -89,9 +89,13 @@ inline void store_bf16(uint16_t* p, V16f a) {
 }
 
 inline V16u load_line(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
-template <int Shift>
+// A look-up: vpermps reads the low four bits of each index only, so no mask, conversion or subtraction is needed.
+template <int Shift, int Offset>
 inline V16f nibble(V16u line) {
-  return {_mm512_cvtepi32_ps(_mm512_and_epi32(_mm512_srli_epi32(line.v, Shift), _mm512_set1_epi32(15)))};
+  const __m512 values = _mm512_setr_ps(0 - Offset, 1 - Offset, 2 - Offset, 3 - Offset, 4 - Offset, 5 - Offset,
+                                       6 - Offset, 7 - Offset, 8 - Offset, 9 - Offset, 10 - Offset, 11 - Offset,
+                                       12 - Offset, 13 - Offset, 14 - Offset, 15 - Offset);
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(line.v, Shift), values)};
 }
 template <int Byte>
 inline V16f signed_byte(V16u line) {

@@ -163,10 +163,11 @@ inline V16u load_line(const uint8_t* p) {
   memcpy(r.v, p, sizeof r.v);
   return r;
 }
-template <int Shift>
+// Four bits of each lane, minus Offset.
+template <int Shift, int Offset>
 inline V16f nibble(V16u line) {
   V16f r;
-  TRILEMMA_EACH r.v[i] = float((line.v[i] >> Shift) & 15);
+  TRILEMMA_EACH r.v[i] = float(int((line.v[i] >> Shift) & 15) - Offset);
   return r;
 }
 template <int Byte>
