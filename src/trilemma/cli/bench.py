@@ -64,7 +64,7 @@ def _markdown(report: BenchReport) -> str:
     headers = ["model", "form", *METRICS, "of bandwidth"]
     lines = [f"| {' | '.join(headers)} |", "|---|---|" + "---:|" * (len(headers) - 2)]
     for row in report.rows:
-        shown = (show(row.trial.measurements.get(metric)) for metric in METRICS)
+        shown = (show(row.trial.measurements.get(metric)).replace(" tokens/s", "") for metric in METRICS)
         lines.append(f"| {_name(row)} | {row.trial.name} | " + " | ".join(shown) + f" | {_share(row)} |")
     here = report.environment
     lines += ["", f"{here.cpu}, {here.isa}, {here.threads} threads; 95% intervals; ! marks a noisy run."]
