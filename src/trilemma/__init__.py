@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trilemma.api import bench, export_model, inspect
+    from trilemma.api import bench, export_model, inspect, optimize
     from trilemma.core.errors import TrilemmaError
     from trilemma.core.limit import Limit
     from trilemma.core.measurement import Measurement
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from trilemma.runtime.text_model import TextModel
     from trilemma.runtime.text_model import open_text_model as open
     from trilemma.search.check import check
-    from trilemma.search.run import optimize
     from trilemma.techniques.apply import compress
 
 _WHERE = {
@@ -38,7 +37,7 @@ _WHERE = {
     "export_model": "api",
     "inspect": "api",
     "open": "runtime.text_model:open_text_model",
-    "optimize": "search.run",
+    "optimize": "api",
 }
 
 __all__ = [

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from trilemma.core.limit import Limit
     from trilemma.core.results import BenchReport
     from trilemma.measure.bench import BenchCandidate
     from trilemma.model.cost import Inspection
     from trilemma.model.model import Model
     from trilemma.runtime.engine import EngineOptions
+    from trilemma.search.progress import Progress
+    from trilemma.search.result import OptimizeResult
 
 
 def inspect(model: Model | str | Path) -> Inspection:
@@ -82,6 +85,56 @@ def _candidate(path: str | Path, scheme: str, options: EngineOptions) -> BenchCa
     place = Path(path)
     name = place.parent.name if place.name == "config.json" else place.name or str(path)
     return BenchCandidate(name, scheme, made, options, recipe)
+
+
+def optimize(
+    model: Model | str | Path,
+    *,
+    limits: Sequence[Limit | str] = (),
+    data: str | Path | Sequence[str | Path] | None = None,
+    output: str | Path | None = None,
+    time: str | float = "10m",
+    minimize: str | None = None,
+    runtime: str = "native",
+    context: int | None = None,
+    prepare: Literal["none", "book"] = "none",
+    seed: int = 0,
+    threads: int | None = None,
+    accept_estimates: bool = False,
+    force: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+    command: str = "",
+) -> OptimizeResult:
+    """Find the version of a model to ship within limits, and say how that is known.
+
+    Args:
+        model: a checkpoint folder, an artifact or a hub id.
+        limits: hard requirements such as 'weights<=50%'; all must PASS.
+        data: text files; split by document into calibrate, select and confirm.
+        output: folder for the model, recipe.yaml, report.json and report.html; nothing is kept without it.
+        time: effort, such as '5m'; at least the baseline and one candidate are measured.
+        minimize: metric to be best in within the limits. By default: without limits least tpot with
+            ppl_increase<=1%; with limits but none on quality, least kl_mean.
+        context: tokens of the quality windows; 512 or the model's own by default.
+        prepare: 'book' joins hard line breaks and drops underscores.
+        accept_estimates: let an estimate PASS a limit.
+        force: replace an artifact that is at `output` already.
+        progress: called with `search.progress.Progress`.
+
+    Returns:
+        best (a trial, or None), front, verdicts, report, exit_code and output.
+
+    Raises:
+        InputError: a model, text, limit, time or output that can not be used; nothing is written then.
+    """
+    from trilemma.report import render
+    from trilemma.search.run import optimize as search
+
+    return search(
+        model, limits=limits, data=data, output=output, time=time, minimize=minimize, runtime=runtime,
+        context=context, prepare=prepare, seed=seed, threads=threads, accept_estimates=accept_estimates,
+        force=force, progress=progress, render=render, command=command,
+    )  # fmt: skip
 
 
 def export_model(model: Model | str | Path, output: str | Path, *, to: str = "gguf", force: bool = False) -> Path:

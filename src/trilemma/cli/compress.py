@@ -18,6 +18,7 @@ def compress(
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="recipe.yaml, as an artifact carries it.")] = None,
     data: options.Data = None,
+    prepare: options.PrepareText = "none",
     seed: options.Seed = 0,
     threads: options.Threads = None,
     force: options.Force = False,
@@ -32,8 +33,8 @@ def compress(
         raise RecipeError("Give one of --scheme (for example W4A8-g32-gptq) and --recipe (a recipe.yaml).")
     with console.progress("compress") as update:
         result = apply(
-            model, output, scheme=scheme, recipe=recipe, data=data, seed=seed, threads=threads, force=force,
-            progress=update,
+            model, output, scheme=scheme, recipe=recipe, data=data, prepare=prepare, seed=seed, threads=threads,
+            force=force, progress=update,
         )  # fmt: skip
     if json:
         console.print_json(result)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from trilemma.search.progress import Progress as SearchProgress
 
 ProgressFunction = Callable[[float, float, str], None]
+
+LINE_EVERY_S = 5.0
 
 stderr = Console(stderr=True, highlight=False)
 
@@ -43,19 +46,22 @@ def _plain(document: Any) -> Any:
 
 @contextmanager
 def progress(title: str) -> Iterator[ProgressFunction]:
-    """A bar with the time left on stderr; yields `update(done, total, what)`. Silent lines when not a terminal."""
+    """A bar with the time left on stderr; yields `update(done, total, what)`.
+
+    Where stderr is no terminal, a line now and then instead.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
         task = bars.add_task(title, total=None)
-        last = ""
+        said = -LINE_EVERY_S
 
         def update(done: float, total: float, what: str) -> None:
-            nonlocal last
-            bars.update(task, completed=done, total=total, description=what or title)
-            if not stderr.is_terminal and what != last:
-                stderr.print(what, markup=False)
-            last = what
+            nonlocal said
+            bars.update(task, completed=done, total=total or None, description=what or title)
+            if not stderr.is_terminal and time.monotonic() - said >= LINE_EVERY_S:
+                said = time.monotonic()
+                stderr.print(what or title, markup=False, soft_wrap=True)
 
         yield update
 
@@ -79,7 +85,7 @@ def table(title: str, headers: Sequence[str], rows: Sequence[Sequence[str]]) -> 
         shown.add_column(header, justify="left" if index == 0 or header == "why" else "right", overflow="fold")
     for row in rows:
         shown.add_row(*row)
-    width = None if sys.stdout.isatty() else 160
+    width = None if sys.stdout.isatty() else 180
     out = Console(file=sys.stdout, highlight=False, markup=False, width=width)
     if title:
         out.print(title, style="bold", soft_wrap=True)

@@ -35,11 +35,13 @@ def optimize(
     accept_estimates: Annotated[
         bool, typer.Option("--accept-estimates", help="Let an estimate PASS a limit (energy without a counter).")
     ] = False,
+    prepare: options.PrepareText = "none",
+    force: options.Force = False,
     json: options.Json = False,
 ) -> None:
     """Try recipes, measure the promising ones, and leave the best model within the limits with its evidence."""
+    from trilemma.api import optimize as search
     from trilemma.cli import console
-    from trilemma.search.run import optimize as search
 
     with console.search_progress("optimize") as update:
         result = search(
@@ -51,9 +53,11 @@ def optimize(
             minimize=minimize,
             runtime=runtime,
             context=context,
+            prepare=prepare,
             seed=seed,
             threads=threads,
             accept_estimates=accept_estimates,
+            force=force,
             progress=update,
             command=" ".join(["trilemma", *sys.argv[1:]]),
         )
