@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import ValidationError
@@ -26,6 +26,20 @@ class Step(Record):
     settings: dict[str, Any] = {}
 
 
+class Calibration(Record):
+    """Which calibration text a recipe saw, so that the same files give the same tokens again.
+
+    part: 'all' of the text, or the 'calibrate' part of its split into three; sha256: of the tokens.
+    """
+
+    part: Literal["all", "calibrate"] = "all"
+    windows: int
+    context: int
+    seed: int = 0
+    prepare: Literal["none", "book"] = "none"
+    sha256: str
+
+
 class Recipe(Record):
     """Ordered steps. `name` is the scheme or a short label; it takes no part in the hash."""
 
@@ -33,15 +47,17 @@ class Recipe(Record):
     name: str = ""
     seed: int = 0
     steps: tuple[Step, ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def hash(self) -> str:
         """First 16 hex digits of the SHA-256 over what decides the bytes (all but the name)."""
-        payload = json.dumps(self.model_dump(exclude={"name"}), sort_keys=True, separators=(",", ":"))
+        decides = self.model_dump(exclude={"name"}, exclude_none=True)
+        payload = json.dumps(decides, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(payload.encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False)
 
     @classmethod
     def from_yaml(cls, text: str) -> Recipe:

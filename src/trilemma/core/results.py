@@ -70,6 +70,8 @@ class Conditions(Record):
     threads: int = 0
     accept_estimates: bool = False
     time_s: float = 0.0
+    prepare: Literal["none", "book"] = "none"
+    seed: int = 0
 
 
 class Decision(Record):

@@ -151,7 +151,7 @@ def write_artifact(model: Model, folder: str | Path, recipe: Recipe) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         _write_files(model, partial, recipe)
-        _replace(partial, path)
+        replace_folder(partial, path)
     except OSError as error:
         raise OutputError(
             f"Can not write '{path}': {error.strerror or error}. Nothing was changed; "
@@ -320,7 +320,7 @@ def _assemble(tensor: TensorRecord, arrays: Mapping[str, NDArray[Any]]) -> Float
     return np.asarray(arrays["values"], dtype=np.float32)
 
 
-def _replace(partial: Path, path: Path) -> None:
+def replace_folder(partial: Path, path: Path) -> None:
     """Put `partial` in the place of `path`; a folder that was there is moved aside first, then removed."""
     if not path.exists():
         partial.rename(path)

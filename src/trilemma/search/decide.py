@@ -24,6 +24,7 @@ SELECT_MARGIN = 2.0
 # Speeds that differ by less than this are one speed when their intervals overlap; quality then decides.
 SPEED_TIE = 0.03
 
+
 @dataclass(frozen=True)
 class Objective:
     """What is best among those that keep every limit. `implied` are limits that the user did not write."""

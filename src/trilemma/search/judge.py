@@ -134,9 +134,7 @@ def outcome_of(verdicts: Sequence[Verdict]) -> Outcome:
     return "FAIL" if "FAIL" in outcomes else "INCONCLUSIVE" if "INCONCLUSIVE" in outcomes else "PASS"
 
 
-def _judge(
-    base: Verdict, value: float, interval: Interval | None, threshold: float, accept_estimates: bool
-) -> Verdict:
+def _judge(base: Verdict, value: float, interval: Interval | None, threshold: float, accept_estimates: bool) -> Verdict:
     limit, measurement = base.limit, base.measurement
     shown = _shown(limit, value)
     if interval is None:

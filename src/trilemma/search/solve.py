@@ -53,9 +53,7 @@ def solve(
         if all(over <= 0 for over in excess):
             return chosen
         # HiGHS accepts a relative violation of about 1e-7; bytes are exact, so ask again a little tighter.
-        tightened = [
-            limit - 2 * over if over > 0 else limit for limit, over in zip(tightened, excess, strict=True)
-        ]
+        tightened = [limit - 2 * over if over > 0 else limit for limit, over in zip(tightened, excess, strict=True)]
     return None
 
 

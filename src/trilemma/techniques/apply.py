@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 from trilemma.core.errors import RecipeError, UnsupportedModelError
 from trilemma.core.recipe import Recipe
 from trilemma.core.record import Record
+from trilemma.data.documents import Prepare
 from trilemma.formats.artifact import check_output, load_any, read_artifact, weights_bytes, write_artifact
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Model
 from trilemma.techniques import TECHNIQUES
+from trilemma.techniques.calibration_text import read_calibration
 from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.technique import Build, Technique, TechniqueSettings, read_settings
 
@@ -94,7 +96,8 @@ def compress(
     scheme: str | None = None,
     recipe: Recipe | str | Path | None = None,
     calibration: NDArray[np.int32] | None = None,
-    data: list[Path] | list[str] | None = None,
+    data: Sequence[str | Path] | None = None,
+    prepare: Prepare = "none",
     seed: int = 0,
     threads: int | None = None,
     force: bool = False,
@@ -105,6 +108,7 @@ def compress(
     Args:
         recipe: a Recipe, or the path of a recipe.yaml (its own seed holds).
         calibration: token windows (n, context); or give `data`, text files to cut them from.
+        prepare: 'book' or 'none', see `data.read_documents`; a recipe that says how is followed.
         force: replace an artifact that is there already.
 
     Raises:
@@ -117,7 +121,8 @@ def compress(
     chosen = _choose(scheme, recipe, seed)
     opened = model if isinstance(model, Model) else load_any(model)
     if calibration is None and data and needs_calibration(chosen, opened.config):
-        calibration = read_calibration(opened, data, chosen.seed)
+        calibration, record = read_calibration(opened, data, chosen.seed, record=chosen.calibration, prepare=prepare)
+        chosen = chosen.model_copy(update={"calibration": record})
     build = Build(calibration=calibration, seed=chosen.seed, threads=threads, progress=progress)
     made = build_artifact(opened, chosen, output, build)
     return CompressResult(
@@ -138,25 +143,3 @@ def _choose(scheme: str | None, recipe: Recipe | str | Path | None, seed: int) -
         return Recipe.from_yaml(Path(recipe).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"Can not read the recipe '{recipe}': {error}.") from None
-
-
-CALIBRATION_WINDOWS = 128
-CALIBRATION_CONTEXT = 512
-
-
-def read_calibration(model: Model, data: list[Path] | list[str], seed: int) -> NDArray[np.int32]:
-    """Calibration windows (n, context) cut from text files with the model's own tokenizer.
-
-    Raises:
-        CheckpointError: the model has no tokenizer.
-        DataError: the texts can not be used.
-    """
-    from trilemma.data.documents import read_documents
-    from trilemma.data.windows import sample_calibration
-    from trilemma.model.tokenizer import Tokenizer
-
-    if model.path is None:
-        raise RecipeError("The model has no folder and so no tokenizer. Give `calibration` windows instead of `data`.")
-    tokenizer = Tokenizer.load(model.path)
-    context = min(CALIBRATION_CONTEXT, model.config.max_context)
-    return sample_calibration(read_documents(data), tokenizer.encode, context, CALIBRATION_WINDOWS, seed)

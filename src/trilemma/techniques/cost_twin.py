@@ -39,6 +39,23 @@ def cost_twin(model: Model, recipe: Recipe, seed: int = 0) -> Model:
     return model
 
 
+def recipe_formats(model: Model, recipe: Recipe) -> tuple[dict[str, str], str]:
+    """Format of every matrix that the recipe changes, and the KV cache precision that it leaves. Builds nothing.
+
+    Raises:
+        RecipeError: wrong settings, or a step whose result is not known before it is done.
+        UnsupportedModelError: a technique that can not work on this model.
+    """
+    formats: dict[str, str] = {}
+    kv = model.run.kv_cache
+    for step, (_, settings) in zip(recipe.steps, check_recipe(recipe, model.config), strict=True):
+        if isinstance(settings, KvCacheSettings):
+            kv = settings.precision
+        else:
+            formats |= {name: spec.name for name, spec in _formats(model, step.technique, settings)[0].items()}
+    return formats, kv
+
+
 def _formats(model: Model, technique: str, settings: TechniqueSettings) -> tuple[dict[str, Format], Activation]:
     if isinstance(settings, WeightSettings):
         return assign_formats(model.config, settings), settings.activations

@@ -1,0 +1,115 @@
+"""From trials to a report: front, choice, confirm run, verdicts, and the decision in a sentence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trilemma.core.environment import Environment, read_environment
+from trilemma.core.results import Answer, ByteRow, Conditions, Decision, OptimizeReport
+from trilemma.core.trial import Trial
+from trilemma.core.verdict import Verdict
+from trilemma.model.model import Model
+from trilemma.runtime.engine import Engine
+from trilemma.search import sentence
+from trilemma.search.confirm import ANSWER_PROMPTS, PROMPT_TOKENS, answers, byte_rows, confirm_trial
+from trilemma.search.decide import Choice, Objective, choose
+from trilemma.search.explore import Exploration
+from trilemma.search.front import pareto_front
+from trilemma.search.judge import EXIT_CODES, binding, judge_trial, outcome_of
+from trilemma.search.result import OptimizeResult
+from trilemma.search.texts import prompts_of
+
+FRONT_AXES = ("weights_bytes", "tpot_s", "kl_mean")
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """What the confirm run left: nothing but the decision when no trial was chosen."""
+
+    decision: Decision
+    verdicts: tuple[Verdict, ...]
+    confirmed: Trial | None = None
+    answers: tuple[Answer, ...] = ()
+    bytes_by_role: tuple[ByteRow, ...] = ()
+
+
+def conclude(
+    search: Exploration, objective: Objective, *, name: str, model_key: str, command: str, accept_estimates: bool
+) -> OptimizeResult:
+    """Choose on the select text, confirm on text that nobody saw, and put everything into one record."""
+    everything = [search.baseline, *search.trials]
+    points = [[trial.value(metric) for metric in FRONT_AXES] for trial in everything]
+    front = [everything[index] for index in pareto_front(points, ["lower"] * len(FRONT_AXES))]
+    plain = Objective(objective.metric, objective.because)  # implied limits are among the search's already
+    choice = choose(everything, search.limits, plain, search.baseline, accept_estimates=accept_estimates)
+    found = _settle(search, objective, choice, accept_estimates)
+    used = {part: reference.token_set for part, reference in search.bench.references.items()}
+    report = OptimizeReport(
+        model=name, model_hash=model_key, runtime=search.bench.runtime, objective=objective.text, limits=search.limits,
+        environment=_environment(search, model_key, found.confirmed), data=search.texts.describe(used),
+        baseline=search.baseline, trials=tuple(search.trials), front=tuple(trial.name for trial in front),
+        confirmed=found.confirmed, verdicts=found.verdicts, decision=found.decision, answers=found.answers,
+        bytes_by_role=found.bytes_by_role, seconds=search.deadline.spent_s, command=command,
+        notes=(*search.texts.parts.notes, *dict.fromkeys(search.notes)), data_files=search.texts.files,
+        conditions=_conditions(search, accept_estimates),
+    )  # fmt: skip
+    code = EXIT_CODES[found.decision.outcome]
+    return OptimizeResult(found.confirmed, tuple(front), found.verdicts, report, code)
+
+
+def _settle(search: Exploration, objective: Objective, choice: Choice, accept_estimates: bool) -> Conclusion:
+    nearest = tuple(trial.name for trial, _ in choice.nearest)
+    if choice.trial is None:
+        tried = sum(trial.status == "measured" for trial in search.trials)
+        text = sentence.infeasible(choice, tried)
+        blocking = None if choice.blocking is None else choice.blocking.text
+        decision = Decision(sentence=text, chosen=None, outcome="FAIL", binding_limit=blocking, nearest=nearest)
+        return Conclusion(decision, choice.verdicts)
+    search.say("confirm", 0, 1, choice.trial.name)
+    search.bench.refer("confirm", search.texts.token_set("confirm", search.text_plan.confirm_tokens))
+    model, engine = _open_chosen(search, choice.trial)
+    try:
+        confirmed = confirm_trial(
+            search.bench, choice.trial, model, engine, search.limits, search.baseline, search.deadline
+        )
+        prompt_tokens = min(PROMPT_TOKENS, search.bench.lengths.prompt_tokens)
+        prompts = prompts_of(search.texts.parts.confirm, search.texts.tokenizer, ANSWER_PROMPTS, prompt_tokens)
+        shown = answers(search.bench.baseline, engine, search.texts.tokenizer, prompts)
+    finally:
+        if engine is not search.bench.baseline:
+            engine.close()
+    verdicts = judge_trial(confirmed, search.limits, search.baseline, accept_estimates=accept_estimates)
+    tight = binding(verdicts)
+    decision = Decision(
+        sentence=sentence.ship(confirmed, search.baseline, verdicts, objective), chosen=confirmed.name,
+        outcome=outcome_of(verdicts), binding_limit=None if tight is None else tight.limit.text, nearest=nearest,
+        alternatives=choice.alternatives,
+    )  # fmt: skip
+    return Conclusion(decision, verdicts, confirmed, shown, byte_rows(search.model, model))
+
+
+def _open_chosen(search: Exploration, trial: Trial) -> tuple[Model, Engine]:
+    if trial.status == "baseline":
+        return search.model, search.bench.baseline
+    built = search.build(trial.recipe)
+    return built, search.bench.open(built)
+
+
+def _environment(search: Exploration, model_key: str, confirmed: Trial | None) -> Environment:
+    engine = search.bench.baseline
+    recipe_hash = "" if confirmed is None else confirmed.recipe.hash
+    return read_environment(
+        isa=engine.isa, threads=engine.threads, model_hash=model_key, seed=search.seed, recipe_hash=recipe_hash
+    )
+
+
+def _conditions(search: Exploration, accept_estimates: bool) -> Conditions:
+    lengths = search.bench.lengths
+    used = {part: reference.token_set.tokens for part, reference in search.bench.references.items()}
+    return Conditions(
+        context=lengths.context, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens,
+        repetitions=lengths.repetitions, calibrate_tokens=int(search.texts.calibration.size),
+        select_tokens=used.get("select", 0), confirm_tokens=used.get("confirm", 0), seed=search.seed,
+        threads=search.bench.baseline.threads, accept_estimates=accept_estimates, time_s=search.deadline.limit_s,
+        prepare=search.texts.calibration_record.prepare,
+    )  # fmt: skip

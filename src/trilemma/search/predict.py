@@ -1,0 +1,84 @@
+"""What a recipe will cost, before anything is built: bytes exactly by arithmetic, times roughly.
+
+Bytes decide what is dropped without building it. Times only order and plan; no verdict rests on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from trilemma.core.limit import Limit
+from trilemma.core.measurement import Measurement
+from trilemma.core.recipe import Recipe
+from trilemma.formats import FORMATS
+from trilemma.formats.pack import packed_bytes
+from trilemma.model.cost import kv_bytes, parameter_count, weights_bytes
+from trilemma.model.model import Model
+from trilemma.techniques.cost_twin import recipe_formats
+
+BYTE_METRICS = ("weights_bytes", "engine_memory_bytes", "peak_memory_bytes", "artifact_bytes", "kv_bytes_per_token")
+
+
+@dataclass(frozen=True)
+class PredictedBytes:
+    """Bytes that a recipe leaves at least: all but `weights_bytes` are lower bounds (scratch and code come on top)."""
+
+    weights_bytes: int
+    kv_bytes: int
+    kv_bytes_per_token: float
+
+    def least(self, metric: str) -> float:
+        """The least value that the metric can take."""
+        if metric == "kv_bytes_per_token":
+            return self.kv_bytes_per_token
+        if metric in ("engine_memory_bytes", "peak_memory_bytes"):
+            return self.weights_bytes + self.kv_bytes
+        return self.weights_bytes
+
+
+def format_bytes(format_name: str, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix in a format, scales and padding included."""
+    return packed_bytes(FORMATS.get(format_name), shape)
+
+
+def predict_bytes(model: Model, recipe: Recipe, context: int) -> PredictedBytes:
+    """Bytes of the model that the recipe would make, with a KV cache of `context` positions."""
+    formats, kv = recipe_formats(model, recipe)
+    weights = weights_bytes(model.config, lambda name: formats.get(name, model.format_of(name)), format_bytes)
+    cache = kv_bytes(model.config, kv, context)
+    return PredictedBytes(weights, cache, cache / context)
+
+
+def impossible(predicted: PredictedBytes, limits: Sequence[Limit], baseline: Mapping[str, Measurement]) -> Limit | None:
+    """The first limit on bytes that the recipe can not keep, by arithmetic alone."""
+    for limit in limits:
+        if limit.metric not in BYTE_METRICS:
+            continue
+        known = baseline.get(limit.metric)
+        if limit.relative and (known is None or known.value is None):
+            continue
+        threshold = limit.threshold(None if known is None else known.value)
+        if predicted.least(limit.metric) > threshold:
+            return limit
+    return None
+
+
+class BuildTimes:
+    """Seconds that building takes, learned from what was built: per parameter, apart for each technique."""
+
+    _FIRST_GUESS_S_PER_PARAMETER = {"gptq": 3e-6, "rtn": 2e-7}
+
+    def __init__(self, model: Model) -> None:
+        self._parameters = parameter_count(model.config)
+        self._seen: dict[str, float] = {}
+
+    def expect_s(self, recipe: Recipe) -> float:
+        names = {step.technique for step in recipe.steps}
+        return sum(
+            self._seen.get(name, self._FIRST_GUESS_S_PER_PARAMETER.get(name, 1e-8) * self._parameters) for name in names
+        )
+
+    def learn(self, recipe: Recipe, seconds: float) -> None:
+        for name in {step.technique for step in recipe.steps} & set(self._FIRST_GUESS_S_PER_PARAMETER):
+            self._seen[name] = max(seconds, 0.8 * self._seen.get(name, 0.0))

@@ -1,0 +1,171 @@
+"""Where candidates are measured: the baseline stays open, references are cached, speeds are interleaved.
+
+Left out: which candidates to measure and what to make of the numbers (`run.py`, `decide.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from trilemma.core.measurement import Measurement
+from trilemma.core.record import Record
+from trilemma.data.windows import TokenSet
+from trilemma.measure.bench import decode_bytes
+from trilemma.measure.energy import energy_per_token
+from trilemma.measure.energy_model import Precision
+from trilemma.measure.evaluate import build_reference
+from trilemma.measure.memory import artifact_bytes, engine_memory, peak_memory
+from trilemma.measure.quality import Reference, evaluate
+from trilemma.measure.sensors import find_sensors
+from trilemma.measure.speed import SpeedRun
+from trilemma.model.cost import macs_per_token
+from trilemma.model.model import Model
+from trilemma.runtime import open_engine
+from trilemma.runtime.engine import Engine, EngineOptions
+
+Measurements = dict[str, Measurement]
+Step = Callable[[int, int, str], None]
+Settled = Callable[[Measurements, Measurements], bool]
+
+MOST_REPETITIONS = 30
+
+
+class Lengths(Record):
+    """Tokens of the quality windows and of the timed requests, and how often those are repeated."""
+
+    context: int
+    prompt_tokens: int
+    output_tokens: int
+    repetitions: int
+
+
+@dataclass
+class Workbench(AbstractContextManager["Workbench"]):
+    """Measures models of one search under one set of conditions.
+
+    Args:
+        model: the unmodified model; its path is needed for peak memory.
+        lengths: of windows and requests.
+        folder: where the reference's log-probabilities are cached.
+        model_key: identity of the unmodified model, under which they are found again.
+    """
+
+    model: Model
+    lengths: Lengths
+    folder: Path
+    model_key: str
+    runtime: str = "native"
+    threads: int | None = None
+    step: Step | None = None
+    with_energy_sensor: bool = False
+    references: dict[str, Reference] = field(default_factory=dict)
+    _baseline: Engine | None = None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._baseline is not None:
+            self._baseline.close()
+
+    @property
+    def baseline(self) -> Engine:
+        if self._baseline is None:
+            self._baseline = self.open(self.model)
+        return self._baseline
+
+    def open(self, model: Model) -> Engine:
+        """An engine with room for the windows and for the timed requests."""
+        room = max(self.lengths.context, self.lengths.prompt_tokens + self.lengths.output_tokens)
+        options = EngineOptions(threads=self.threads, max_context=room)
+        return open_engine(model, runtime=self.runtime, options=options)
+
+    def refer(self, part: str, token_set: TokenSet) -> TokenSet:
+        """Score a part with the unmodified weights in f32 arithmetic; returns the tokens that fitted."""
+        made = build_reference(
+            self.model, token_set, self.folder, runtime=self.runtime, options=EngineOptions(threads=self.threads),
+            key=self.model_key, progress=self.step,
+        )  # fmt: skip
+        self.references[part] = made
+        return made.token_set
+
+    def quality(self, engine: Engine, part: str) -> Measurements:
+        """Perplexity, KL and agreement on a part that `refer` has seen; nothing when there is no text."""
+        if part not in self.references:
+            return {}
+        return evaluate(engine, self.references[part], progress=self.step)
+
+    def cost(
+        self, model: Model, engine: Engine, *, repetitions: int | None = None, settled: Settled | None = None
+    ) -> tuple[Measurements, Measurements]:
+        """Memory, speed and energy of a candidate, and those of the baseline from the same interleaved run.
+
+        Args:
+            repetitions: timed requests of each.
+            settled: asked after them whether more are pointless; up to `MOST_REPETITIONS`.
+        """
+        pair = {"candidate": engine, "baseline": self.baseline}
+        if engine is self.baseline:
+            pair = {"candidate": engine}
+        run = SpeedRun(pair, prompt_tokens=self.lengths.prompt_tokens, output_tokens=self.lengths.output_tokens)
+        wanted = repetitions or self.lengths.repetitions
+        try:
+            run.warm_up()
+            for turn in range(MOST_REPETITIONS):
+                run.repeat()
+                self._tell(turn + 1, wanted, "speed")
+                if turn + 1 < wanted:
+                    continue
+                now = run.results()
+                if settled is None or settled(now["candidate"], now.get("baseline", now["candidate"])):
+                    break
+            found = run.results()
+        finally:
+            run.close()
+        ours = found["candidate"] | engine_memory(engine)
+        theirs = found.get("baseline", found["candidate"]) | engine_memory(self.baseline)
+        ours |= self.energy(model, engine, ours)
+        if engine is not self.baseline:
+            theirs |= self.energy(self.model, self.baseline, theirs)
+        return ours, theirs
+
+    def energy(self, model: Model, engine: Engine, times: Mapping[str, Measurement]) -> Measurements:
+        """By counter where there is one and energy is asked for (it takes seconds), else estimated from the times."""
+        sensors = find_sensors()
+        if not self.with_energy_sensor and any(sensor.reason is None for sensor in sensors):
+            return {}
+        lengths = self.lengths
+        position = lengths.prompt_tokens + lengths.output_tokens // 2
+        return energy_per_token(
+            engine, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens,
+            read_bytes_per_token=decode_bytes(model, engine.kv_cache, position),
+            macs_per_token=macs_per_token(model.config, position), precision=_precision(model),
+            sensors=sensors,
+            tpot_s=times["tpot_s"].value, ttft_s=times["ttft_s"].value,
+        )  # fmt: skip
+
+    def on_disk(self, path: Path, *, peak: bool) -> Measurements:
+        """Bytes on disk, and on request the peak of a fresh process."""
+        found = {"artifact_bytes": artifact_bytes(path)}
+        if peak:
+            lengths = self.lengths
+            options = EngineOptions(threads=self.threads, max_context=lengths.prompt_tokens + lengths.output_tokens)
+            found["peak_memory_bytes"] = peak_memory(
+                path, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens,
+                runtime=self.runtime, options=options,
+            )  # fmt: skip
+        return found
+
+    def _tell(self, done: int, total: int, what: str) -> None:
+        if self.step is not None:
+            self.step(done, max(done, total), what)
+
+
+def _precision(model: Model) -> Precision:
+    """Of most multiplications: int8 when the matrices take int8 inputs."""
+    names = model.config.linear_names()
+    quantized = sum(model.linear(name).activation == "int8-g32" for name in names)
+    return "int8" if 2 * quantized > len(names) else "f32"
