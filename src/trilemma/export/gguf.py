@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class _Entry:
     target: Target
     shape: tuple[int, ...]
     load: Callable[[], NDArray[Any]]
+    values: Callable[[], NDArray[np.float32]]  # what it stands for, rows in the file's order
 
     @property
     def nbytes(self) -> int:
@@ -72,19 +74,19 @@ def export_gguf(model: Model, path: str | Path, *, requantize: bool = False) -> 
     shape = read_shape(model.config)
     notes: list[str] = list(shape.notes)
     entries = _plan(model, shape, requantize)
-    partial = target.with_name(target.name + ".partial")
+    unfinished = target.with_name(target.name + ".partial")
     writer = gguf.GGUFWriter(None, shape.architecture, use_temp_file=False)
     _describe(gguf, writer, model, shape, notes, entries)
     try:
-        _write(gguf, writer, partial, entries, notes)
-        partial.replace(target)
+        errors = _write(gguf, writer, unfinished, entries)
+        unfinished.replace(target)
     except OSError as error:
         raise OutputError(
             f"Can not write '{target}': {error.strerror or error}. Free space or choose another place."
         ) from None
     finally:
-        partial.unlink(missing_ok=True)
-    return _report(model, target, entries, notes)
+        unfinished.unlink(missing_ok=True)
+    return _report(model, target, entries, errors, notes)
 
 
 def _package() -> Any:
@@ -100,10 +102,12 @@ def _plan(model: Model, shape: Shape, requantize: bool) -> list[_Entry]:
     for name, dimensions in model.config.tensor_shapes().items():
         target = _target(model, name, dimensions, requantize)
         rows = _row_order(model.config, shape, name)
-        entries.append(_Entry(gguf_name(name), target, dimensions, _loader(model, name, target, rows)))
+        values = partial(_values, model, name, rows)
+        load = values if len(dimensions) == 1 else partial(_encoded, model, name, target, rows)
+        entries.append(_Entry(gguf_name(name), target, dimensions, load, values))
     factors = rope_factors(shape)
     if factors is not None:
-        entries.append(_Entry("rope_freqs.weight", Target("F32"), factors.shape, lambda: factors))
+        entries.append(_Entry("rope_freqs.weight", Target("F32"), factors.shape, lambda: factors, lambda: factors))
     return entries
 
 
@@ -140,14 +144,13 @@ def _row_order(config: DecoderConfig, shape: Shape, name: str) -> NDArray[np.int
     return None if heads is None or spec is None else rope_rows(heads, spec.head_dim)
 
 
-def _loader(model: Model, name: str, target: Target, rows: NDArray[np.intp] | None) -> Callable[[], NDArray[Any]]:
-    def load() -> NDArray[Any]:
-        if len(model.config.tensor_shapes()[name]) == 2:
-            return encode_matrix(model.stored(name), target, rows)
-        values = model.tensor(name).astype(np.float32)
-        return np.ascontiguousarray(values if rows is None else values[rows])
+def _values(model: Model, name: str, rows: NDArray[np.intp] | None) -> NDArray[np.float32]:
+    values = model.tensor(name)
+    return np.ascontiguousarray(values if rows is None else values[rows], dtype=np.float32)
 
-    return load
+
+def _encoded(model: Model, name: str, target: Target, rows: NDArray[np.intp] | None) -> NDArray[Any]:
+    return encode_matrix(model.stored(name), target, rows)
 
 
 def _describe(gguf: Any, writer: Any, model: Model, shape: Shape, notes: list[str], entries: list[_Entry]) -> None:
@@ -163,27 +166,42 @@ def _describe(gguf: Any, writer: Any, model: Model, shape: Shape, notes: list[st
     notes += vocabulary.notes
 
 
-def _write(gguf: Any, writer: Any, partial: Path, entries: list[_Entry], notes: list[str]) -> None:
+def _write(gguf: Any, writer: Any, path: Path, entries: list[_Entry]) -> dict[str, float]:
+    """Write header and tensors; returns the relative error of every tensor that is not exact."""
+    errors = {}
     try:
         for entry in entries:
             kind = gguf.GGMLQuantizationType[entry.target.type]
             dtype = np.dtype(np.float16 if entry.target.type == "F16" else np.float32)
             writer.add_tensor_info(entry.name, entry.shape, dtype, entry.nbytes, raw_dtype=kind)
-        writer.write_header_to_file(partial)
+        writer.write_header_to_file(path)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for entry in entries:
-            values = entry.load()
-            assert values.nbytes == entry.nbytes, f"{entry.name}: {values.nbytes} bytes, announced {entry.nbytes}"
-            writer.write_tensor_data(values)
+            stored = entry.load()
+            assert stored.nbytes == entry.nbytes, f"{entry.name}: {stored.nbytes} bytes, announced {entry.nbytes}"
+            writer.write_tensor_data(stored)
+            if not entry.target.exact:
+                found = gguf.dequantize(stored, gguf.GGMLQuantizationType[entry.target.type])
+                errors[entry.name] = _relative_error(found.reshape(entry.shape), entry.values())
     finally:
         writer.close()
+    return errors
 
 
-def _report(model: Model, path: Path, entries: list[_Entry], notes: list[str]) -> ExportReport:
-    inexact = [entry.name for entry in entries if not entry.target.exact]
-    if inexact:
-        notes.append(f"stored again with loss: {', '.join(inexact[:3])}" + (" ..." if len(inexact) > 3 else ""))
+def _relative_error(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """Root of the mean squared error, as a share of the root of the mean square."""
+    return float(np.linalg.norm(found - wanted) / max(float(np.linalg.norm(wanted)), 1e-30))
+
+
+def _report(
+    model: Model, path: Path, entries: list[_Entry], errors: dict[str, float], notes: list[str]
+) -> ExportReport:
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        notes.append(
+            f"{len(errors)} tensors were stored again with loss (relative error at most {errors[worst]:.2%}, {worst})"
+        )
     for why, count in Counter(entry.target.why for entry in entries if entry.target.why).items():
         notes.append(f"{count} tensors: {why}")
     source, written = weights_bytes(model), sum(entry.nbytes for entry in entries)
@@ -194,5 +212,5 @@ def _report(model: Model, path: Path, entries: list[_Entry], notes: list[str]) -
         )
     return ExportReport(
         path=str(path), bytes=path.stat().st_size, tensor_bytes=written, source_bytes=source,
-        types=dict(Counter(entry.target.type for entry in entries)), lossless=not inexact, notes=tuple(notes),
+        types=dict(Counter(entry.target.type for entry in entries)), lossless=not errors, notes=tuple(notes),
     )  # fmt: skip
