@@ -182,14 +182,14 @@ void bind_model(nb::module_& m) {
            [](Model& self, const std::string& name, const std::string& dtype, int rows, int cols, const ByteArray& data,
               const std::string& activation) {
              const auto type = named<Dtype>(dtype, "dtype", {{"f32", kF32}, {"f16", kF16}, {"bf16", kBf16}});
-             self.add_matrix(name, Matrix::plain(name, type, rows, cols, bytes_of(data), activation_of(activation)));
+             self.add_matrix(name, Matrix::plain(self.arena(), name, type, rows, cols, bytes_of(data), activation_of(activation)));
            },
            "name"_a, "dtype"_a, "rows"_a, "cols"_a, "data"_a, "activation"_a = "f32")
       .def("add_packed",
            [](Model& self, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
               const std::string& activation, const ByteArray& codes, const ByteArray& scales,
               const std::optional<ByteArray>& minima) {
-             self.add_matrix(name, Matrix::packed(name, bits, symmetric, group, rows, cols, activation_of(activation),
+             self.add_matrix(name, Matrix::packed(self.arena(), name, bits, symmetric, group, rows, cols, activation_of(activation),
                                                   bytes_of(codes), bytes_of(scales),
                                                   minima ? bytes_of(*minima) : Bytes{nullptr, 0}));
            },

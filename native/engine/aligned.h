@@ -13,13 +13,13 @@ namespace trilemma {
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
-  explicit AlignedBuffer(std::size_t bytes) : bytes_(bytes) {
+  explicit AlignedBuffer(std::size_t bytes, std::size_t alignment = 64) : bytes_(bytes) {
     if (bytes == 0) return;
     // calloc rather than aligned_alloc + memset: large blocks come as untouched zero pages.
-    raw_ = std::calloc(1, bytes + kAlignment);
+    raw_ = std::calloc(1, bytes + alignment);
     if (!raw_) throw std::bad_alloc();
     const auto address = reinterpret_cast<std::uintptr_t>(raw_);
-    data_ = reinterpret_cast<std::byte*>((address + kAlignment - 1) & ~std::uintptr_t(kAlignment - 1));
+    data_ = reinterpret_cast<std::byte*>((address + alignment - 1) & ~std::uintptr_t(alignment - 1));
   }
   AlignedBuffer(AlignedBuffer&& other) noexcept { swap(other); }
   AlignedBuffer& operator=(AlignedBuffer&& other) noexcept {
@@ -37,7 +37,6 @@ class AlignedBuffer {
   }
 
  private:
-  static constexpr std::size_t kAlignment = 64;
   void swap(AlignedBuffer& other) noexcept {
     std::swap(raw_, other.raw_);
     std::swap(data_, other.data_);

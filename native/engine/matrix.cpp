@@ -8,13 +8,18 @@
 namespace trilemma {
 namespace {
 
-AlignedBuffer copy_checked(const std::string& name, const char* part, Bytes from, std::size_t expected) {
+void check_size(const std::string& name, const char* part, Bytes from, std::size_t expected) {
   if (from.size != expected)
     throw EngineFault("Tensor '" + name + "': " + part + " hold " + std::to_string(from.size) + " bytes, expected " +
                       std::to_string(expected) + ".");
-  AlignedBuffer to(expected);
-  if (expected) std::memcpy(to.data(), from.data, expected);
-  return to;
+}
+
+template <class T>
+const T* copy(Arena& arena, Bytes from) {
+  if (from.size == 0) return nullptr;
+  std::byte* to = arena.take(from.size);
+  std::memcpy(to, from.data, from.size);
+  return reinterpret_cast<const T*>(to);
 }
 
 void check_shape(const std::string& name, int rows, int cols) {
@@ -63,7 +68,7 @@ void read_packed(const PackedView& view, int row, float* out) {
 
 }  // namespace
 
-Matrix Matrix::plain(const std::string& name, Dtype dtype, int rows, int cols, Bytes data, Activation activation) {
+Matrix Matrix::plain(Arena& arena, const std::string& name, Dtype dtype, int rows, int cols, Bytes data, Activation activation) {
   check_shape(name, rows, cols);
   if (activation == Activation::kInt8)
     throw EngineFault("Tensor '" + name + "': int8 activations need quantized weights; this one is unquantized. "
@@ -72,12 +77,13 @@ Matrix Matrix::plain(const std::string& name, Dtype dtype, int rows, int cols, B
   m.rows_ = rows;
   m.cols_ = cols;
   m.activation_ = activation;
-  m.codes_ = copy_checked(name, "values", data, size_t(rows) * size_t(cols) * (dtype == kF32 ? 4 : 2));
-  m.plain_view_ = {m.codes_.data(), dtype, rows, cols};
+  check_size(name, "values", data, size_t(rows) * size_t(cols) * (dtype == kF32 ? 4 : 2));
+  m.plain_view_ = {copy<std::byte>(arena, data), dtype, rows, cols};
+  m.bytes_ = data.size;
   return m;
 }
 
-Matrix Matrix::packed(const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
+Matrix Matrix::packed(Arena& arena, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
                       Activation activation, Bytes codes, Bytes scales, Bytes minima) {
   check_shape(name, rows, cols);
   if (bits != 4 && !(bits == 8 && symmetric))
@@ -100,15 +106,18 @@ Matrix Matrix::packed(const std::string& name, int bits, bool symmetric, int gro
   v.groups = (v.blocks + v.group_blocks - 1) / v.group_blocks;
   const size_t panels = size_t(m.panels());
   const size_t group_bytes = panels * size_t(v.groups) * kPanel * 2;
-  m.codes_ = copy_checked(name, "codes", codes, panels * size_t(v.blocks) * size_t(kBlock * kPanel * bits / 8));
-  m.scales_ = copy_checked(name, "scales", scales, group_bytes);
-  m.minima_ = copy_checked(name, "minima", minima, symmetric ? 0 : group_bytes);
-  v.codes = m.codes_.as<uint8_t>();
-  v.scales = m.scales_.as<uint16_t>();
-  v.minima = symmetric ? nullptr : m.minima_.as<uint16_t>();
+  check_size(name, "codes", codes, panels * size_t(v.blocks) * size_t(kBlock * kPanel * bits / 8));
+  check_size(name, "scales", scales, group_bytes);
+  check_size(name, "minima", minima, symmetric ? 0 : group_bytes);
+  v.codes = copy<uint8_t>(arena, codes);
+  v.scales = copy<uint16_t>(arena, scales);
+  v.minima = copy<uint16_t>(arena, minima);
+  m.bytes_ = codes.size + scales.size + minima.size;
   return m;
 }
 
-void Matrix::read_row(int row, float* out) const { packed_ ? read_packed(packed_view_, row, out) : read_plain(plain_view_, row, out); }
+void Matrix::read_row(int row, float* out) const {
+  packed_ ? read_packed(packed_view_, row, out) : read_plain(plain_view_, row, out);
+}
 
 }  // namespace trilemma

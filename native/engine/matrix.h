@@ -12,7 +12,7 @@
 #include <variant>
 
 #include "../kernels/table.h"
-#include "aligned.h"
+#include "arena.h"
 
 namespace trilemma {
 
@@ -26,10 +26,11 @@ struct Bytes {
 class Matrix {
  public:
   Matrix() = default;
-  // Copies the buffers after checking their sizes; throws EngineFault naming `name` otherwise.
-  static Matrix plain(const std::string& name, Dtype dtype, int rows, int cols, Bytes data, Activation activation);
+  // Copies the buffers into `arena`, which must outlive the matrix, after checking their sizes; throws EngineFault
+  // naming `name` otherwise.
+  static Matrix plain(Arena& arena, const std::string& name, Dtype dtype, int rows, int cols, Bytes data, Activation activation);
   // group 0 means the whole row.
-  static Matrix packed(const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
+  static Matrix packed(Arena& arena, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
                        Activation activation, Bytes codes, Bytes scales, Bytes minima);
 
   int rows() const { return rows_; }
@@ -37,10 +38,10 @@ class Matrix {
   int panels() const { return (rows_ + kPanel - 1) / kPanel; }
   bool is_packed() const { return packed_; }
   Activation activation() const { return activation_; }
-  bool asymmetric() const { return minima_.bytes() != 0; }
+  bool asymmetric() const { return packed_view_.minima != nullptr; }
   const PlainView& plain_view() const { return plain_view_; }
   const PackedView& packed_view() const { return packed_view_; }
-  std::size_t bytes() const { return codes_.bytes() + scales_.bytes() + minima_.bytes(); }
+  std::size_t bytes() const { return bytes_; }
 
   // One row as f32 (embedding gather): code * scale (+ minimum), each rounded, as the numpy reference does.
   void read_row(int row, float* out) const;
@@ -49,7 +50,7 @@ class Matrix {
   int rows_ = 0, cols_ = 0;
   bool packed_ = false;
   Activation activation_ = Activation::kF32;
-  AlignedBuffer codes_, scales_, minima_;
+  std::size_t bytes_ = 0;
   PlainView plain_view_{};
   PackedView packed_view_{};
 };

@@ -35,6 +35,7 @@ class Model {
   explicit Model(DecoderConfig config);
   Model(const Model&) = delete;
 
+  Arena& arena() { return arena_; }
   // Filled tensor by tensor, by canonical name; an unknown name, a wrong shape or a second copy throws EngineFault.
   void add_matrix(const std::string& name, Matrix matrix);
   void add_vector(const std::string& name, const float* values, std::size_t count);
@@ -55,6 +56,7 @@ class Model {
   void expect_layer(int index, const LayerConfig& layer);
 
   DecoderConfig config_;
+  Arena arena_;
   std::map<std::string, std::pair<int, int>> expected_;  // (rows, cols); cols 0: a vector
   std::map<std::string, Matrix> matrices_;
   std::map<std::string, AlignedBuffer> vectors_;

@@ -12,13 +12,17 @@
 namespace trilemma {
 namespace {
 
-constexpr int kTile = 128, kRows = 8, kTileVectors = kTile / 16;
+constexpr int kTile = 128, kRows = 8;
+// A register tile is rows x vectors; with few rows more vectors keep the fma units busy.
 #if defined(TRILEMMA_SIMD_AVX512)
-constexpr int kScoreRows = 4, kScoreVectors = 4;
+constexpr int kTileRows = 8;
+constexpr int vectors_for(int rows) { return rows >= 4 ? 2 : 4; }
 #elif defined(TRILEMMA_SIMD_AVX2)
-constexpr int kScoreRows = 2, kScoreVectors = 2;
+constexpr int kTileRows = 2;
+constexpr int vectors_for(int rows) { return rows >= 2 ? 2 : 4; }
 #else
-constexpr int kScoreRows = 1, kScoreVectors = 1;
+constexpr int kTileRows = 1;
+constexpr int vectors_for(int) { return 1; }
 #endif
 
 struct CacheF32 {
@@ -51,35 +55,47 @@ struct State {
 template <class Cache, int R, int V>
 inline void score_block(const typename Cache::type* k, int head_dim, const float* const* q, float (*scores)[kTile]) {
   V16f acc[R][V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) acc[r][v] = zero();
   for (int d = 0; d < head_dim; ++d) {
     V16f key[V];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) key[v] = Cache::read(k + (size_t(v) * size_t(head_dim) + size_t(d)) * 16);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V16f query = set1(q[r][d]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int v = 0; v < V; ++v) acc[r][v] = fma(query, key[v], acc[r][v]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int v = 0; v < V; ++v) store(scores[r] + v * 16, acc[r][v]);
 }
 
-template <class Cache, int R>
-inline void score_rows(const typename Cache::type* k, int head_dim, int vectors, const float* const* q,
+// Rows of a two-dimensional array, from column `at` on.
+template <int Width>
+inline float (*from_column(float (*rows)[Width], int at))[Width] {
+  return reinterpret_cast<float(*)[Width]>(&rows[0][at]);
+}
+
+template <class Cache, int R, int V = vectors_for(R)>
+inline void score_rows(const typename Cache::type* k, int head_dim, int v, int vectors, const float* const* q,
                        float (*scores)[kTile]) {
-  int v = 0;
-  const auto shifted = [&](int at) { return reinterpret_cast<float(*)[kTile]>(&scores[0][at * 16]); };
-  for (; v + kScoreVectors <= vectors; v += kScoreVectors)
-    score_block<Cache, R, kScoreVectors>(k + size_t(v) * size_t(head_dim) * 16, head_dim, q, shifted(v));
-  for (; v < vectors; ++v) score_block<Cache, R, 1>(k + size_t(v) * size_t(head_dim) * 16, head_dim, q, shifted(v));
+  for (; v + V <= vectors; v += V)
+    score_block<Cache, R, V>(k + size_t(v) * size_t(head_dim) * 16, head_dim, q, from_column(scores, v * 16));
+  if constexpr (V > 1) score_rows<Cache, R, V / 2>(k, head_dim, v, vectors, q, scores);
+}
+
+template <class Cache, int R = kTileRows>
+inline void score_tile(const typename Cache::type* k, int head_dim, int vectors, const float* const* q,
+                       float (*scores)[kTile], int count) {
+  int r = 0;
+  for (; r + R <= count; r += R) score_rows<Cache, R>(k, head_dim, 0, vectors, q + r, scores + r);
+  if constexpr (R > 1) score_tile<Cache, R / 2>(k, head_dim, vectors, q + r, scores + r, count - r);
 }
 
 // Turns scores of one row into weights; returns the factor for what was summed before.
@@ -124,35 +140,43 @@ template <class Cache, int R, int D>
 inline void value_block(const typename Cache::type* v, int padded_dim, int positions, const float (*weights)[kTile],
                         const float* factor, float (*out)[kMaxHeadDim]) {
   V16f acc[R][D];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int d = 0; d < D; ++d) acc[r][d] = mul(load(out[r] + d * 16), set1(factor[r]));
   for (int p = 0; p < positions; ++p) {
     V16f value[D];
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int d = 0; d < D; ++d) value[d] = Cache::read(v + size_t(p) * size_t(padded_dim) + size_t(d) * 16);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V16f weight = set1(weights[r][p]);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int d = 0; d < D; ++d) acc[r][d] = fma(weight, value[d], acc[r][d]);
     }
   }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int d = 0; d < D; ++d) store(out[r] + d * 16, acc[r][d]);
 }
 
-template <class Cache, int R>
-inline void value_rows(const typename Cache::type* v, int padded_dim, int positions, const float (*weights)[kTile],
-                       const float* factor, float (*out)[kMaxHeadDim]) {
-  int d = 0;
-  const auto shifted = [&](int at) { return reinterpret_cast<float(*)[kMaxHeadDim]>(&out[0][at]); };
-  for (; d + kScoreVectors * 16 <= padded_dim; d += kScoreVectors * 16)
-    value_block<Cache, R, kScoreVectors>(v + d, padded_dim, positions, weights, factor, shifted(d));
-  for (; d < padded_dim; d += 16) value_block<Cache, R, 1>(v + d, padded_dim, positions, weights, factor, shifted(d));
+template <class Cache, int R, int D = vectors_for(R)>
+inline void value_rows(const typename Cache::type* v, int d, int padded_dim, int positions,
+                       const float (*weights)[kTile], const float* factor, float (*out)[kMaxHeadDim]) {
+  for (; d + D * 16 <= padded_dim; d += D * 16)
+    value_block<Cache, R, D>(v + d, padded_dim, positions, weights, factor, from_column(out, d));
+  if constexpr (D > 1) value_rows<Cache, R, D / 2>(v, d, padded_dim, positions, weights, factor, out);
+}
+
+template <class Cache, int R = kTileRows>
+inline void value_tile(const typename Cache::type* v, int padded_dim, int positions, const float (*weights)[kTile],
+                       const float* factor, float (*out)[kMaxHeadDim], int count) {
+  int r = 0;
+  for (; r + R <= count; r += R)
+    value_rows<Cache, R>(v, 0, padded_dim, positions, weights + r, factor + r, out + r);
+  if constexpr (R > 1)
+    value_tile<Cache, R / 2>(v, padded_dim, positions, weights + r, factor + r, out + r, count - r);
 }
 
 template <class Cache>
@@ -173,13 +197,9 @@ inline void attend(const KvView& kv, int head, const Rows& rows, State& s) {
   for (int base = first / kTile * kTile; base < last; base += kTile) {
     const int positions = last - base < kTile ? last - base : kTile;
     const int vectors = (positions + 15) / 16;
-    const auto* tile_k = k + size_t(base) * size_t(kv.head_dim);
-    int r = 0;
-    for (; r + kScoreRows <= rows.count; r += kScoreRows)
-      score_rows<Cache, kScoreRows>(tile_k, kv.head_dim, vectors, rows.q + r, s.scores + r);
-    for (; r < rows.count; ++r) score_rows<Cache, 1>(tile_k, kv.head_dim, vectors, rows.q + r, s.scores + r);
+    score_tile<Cache>(k + size_t(base) * size_t(kv.head_dim), kv.head_dim, vectors, rows.q, s.scores, rows.count);
     float factor[kRows];
-    for (r = 0; r < rows.count; ++r) {
+    for (int r = 0; r < rows.count; ++r) {
       const bool any = rows.begin[r] < base + kTile && rows.end[r] > base;
       if (any) {
         factor[r] = softmax_tile(s, r, base, vectors, rows.begin[r], rows.end[r], k_scale, v_scale);
@@ -188,12 +208,8 @@ inline void attend(const KvView& kv, int head, const Rows& rows, State& s) {
         for (int i = 0; i < vectors; ++i) store(s.scores[r] + i * 16, zero());
       }
     }
-    const auto* tile_v = v + size_t(base) * size_t(kv.padded_dim);
-    r = 0;
-    for (; r + kScoreRows <= rows.count; r += kScoreRows)
-      value_rows<Cache, kScoreRows>(tile_v, kv.padded_dim, positions, s.scores + r, factor + r, s.out + r);
-    for (; r < rows.count; ++r)
-      value_rows<Cache, 1>(tile_v, kv.padded_dim, positions, s.scores + r, factor + r, s.out + r);
+    value_tile<Cache>(v + size_t(base) * size_t(kv.padded_dim), kv.padded_dim, positions, s.scores, factor, s.out,
+                      rows.count);
   }
   for (int r = 0; r < rows.count; ++r) {
     const V16f total = set1(s.total[r]);

@@ -28,11 +28,11 @@ struct WeightBf16 {
 
 // Registers of a tile: rows x tokens accumulators, one input per token, one weight.
 #if defined(TRILEMMA_SIMD_AVX512)
-constexpr int kPlainRows = 4, kPlainTokens = 5, kPlainRowsOfOne = 8;
+constexpr int kPlainRows = 4, kPlainTokens = 5;
 #elif defined(TRILEMMA_SIMD_AVX2)
-constexpr int kPlainRows = 2, kPlainTokens = 2, kPlainRowsOfOne = 4;
+constexpr int kPlainRows = 2, kPlainTokens = 2;
 #else
-constexpr int kPlainRows = 4, kPlainTokens = 1, kPlainRowsOfOne = 4;
+constexpr int kPlainRows = 4, kPlainTokens = 1;
 #endif
 
 template <class W, int R, int T>
@@ -74,7 +74,8 @@ inline void plain_tile(const typename W::type* w, int k, const float* x, size_t 
 template <class W, int T>
 inline void plain_rows(const typename W::type* w, int k, const float* x, size_t ldx, int begin, int end,
                        const Output& out, float* y) {
-  constexpr int kRows = T == 1 ? kPlainRowsOfOne : kPlainRows;
+  // One token reads every weight once: a single sequential stream is what memory is fastest at.
+  constexpr int kRows = T == 1 ? 1 : kPlainRows;
   int row = begin;
   for (; row + kRows <= end; row += kRows)
     plain_tile<W, kRows, T>(w + size_t(row) * size_t(k), k, x, ldx, y + row, out.ld,

@@ -24,17 +24,17 @@ DecoderConfig small_config() {
   return c;
 }
 
-Matrix random_matrix(const std::string& name, int rows, int cols, bool packed) {
+Matrix random_matrix(Arena& arena, const std::string& name, int rows, int cols, bool packed) {
   if (!packed) {
     std::vector<float> values(size_t(rows) * size_t(cols));
     for (float& v : values) v = check::normal() * 0.1f;
-    return Matrix::plain(name, kF32, rows, cols, {values.data(), values.size() * 4}, Activation::kF32);
+    return Matrix::plain(arena, name, kF32, rows, cols, {values.data(), values.size() * 4}, Activation::kF32);
   }
   const size_t panels = size_t((rows + 15) / 16), blocks = size_t((cols + 31) / 32);
   std::vector<uint8_t> codes(panels * blocks * 256);
   for (uint8_t& c : codes) c = uint8_t(check::between(0, 255));
   std::vector<uint16_t> scales(panels * blocks * 16, 0x2400);  // 1/64
-  return Matrix::packed(name, 4, true, 32, rows, cols, Activation::kInt8, {codes.data(), codes.size()},
+  return Matrix::packed(arena, name, 4, true, 32, rows, cols, Activation::kInt8, {codes.data(), codes.size()},
                         {scales.data(), scales.size() * 2}, {nullptr, 0});
 }
 
@@ -42,7 +42,7 @@ std::shared_ptr<Model> small_model(bool packed) {
   auto model = std::make_shared<Model>(small_config());
   const DecoderConfig& c = model->config();
   const auto matrix = [&](const std::string& name, int rows, int cols) {
-    model->add_matrix(name, random_matrix(name, rows, cols, packed));
+    model->add_matrix(name, random_matrix(model->arena(), name, rows, cols, packed));
   };
   const auto vector = [&](const std::string& name, int n, float base) {
     std::vector<float> values(static_cast<size_t>(n));

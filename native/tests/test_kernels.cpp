@@ -239,7 +239,7 @@ void test_attention(KvType type, int dim, int group, int tokens, int first, int 
   const int heads = 2, length = first + tokens, capacity = (length + 15) / 16 * 16;
   const size_t kv_dim = size_t(heads) * size_t(dim), q_dim = kv_dim * size_t(group);
   const std::vector<float> k = random_values(kv_dim * size_t(length)), v = random_values(kv_dim * size_t(length));
-  const std::vector<float> q = random_values(q_dim * size_t(tokens));
+  const std::vector<float> q = random_values(q_dim * size_t(tokens), 1 / std::sqrt(float(dim)));
   const std::vector<float> y = everywhere("attention", [&](const Kernels& kernels) {
     Cache cache(type, heads, dim, capacity);
     for (int p = 0; p < length; ++p) kernels.kv_store(cache.view, k.data() + size_t(p) * kv_dim, v.data() + size_t(p) * kv_dim, heads, p);
