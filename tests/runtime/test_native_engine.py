@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -204,6 +206,35 @@ def test_an_exception_in_the_callback_comes_out_and_the_engine_lives_on(tiny_mod
     with pytest.raises(ZeroDivisionError, match="from the callback"):
         engine.generate([1, 2], SamplingSettings(max_tokens=5), fail)
     assert len(engine.generate([1, 2], SamplingSettings(max_tokens=5, ignore_eos=True)).tokens) == 5
+
+
+class Alarm(Exception):
+    pass
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="this system has no interval timer")
+@pytest.mark.parametrize("long_part", ["prefill", "decode"])
+def test_a_signal_interrupts_long_work(tiny_model, long_part):
+    model = tiny_model(seed=2, context=4096, layers=40)
+    engine = NativeEngine(model, EngineOptions(isa="scalar", threads=1))
+
+    def ring(number, frame) -> None:
+        raise Alarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    started = time.perf_counter()
+    try:
+        with pytest.raises(Alarm):
+            if long_part == "prefill":
+                engine.logits(np.ones(4096, np.int32), last_only=True)
+            else:
+                engine.generate([1], SamplingSettings(max_tokens=4000, ignore_eos=True))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.perf_counter() - started < 5
+    assert engine.logits([1, 2, 3]).shape == (3, model.config.vocab_size)  # nothing was left half done
 
 
 def test_memory_is_counted_exactly(tiny_model):
