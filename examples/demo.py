@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).parent  # as it was called, so that commands and reports show short paths
 MODEL = HERE / "models" / "hearth-7m"
 TEXTS = HERE / "texts" / "children.txt"
 SHAPES = ("SmolLM2-135M", "SmolLM2-360M", "Qwen2.5-0.5B", "Llama-3.2-1B")
