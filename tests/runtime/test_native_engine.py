@@ -208,7 +208,7 @@ def test_an_exception_in_the_callback_comes_out_and_the_engine_lives_on(tiny_mod
     assert len(engine.generate([1, 2], SamplingSettings(max_tokens=5, ignore_eos=True)).tokens) == 5
 
 
-class Alarm(Exception):
+class AlarmError(Exception):
     pass
 
 
@@ -219,17 +219,18 @@ def test_a_signal_interrupts_long_work(tiny_model, long_part):
     engine = NativeEngine(model, EngineOptions(isa="scalar", threads=1))
 
     def ring(number, frame) -> None:
-        raise Alarm
+        raise AlarmError
 
+    work = {
+        "prefill": lambda: engine.logits(np.ones(4096, np.int32), last_only=True),
+        "decode": lambda: engine.generate([1], SamplingSettings(max_tokens=4000, ignore_eos=True)),
+    }
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     started = time.perf_counter()
     try:
-        with pytest.raises(Alarm):
-            if long_part == "prefill":
-                engine.logits(np.ones(4096, np.int32), last_only=True)
-            else:
-                engine.generate([1], SamplingSettings(max_tokens=4000, ignore_eos=True))
+        with pytest.raises(AlarmError):
+            work[long_part]()
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
