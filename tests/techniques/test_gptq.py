@@ -212,7 +212,7 @@ def test_a_whole_model_gets_better_than_by_rounding(tiny_model, random_generator
     assert errors["W4A8-g32-gptq-e16"] < 0.9 * errors["W4A8-g32-e16"]
 
 
-def test_the_same_seed_gives_the_same_bytes_whatever_the_threads_of_the_code_search(tiny_model, random_generator):
+def test_the_same_seed_and_threads_give_the_same_bytes(tiny_model, random_generator):
     model = tiny_model(seed=5)
     windows = random_generator.integers(0, 97, (8, 32)).astype(np.int32)
     recipe = scheme_to_recipe("W4A8-g64-asym-gptq")

@@ -4,26 +4,36 @@ For each layer: run all windows through it and gather statistics of what enters 
 the technique replace matrices, run the windows again through the changed layer, and hand its
 output to the next one. So every layer is calibrated on what the compressed layers before it really
 produce. In memory are one layer, its statistics and the hidden states of the windows.
+
+Windows are shared out among threads that each compute alone: at these sizes, threads that share
+every single operation wait for each other more than they compute, above all on a busy machine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from trilemma.core.environment import usable_cores
 from trilemma.core.errors import RecipeError
 from trilemma.model.config import DecoderConfig
 from trilemma.model.decoder import DecoderLayer, layer_from_model
 from trilemma.model.model import Float32, LinearRun, Model, StoredMatrix
 from trilemma.techniques.technique import Build, report
 
-_BATCH_TOKENS = 8192
+_BATCH_TOKENS = 512  # a layer's activations then stay in cache; larger batches were 3 times slower
+_MOST_SHARES = 4  # each has statistics of its own, so more would cost memory
 ACTIVATION_GROUP = 32
 
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Replace = Callable[[Mapping[str, "Gram"]], Mapping[str, Float32 | StoredMatrix]]
 
 
@@ -38,6 +48,10 @@ class Gram:
         flat = x.reshape(-1, x.shape[-1]).float()
         self.matrix.addmm_(flat.T, flat)
         self.tokens += flat.shape[0]
+
+    def add(self, other: Gram) -> None:
+        self.matrix += other.matrix
+        self.tokens += other.tokens
 
     def hessian(self) -> Tensor:
         """H = 2 X^T X / tokens, (in, in): of the mean squared output error of one row."""
@@ -57,19 +71,17 @@ def calibrate_layers(model: Model, build: Build, runs: Mapping[str, LinearRun], 
     Raises:
         RecipeError: no windows, a token outside the vocabulary, or activations that are not finite.
     """
-    windows = _windows(model, build)
-    with using_threads(build.threads), torch.no_grad():
-        hidden = _embed(model, windows).to(build.device)  # (windows, context, dim)
-        total = len(model.config.layers)
-        for index in range(total):
-            report(build, index, total, f"layer {index}: reading activations")
-            layer = layer_from_model(model, index, device=build.device)
-            grams = _gather(layer, index, model.config, hidden, runs)
-            report(build, index, total, f"layer {index}: choosing codes")
-            model = model.with_tensors(replace(grams))
-            if index + 1 < total:
-                _advance(layer_from_model(model, index, device=build.device), index, hidden, runs)
-        report(build, total, total, "layers done")
+    hidden = _embed(model, _windows(model, build)).to(build.device)  # (windows, context, dim)
+    total = len(model.config.layers)
+    for index in range(total):
+        report(build, index, total, f"layer {index}: reading activations")
+        layer = layer_from_model(model, index, device=build.device)
+        grams = _gather(layer, index, model.config, hidden, runs, build)
+        report(build, index, total, f"layer {index}: choosing codes")
+        model = model.with_tensors(replace(grams))
+        if index + 1 < total:
+            _advance(layer_from_model(model, index, device=build.device), index, hidden, runs, build)
+    report(build, total, total, "layers done")
     return model
 
 
@@ -86,18 +98,29 @@ def round_activations(x: Tensor, group: int = ACTIVATION_GROUP) -> Tensor:
     columns = x.shape[-1]
     padded = nn.functional.pad(x, (0, -columns % group))
     grouped = padded.reshape(*x.shape[:-1], -1, group)
-    scale = grouped.abs().amax(-1, keepdim=True) / 127
-    rounded = torch.where(scale > 0, (grouped / scale).round(), grouped) * scale
+    low, high = torch.aminmax(grouped, dim=-1, keepdim=True)
+    scale = torch.maximum(high, -low) / 127
+    rounded = (grouped / scale.clamp(min=torch.finfo(scale.dtype).tiny)).round_().mul_(scale)
     whole: Tensor = rounded.reshape(padded.shape)[..., :columns]
     return whole
 
 
+def side_by_side(work: Callable[[Item], Result], items: Iterable[Item], threads: int | None) -> list[Result]:
+    """`work` of every item, in order, by so many threads (None: all cores) that compute alone; no gradients."""
+
+    def alone(item: Item) -> Result:
+        with torch.no_grad():
+            return work(item)
+
+    count = threads or usable_cores()
+    with _single_threaded(), ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        return list(pool.map(alone, items))
+
+
 @contextmanager
-def using_threads(threads: int | None) -> Iterator[None]:
-    """Run torch with so many threads, then as before."""
+def _single_threaded() -> Iterator[None]:
     before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     try:
         yield
     finally:
@@ -129,39 +152,51 @@ def _embed(model: Model, windows: Tensor) -> Tensor:
     return torch.from_numpy(rows)[places]
 
 
-def _batches(hidden: Tensor) -> Iterator[slice]:
+def _shares(hidden: Tensor, build: Build) -> list[list[slice]]:
+    """Slices of windows that go through a layer together, shared out evenly."""
     step = max(1, _BATCH_TOKENS // hidden.shape[1])
-    for first in range(0, hidden.shape[0], step):
-        yield slice(first, first + step)
+    batches = [slice(first, first + step) for first in range(0, hidden.shape[0], step)]
+    count = min(build.threads or usable_cores(), _MOST_SHARES, len(batches))
+    return [batches[share::count] for share in range(count)]
 
 
 def _gather(
-    layer: DecoderLayer, index: int, config: DecoderConfig, hidden: Tensor, runs: Mapping[str, LinearRun]
+    layer: DecoderLayer, index: int, config: DecoderConfig, hidden: Tensor, runs: Mapping[str, LinearRun], build: Build
 ) -> dict[str, Gram]:
-    grams: dict[str, Gram] = {}
+    """The Gram of every matrix of the layer; matrices with the same input share one."""
     hooks = _rounding_hooks(layer, index, runs)
-    for group in input_groups(config, index):
-        linear = _linear(layer, group[0])
-        gram = Gram(linear.in_features, hidden.device)
-        grams |= dict.fromkeys(group, gram)
-        hooks.append(linear.register_forward_pre_hook(lambda _, args, gram=gram: gram.update(args[0])))
-    for batch in _batches(hidden):
-        layer(hidden[batch])
+    groups = input_groups(config, index)
+    linears = {group: _linear(layer, group[0]) for group in groups}
+    mine = threading.local()
+    for group, linear in linears.items():
+        hooks.append(linear.register_forward_pre_hook(lambda _, args, group=group: mine.grams[group].update(args[0])))
+
+    def gather(share: list[slice]) -> dict[tuple[str, ...], Gram]:
+        mine.grams = {group: Gram(linear.in_features, hidden.device) for group, linear in linears.items()}
+        for batch in share:
+            layer(hidden[batch])
+        return dict(mine.grams)
+
+    first, *others = side_by_side(gather, _shares(hidden, build), build.threads)
     for hook in hooks:
         hook.remove()
-    for name, gram in grams.items():
+    for group, gram in first.items():
+        for other in others:
+            gram.add(other[group])
         if not torch.isfinite(gram.matrix).all():
-            raise RecipeError(
-                f"The inputs of '{name}' are not finite on the calibration text. Use bf16 for this model."
-            )
-    return grams
+            raise RecipeError(f"The inputs of '{group[0]}' are not finite on the calibration text. Use bf16 here.")
+    return {name: gram for group, gram in first.items() for name in group}
 
 
-def _advance(layer: DecoderLayer, index: int, hidden: Tensor, runs: Mapping[str, LinearRun]) -> None:
+def _advance(layer: DecoderLayer, index: int, hidden: Tensor, runs: Mapping[str, LinearRun], build: Build) -> None:
     """Replace the hidden states by the layer's output, in place."""
     _rounding_hooks(layer, index, runs)
-    for batch in _batches(hidden):
-        hidden[batch] = layer(hidden[batch])
+
+    def advance(share: list[slice]) -> None:
+        for batch in share:
+            hidden[batch] = layer(hidden[batch])
+
+    side_by_side(advance, _shares(hidden, build), build.threads)
 
 
 def _rounding_hooks(
@@ -169,10 +204,17 @@ def _rounding_hooks(
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Let every product whose activations will be int8 see them rounded."""
     hooks = []
+    last: list[Tensor] = []  # the input rounded last and its rounding: q, k and v (gate and up) share one
+
+    def rounded(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not last or last[0] is not args[0]:
+            last[:] = [args[0], round_activations(args[0])]
+        return (last[1], *args[1:])
+
     for path, module in layer.named_modules():
         run = runs.get(f"layers.{index}.{path}.weight")
         if isinstance(module, nn.Linear) and run is not None and run.activation == "int8-g32":
-            hooks.append(module.register_forward_pre_hook(lambda _, args: (round_activations(args[0]), *args[1:])))
+            hooks.append(module.register_forward_pre_hook(rounded))
     return hooks
 
 

@@ -9,7 +9,6 @@ free, and no group ever sees half of its columns updated. Embedding and head are
 from __future__ import annotations
 
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import numpy as np
@@ -17,14 +16,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from trilemma.core.environment import usable_cores
 from trilemma.core.errors import RecipeError
 from trilemma.formats.grid import Format, QuantizedMatrix
 from trilemma.formats.pack import pack
 from trilemma.formats.quantize import fit_grid, usable_codes
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model, StoredMatrix
-from trilemma.techniques.calibration import Gram, calibrate_layers, using_threads
+from trilemma.techniques.calibration import Gram, calibrate_layers, side_by_side
 from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs, named
 from trilemma.techniques.quantize.rtn import ScaleChoice, round_matrix, scale_rule
 from trilemma.techniques.technique import Build, report
@@ -64,13 +62,13 @@ class Gptq:
         before = model
         model = model.with_tensors(ends, runs)
 
-        def choose(name: str, gram: Gram) -> StoredMatrix:
-            with using_threads(1):  # columns are too short to share; matrices go side by side instead
-                return _choose(name, before.tensor(name), gram, formats[name], settings)
+        def choose(found: tuple[str, Gram]) -> StoredMatrix:
+            name, gram = found
+            return _choose(name, before.tensor(name), gram, formats[name], settings)
 
         def replace(grams: Mapping[str, Gram]) -> dict[str, Float32 | StoredMatrix]:
-            with ThreadPoolExecutor(build.threads or usable_cores()) as pool:
-                return dict(zip(grams, pool.map(choose, grams, grams.values()), strict=True))
+            # Columns are too short to be shared by threads: matrices go side by side instead.
+            return dict(zip(grams, side_by_side(choose, grams.items(), build.threads), strict=True))
 
         return calibrate_layers(model, build, runs, replace)
 
