@@ -13,8 +13,7 @@ each blob is checked against its SHA-256 as it is read.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +21,44 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from trilemma.core.errors import CheckpointError, OutputError
+from trilemma.core.errors import CheckpointError
 from trilemma.core.recipe import Recipe, explain
-from trilemma.core.record import Record
-from trilemma.formats import FORMATS, panel16
-from trilemma.formats.blobs import BlobReader, BlobSpec, BlobWriter
-from trilemma.formats.grid import Format, QuantizedMatrix
-from trilemma.formats.pack import PackedMatrix, check_layout, pack
-from trilemma.formats.plain import to_plain
-from trilemma.model.config import DecoderConfig
-from trilemma.model.model import Float32, LinearRun, Model, RunSettings, StoredMatrix
-from trilemma.model.plain import PlainDtype, PlainMatrix
+from trilemma.formats import FORMATS
+from trilemma.formats.artifact_record import (
+    RECIPE_FILE,
+    RECORD_FILE,
+    SCHEMA_VERSION,
+    WEIGHTS_FILE,
+    ArtifactRecord,
+    TensorRecord,
+    blob_specs,
+    part_of,
+    weights_bytes,
+)
+from trilemma.formats.artifact_write import check_output, replace_folder, write_artifact
+from trilemma.formats.blobs import BlobReader
+from trilemma.formats.pack import PackedMatrix, check_layout
+from trilemma.model.model import Float32, Model, StoredMatrix
+from trilemma.model.plain import PlainMatrix
 
-SCHEMA_VERSION = 1
-RECORD_FILE = "trilemma.json"
-WEIGHTS_FILE = "model.safetensors"
-RECIPE_FILE = "recipe.yaml"
-COPIED_FILES = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
-
-_DTYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
-
-
-class TensorRecord(Record):
-    """How one tensor lies in the weights file; `blobs` maps a part to its SHA-256."""
-
-    format: str
-    layout: str
-    shape: tuple[int, ...]
-    run: LinearRun | None = None
-    blobs: dict[str, str]
-
-
-class ArtifactRecord(Record):
-    """The content of trilemma.json."""
-
-    schema_version: int = SCHEMA_VERSION
-    config: DecoderConfig
-    run: RunSettings
-    weights_sha256: str
-    recipe_hash: str
-    tensors: dict[str, TensorRecord]
+__all__ = [
+    "RECIPE_FILE",
+    "RECORD_FILE",
+    "SCHEMA_VERSION",
+    "WEIGHTS_FILE",
+    "ArtifactRecord",
+    "ArtifactSource",
+    "TensorRecord",
+    "blob_specs",
+    "check_output",
+    "is_artifact",
+    "load_any",
+    "read_artifact",
+    "read_recipe",
+    "replace_folder",
+    "weights_bytes",
+    "write_artifact",
+]
 
 
 class ArtifactSource:
@@ -92,7 +86,7 @@ class ArtifactSource:
         arrays = {
             part: self._blobs.read(blob, tensor.blobs.get(part))
             for blob in blob_specs(name, tensor.format, tensor.shape)
-            for part in (_part(name, blob.name),)
+            for part in (part_of(name, blob.name),)
         }
         return _assemble(tensor, arrays)
 
@@ -100,65 +94,6 @@ class ArtifactSource:
         if name not in self._record.tensors:
             raise CheckpointError(f"The artifact has no tensor '{name}'. It is damaged: make it again.")
         return self._record.tensors[name]
-
-
-def blob_specs(name: str, format_name: str, shape: tuple[int, ...]) -> list[BlobSpec]:
-    """The blobs of one tensor: the tensor itself when floating, else `.codes`, `.scales` and perhaps `.minima`."""
-    spec: Format = FORMATS.get(format_name)
-    if spec.floating:
-        return [BlobSpec(name=name, dtype=_DTYPE[format_name], shape=shape)]
-    rows, columns = shape
-    count = panel16.panels(rows)
-    lines = panel16.codes_bytes(spec, (rows, columns)) // count // panel16.LINE_BYTES
-    scales = (count, spec.groups(columns), panel16.PANEL_ROWS)
-    blobs = [
-        BlobSpec(name=f"{name}.codes", dtype="U8", shape=(count, lines, panel16.LINE_BYTES)),
-        BlobSpec(name=f"{name}.scales", dtype="F16", shape=scales),
-    ]
-    return blobs if spec.symmetric else [*blobs, BlobSpec(name=f"{name}.minima", dtype="F16", shape=scales)]
-
-
-def check_output(folder: str | Path, *, force: bool = False) -> Path:
-    """Say early whether an artifact may be written there: absent, empty, or an artifact before.
-
-    Raises:
-        OutputError: it is a file, or a folder with other content (whatever `force`, which only
-            allows replacing an existing artifact; without it that too is refused).
-    """
-    path = Path(folder)
-    if path.exists() and not path.is_dir():
-        raise OutputError(f"'{path}' is a file. Give a folder that does not exist yet.")
-    if path.is_dir() and any(path.iterdir()):
-        if not (path / RECORD_FILE).is_file():
-            raise OutputError(
-                f"'{path}' is not empty and holds no artifact ({RECORD_FILE}). Give another folder, or empty this one."
-            )
-        if not force:
-            raise OutputError(f"'{path}' holds an artifact already. Give another folder, or --force to replace it.")
-    return path
-
-
-def write_artifact(model: Model, folder: str | Path, recipe: Recipe) -> None:
-    """Write a model, a tensor at a time; an artifact that was there before is replaced.
-
-    Raises:
-        OutputError: the place is taken by something else, or the disk is full or read-only;
-            what was there is then untouched.
-    """
-    path = check_output(folder, force=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        _write_files(model, partial, recipe)
-        replace_folder(partial, path)
-    except OSError as error:
-        raise OutputError(
-            f"Can not write '{path}': {error.strerror or error}. Nothing was changed; "
-            "free space or choose another place."
-        ) from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def is_artifact(folder: str | Path) -> bool:
@@ -212,12 +147,6 @@ def load_any(path_or_id: str | Path) -> Model:
     return read_checkpoint(path_or_id)
 
 
-def weights_bytes(model: Model) -> int:
-    """Bytes of all tensors as `write_artifact` would store them, without alignment between them."""
-    shapes = model.config.tensor_shapes()
-    return sum(blob.nbytes for name in shapes for blob in blob_specs(name, _format(model, name), shapes[name]))
-
-
 def _read_record(path: Path) -> ArtifactRecord:
     file = path / RECORD_FILE
     try:
@@ -236,77 +165,6 @@ def _read_record(path: Path) -> ArtifactRecord:
         raise CheckpointError(f"'{file}' can not be read: {explain(error)[:400]}. Make the artifact again.") from None
 
 
-def _write_files(model: Model, folder: Path, recipe: Recipe) -> None:
-    tensors, digest = _write_weights(model, folder / WEIGHTS_FILE)
-    record = ArtifactRecord(
-        config=model.config, run=model.run, weights_sha256=digest, recipe_hash=recipe.hash,
-        tensors=tensors,
-    )  # fmt: skip
-    text = json.dumps(record.model_dump(mode="json"), indent=1, ensure_ascii=False)
-    (folder / RECORD_FILE).write_text(text + "\n", encoding="utf-8")
-    (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
-    if model.path is None:
-        return
-    for name in COPIED_FILES:
-        if (model.path / name).is_file():
-            shutil.copyfile(model.path / name, folder / name)
-
-
-def _write_weights(model: Model, path: Path) -> tuple[dict[str, TensorRecord], str]:
-    shapes = model.config.tensor_shapes()
-    formats = {name: _format(model, name) for name in shapes}
-    specs = {name: blob_specs(name, formats[name], shapes[name]) for name in shapes}
-    writer = BlobWriter(path, [blob for blobs in specs.values() for blob in blobs])
-    records: dict[str, TensorRecord] = {}
-    try:
-        for name, blobs in specs.items():
-            for blob, values in zip(blobs, _arrays(model, name, formats[name]), strict=True):
-                writer.write(blob.name, values)
-            digests = {_part(name, blob.name): writer.digests[blob.name] for blob in blobs}
-            records[name] = TensorRecord(
-                format=formats[name], layout=FORMATS.get(formats[name]).layout, shape=shapes[name],
-                run=model.linears.get(name), blobs=digests,
-            )  # fmt: skip
-        return records, writer.close()
-    except BaseException:
-        writer.abandon()
-        raise
-
-
-def _format(model: Model, name: str) -> str:
-    """Vectors (norms, biases) are kept in f32; a matrix as the model keeps it."""
-    return model.format_of(name) if len(model.config.tensor_shapes()[name]) == 2 else "f32"
-
-
-def _arrays(model: Model, name: str, format_name: str) -> Iterator[NDArray[Any]]:
-    spec = FORMATS.get(format_name)
-    if spec.floating:
-        yield _floating(model, name, format_name)
-        return
-    stored = model.stored(name)
-    packed = pack(stored) if isinstance(stored, QuantizedMatrix) else stored
-    assert isinstance(packed, PackedMatrix), f"{name}: {type(packed).__name__} is no packed matrix"
-    yield packed.codes
-    yield packed.scales
-    if packed.minima is not None:
-        yield packed.minima
-
-
-def _floating(model: Model, name: str, format_name: str) -> NDArray[Any]:
-    stored = model.stored(name)
-    if isinstance(stored, PlainMatrix) and stored.format == format_name:
-        return stored.bits
-    values = model.tensor(name)
-    if values.ndim == 1:
-        return np.ascontiguousarray(values, dtype=np.float32)
-    dtypes: dict[str, PlainDtype] = {"f32": "f32", "f16": "f16", "bf16": "bf16"}
-    return to_plain(values, dtypes[format_name]).bits
-
-
-def _part(name: str, blob: str) -> str:
-    return blob[len(name) + 1 :] or "values"
-
-
 def _assemble(tensor: TensorRecord, arrays: Mapping[str, NDArray[Any]]) -> Float32 | StoredMatrix:
     spec = FORMATS.get(tensor.format)
     if not spec.floating:
@@ -318,19 +176,3 @@ def _assemble(tensor: TensorRecord, arrays: Mapping[str, NDArray[Any]]) -> Float
     if tensor.format == "f16":
         return PlainMatrix("f16", arrays["values"])
     return np.asarray(arrays["values"], dtype=np.float32)
-
-
-def replace_folder(partial: Path, path: Path) -> None:
-    """Put `partial` in the place of `path`; a folder that was there is moved aside first, then removed."""
-    if not path.exists():
-        partial.rename(path)
-        return
-    aside = path.with_name(path.name + ".replaced")
-    shutil.rmtree(aside, ignore_errors=True)
-    path.rename(aside)
-    try:
-        partial.rename(path)
-    except OSError:
-        aside.rename(path)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)

@@ -1,0 +1,73 @@
+"""What an artifact folder holds: file names, the record in trilemma.json, and the blobs of each tensor."""
+
+from __future__ import annotations
+
+from trilemma.core.record import Record
+from trilemma.formats import FORMATS, panel16
+from trilemma.formats.blobs import BlobSpec
+from trilemma.formats.grid import Format
+from trilemma.model.config import DecoderConfig
+from trilemma.model.model import LinearRun, Model, RunSettings
+
+SCHEMA_VERSION = 1
+RECORD_FILE = "trilemma.json"
+WEIGHTS_FILE = "model.safetensors"
+RECIPE_FILE = "recipe.yaml"
+COPIED_FILES = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+
+_DTYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
+
+
+class TensorRecord(Record):
+    """How one tensor lies in the weights file; `blobs` maps a part to its SHA-256."""
+
+    format: str
+    layout: str
+    shape: tuple[int, ...]
+    run: LinearRun | None = None
+    blobs: dict[str, str]
+
+
+class ArtifactRecord(Record):
+    """The content of trilemma.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    config: DecoderConfig
+    run: RunSettings
+    weights_sha256: str
+    recipe_hash: str
+    tensors: dict[str, TensorRecord]
+
+
+def blob_specs(name: str, format_name: str, shape: tuple[int, ...]) -> list[BlobSpec]:
+    """The blobs of one tensor: the tensor itself when floating, else `.codes`, `.scales` and perhaps `.minima`."""
+    spec: Format = FORMATS.get(format_name)
+    if spec.floating:
+        return [BlobSpec(name=name, dtype=_DTYPE[format_name], shape=shape)]
+    rows, columns = shape
+    count = panel16.panels(rows)
+    lines = panel16.codes_bytes(spec, (rows, columns)) // count // panel16.LINE_BYTES
+    scales = (count, spec.groups(columns), panel16.PANEL_ROWS)
+    blobs = [
+        BlobSpec(name=f"{name}.codes", dtype="U8", shape=(count, lines, panel16.LINE_BYTES)),
+        BlobSpec(name=f"{name}.scales", dtype="F16", shape=scales),
+    ]
+    return blobs if spec.symmetric else [*blobs, BlobSpec(name=f"{name}.minima", dtype="F16", shape=scales)]
+
+
+def weights_bytes(model: Model) -> int:
+    """Bytes of all tensors as `write_artifact` would store them, without alignment between them."""
+    shapes = model.config.tensor_shapes()
+    return sum(blob.nbytes for name in shapes for blob in blob_specs(name, stored_format(model, name), shapes[name]))
+
+
+def stored_format(model: Model, name: str) -> str:
+    """Vectors (norms, biases) are kept in f32; a matrix as the model keeps it."""
+    return model.format_of(name) if len(model.config.tensor_shapes()[name]) == 2 else "f32"
+
+
+def part_of(name: str, blob: str) -> str:
+    return blob[len(name) + 1 :] or "values"
