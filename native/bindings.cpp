@@ -36,7 +36,8 @@ Enum named(const std::string& value, const char* what, std::initializer_list<std
 }
 
 Activation activation_of(const std::string& name) {
-  return named<Activation>(name, "activation", {{"f32", Activation::kF32}, {"bf16", Activation::kBf16}, {"int8-g32", Activation::kInt8}});
+  return named<Activation>(name, "activation",
+                           {{"f32", Activation::kF32}, {"bf16", Activation::kBf16}, {"int8-g32", Activation::kInt8}});
 }
 
 template <class T>
@@ -70,8 +71,9 @@ AttentionSpec read_attention(const nb::dict& d) {
 }
 
 FfnSpec read_ffn(const nb::dict& d) {
-  const auto activation = named<Nonlinearity>(field<std::string>(d, "activation"), "ffn activation",
-                                              {{"silu", kSilu}, {"gelu", kGelu}, {"gelu_tanh", kGeluTanh}, {"relu", kRelu}});
+  const auto activation =
+      named<Nonlinearity>(field<std::string>(d, "activation"), "ffn activation",
+                          {{"silu", kSilu}, {"gelu", kGelu}, {"gelu_tanh", kGeluTanh}, {"relu", kRelu}});
   return {field<int>(d, "hidden"), activation, field<bool>(d, "gated"), field<bool>(d, "bias")};
 }
 
@@ -105,7 +107,8 @@ bool signal_raised() {
 class PyContext {
   template <class Work>
   auto exclusively(const Work& work) {
-    if (busy_.exchange(true)) throw EngineFault("This engine is already at work in another thread. Open one engine a thread.");
+    if (busy_.exchange(true))
+      throw EngineFault("This engine is already at work in another thread. Open one engine a thread.");
     struct Free {
       std::atomic<bool>& busy;
       ~Free() { busy = false; }
@@ -121,16 +124,22 @@ class PyContext {
  public:
   PyContext(std::shared_ptr<const Model> model, int threads, const std::string& isa, const std::string& kv_cache,
             int max_context, int max_sequences, int chunk)
-      : context_(std::move(model),
-                 {threads, isa,
-                  named<KvMode>(kv_cache, "kv_cache", {{"none", KvMode::kNone}, {"f32", KvMode::kF32}, {"bf16", KvMode::kBf16}, {"int8", KvMode::kInt8}}),
-                  max_context, max_sequences, chunk}) {}
+      : context_(
+            std::move(model),
+            {threads, isa,
+             named<KvMode>(
+                 kv_cache, "kv_cache",
+                 {{"none", KvMode::kNone}, {"f32", KvMode::kF32}, {"bf16", KvMode::kBf16}, {"int8", KvMode::kInt8}}),
+             max_context, max_sequences, chunk}) {}
 
   Logits forward(const std::vector<std::tuple<int, TokenArray, std::string>>& steps) {
     std::vector<Slice> slices;
     for (const auto& [sequence, tokens, logits] : steps)
-      slices.push_back({sequence, {tokens.data(), tokens.size()},
-                        named<LogitsMode>(logits, "logits mode", {{"none", LogitsMode::kNone}, {"last", LogitsMode::kLast}, {"all", LogitsMode::kAll}})});
+      slices.push_back(
+          {sequence,
+           {tokens.data(), tokens.size()},
+           named<LogitsMode>(logits, "logits mode",
+                             {{"none", LogitsMode::kNone}, {"last", LogitsMode::kLast}, {"all", LogitsMode::kAll}})});
     const std::size_t rows = Context::logits_rows(slices), vocab = std::size_t(context_.model().config().vocab_size);
     auto values = std::make_unique_for_overwrite<float[]>(rows * vocab);
     exclusively([&] { context_.forward(slices, values.get(), signal_raised); });
@@ -142,8 +151,8 @@ class PyContext {
   nb::tuple generate(std::vector<std::int32_t> prompt, int max_tokens, double temperature, int top_k, double top_p,
                      double min_p, double repetition_penalty, std::uint64_t seed, std::vector<std::int32_t> stops,
                      const nb::object& on_token) {
-    const GenerateRequest request{std::move(prompt), max_tokens,
-                                  {temperature, top_k, top_p, min_p, repetition_penalty, seed}, std::move(stops)};
+    const GenerateRequest request{
+        std::move(prompt), max_tokens, {temperature, top_k, top_p, min_p, repetition_penalty, seed}, std::move(stops)};
     const auto callback = [&](std::int32_t token) {
       const nb::gil_scoped_acquire gil;
       if (PyErr_CheckSignals() != 0) throw nb::python_error();
@@ -157,10 +166,18 @@ class PyContext {
     return nb::make_tuple(result.tokens, result.times_s, reasons[int(result.reason)]);
   }
 
-  int create() { return exclusively([&] { return context_.sequences().create(); }); }
-  int fork(int sequence) { return exclusively([&] { return context_.sequences().fork(sequence); }); }
-  void truncate(int sequence, int length) { exclusively([&] { context_.sequences().truncate(sequence, length); }); }
-  void release(int sequence) { exclusively([&] { context_.sequences().release(sequence); }); }
+  int create() {
+    return exclusively([&] { return context_.sequences().create(); });
+  }
+  int fork(int sequence) {
+    return exclusively([&] { return context_.sequences().fork(sequence); });
+  }
+  void truncate(int sequence, int length) {
+    exclusively([&] { context_.sequences().truncate(sequence, length); });
+  }
+  void release(int sequence) {
+    exclusively([&] { context_.sequences().release(sequence); });
+  }
   int length(int sequence) { return context_.sequences().length(sequence); }
   nb::tuple memory() const {
     const MemoryUse use = context_.memory();
@@ -177,29 +194,34 @@ class PyContext {
 
 void bind_model(nb::module_& m) {
   nb::class_<Model>(m, "Model", "The immutable weights; filled tensor by tensor, then finalized.")
-      .def("__init__", [](Model* self, const nb::dict& config) { new (self) Model(read_config(config)); }, "config"_a)
-      .def("add_plain",
-           [](Model& self, const std::string& name, const std::string& dtype, int rows, int cols, const ByteArray& data,
-              const std::string& activation) {
-             const auto type = named<Dtype>(dtype, "dtype", {{"f32", kF32}, {"f16", kF16}, {"bf16", kBf16}});
-             self.add_matrix(name, Matrix::plain(self.arena(), name, type, rows, cols, bytes_of(data), activation_of(activation)));
-           },
-           "name"_a, "dtype"_a, "rows"_a, "cols"_a, "data"_a, "activation"_a = "f32")
-      .def("add_packed",
-           [](Model& self, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
-              const std::string& activation, const ByteArray& codes, const ByteArray& scales,
-              const std::optional<ByteArray>& minima) {
-             self.add_matrix(name, Matrix::packed(self.arena(), name, bits, symmetric, group, rows, cols, activation_of(activation),
-                                                  bytes_of(codes), bytes_of(scales),
-                                                  minima ? bytes_of(*minima) : Bytes{nullptr, 0}));
-           },
-           "name"_a, "bits"_a, "symmetric"_a, "group"_a, "rows"_a, "cols"_a, "activation"_a, "codes"_a, "scales"_a,
-           "minima"_a.none() = nb::none())
-      .def("add_vector",
-           [](Model& self, const std::string& name, const FloatArray& values) {
-             self.add_vector(name, values.data(), values.size());
-           },
-           "name"_a, "values"_a)
+      .def(
+          "__init__", [](Model* self, const nb::dict& config) { new (self) Model(read_config(config)); }, "config"_a)
+      .def(
+          "add_plain",
+          [](Model& self, const std::string& name, const std::string& dtype, int rows, int cols, const ByteArray& data,
+             const std::string& activation) {
+            const auto type = named<Dtype>(dtype, "dtype", {{"f32", kF32}, {"f16", kF16}, {"bf16", kBf16}});
+            self.add_matrix(
+                name, Matrix::plain(self.arena(), name, type, rows, cols, bytes_of(data), activation_of(activation)));
+          },
+          "name"_a, "dtype"_a, "rows"_a, "cols"_a, "data"_a, "activation"_a = "f32")
+      .def(
+          "add_packed",
+          [](Model& self, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
+             const std::string& activation, const ByteArray& codes, const ByteArray& scales,
+             const std::optional<ByteArray>& minima) {
+            self.add_matrix(name, Matrix::packed(self.arena(), name, bits, symmetric, group, rows, cols,
+                                                 activation_of(activation), bytes_of(codes), bytes_of(scales),
+                                                 minima ? bytes_of(*minima) : Bytes{nullptr, 0}));
+          },
+          "name"_a, "bits"_a, "symmetric"_a, "group"_a, "rows"_a, "cols"_a, "activation"_a, "codes"_a, "scales"_a,
+          "minima"_a.none() = nb::none())
+      .def(
+          "add_vector",
+          [](Model& self, const std::string& name, const FloatArray& values) {
+            self.add_vector(name, values.data(), values.size());
+          },
+          "name"_a, "values"_a)
       .def("finalize", &Model::finalize)
       .def_prop_ro("weights_bytes", &Model::weights_bytes);
 }
@@ -207,10 +229,11 @@ void bind_model(nb::module_& m) {
 void bind_context(nb::module_& m) {
   nb::class_<PyContext>(m, "Context", "One way of running a model: threads, kernels, KV cache, scratch.")
       .def(nb::init<std::shared_ptr<const Model>, int, const std::string&, const std::string&, int, int, int>(),
-           "model"_a, nb::kw_only(), "threads"_a, "isa"_a, "kv_cache"_a, "max_context"_a, "max_sequences"_a = 1, "chunk"_a = 0)
+           "model"_a, nb::kw_only(), "threads"_a, "isa"_a, "kv_cache"_a, "max_context"_a, "max_sequences"_a = 1,
+           "chunk"_a = 0)
       .def("forward", &PyContext::forward, "steps"_a)
-      .def("generate", &PyContext::generate, "prompt"_a, nb::kw_only(), "max_tokens"_a, "temperature"_a, "top_k"_a, "top_p"_a,
-           "min_p"_a, "repetition_penalty"_a, "seed"_a, "stop_tokens"_a, "on_token"_a.none() = nb::none())
+      .def("generate", &PyContext::generate, "prompt"_a, nb::kw_only(), "max_tokens"_a, "temperature"_a, "top_k"_a,
+           "top_p"_a, "min_p"_a, "repetition_penalty"_a, "seed"_a, "stop_tokens"_a, "on_token"_a.none() = nb::none())
       .def("create", &PyContext::create)
       .def("fork", &PyContext::fork, "sequence"_a)
       .def("truncate", &PyContext::truncate, "sequence"_a, "length"_a)

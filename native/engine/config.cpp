@@ -9,8 +9,8 @@ void require(bool ok, const std::string& what) {
 
 void validate_attention(const AttentionSpec& a, const std::string& where) {
   require(a.heads > 0 && a.kv_heads > 0 && a.heads % a.kv_heads == 0,
-          where + "heads=" + std::to_string(a.heads) + " must be a positive multiple of kv_heads=" +
-              std::to_string(a.kv_heads) + ".");
+          where + "heads=" + std::to_string(a.heads) +
+              " must be a positive multiple of kv_heads=" + std::to_string(a.kv_heads) + ".");
   require(a.head_dim > 0 && a.head_dim <= kMaxHeadDim,
           where + "head_dim=" + std::to_string(a.head_dim) + " must be in 1.." + std::to_string(kMaxHeadDim) + ".");
   require(a.window >= 0, where + "window must not be negative.");

@@ -94,9 +94,8 @@ float* Context::run_pass(Pass& pass, float* logits, const InterruptCheck& interr
 void Context::embed(const Pass& pass) {
   const size_t dim = size_t(model_->config().dim);
   const Matrix& table = model_->embedding();
-  each_token(int(pass.tokens.size()), double(dim), [&](int i) {
-    table.read_row(pass.tokens[size_t(i)], scratch_.x.as<float>() + size_t(i) * dim);
-  });
+  each_token(int(pass.tokens.size()), double(dim),
+             [&](int i) { table.read_row(pass.tokens[size_t(i)], scratch_.x.as<float>() + size_t(i) * dim); });
 }
 
 void Context::norm(const InputForms& forms, const float* weight, int first, int count) {
@@ -169,10 +168,10 @@ void Context::attend(const Pass& pass, int layer, int first, int count) {
     const int head = (item - part.first_item) / part.blocks, block = (item - part.first_item) % part.blocks;
     const size_t column = size_t(head * group) * size_t(spec.head_dim);
     const int rows = part.count * group;
-    kernels_.attention(part.kv, {q + size_t(part.row) * q_dim + column,
-                                 scratch_.attended.as<float>() + size_t(part.row) * ld_out + column, q_dim, ld_out, group,
-                                 head, block * kAttentionRows, std::min(rows, (block + 1) * kAttentionRows),
-                                 part.position, spec.window});
+    kernels_.attention(
+        part.kv, {q + size_t(part.row) * q_dim + column,
+                  scratch_.attended.as<float>() + size_t(part.row) * ld_out + column, q_dim, ld_out, group, head,
+                  block * kAttentionRows, std::min(rows, (block + 1) * kAttentionRows), part.position, spec.window});
   });
 }
 

@@ -13,7 +13,10 @@ std::size_t element_bytes(KvType type) { return type == kKvF32 ? 4 : type == kKv
 }  // namespace
 
 KvPool::KvPool(const DecoderConfig& config, KvMode mode, int capacity, int sequences)
-    : mode_(mode), type_(type_of(mode)), capacity_(capacity), padded_capacity_(int(round_up(size_t(capacity), kKvTile))) {
+    : mode_(mode),
+      type_(type_of(mode)),
+      capacity_(capacity),
+      padded_capacity_(int(round_up(size_t(capacity), kKvTile))) {
   std::size_t end = 0, largest = 0;
   for (const LayerConfig& layer : config.layers) {
     Layout layout;
@@ -52,9 +55,7 @@ std::size_t KvPool::lay_out(Layout& layout, std::size_t at) const {
   return at;
 }
 
-KvPool::Slot& KvPool::slot(int sequence) {
-  return const_cast<Slot&>(static_cast<const KvPool*>(this)->slot(sequence));
-}
+KvPool::Slot& KvPool::slot(int sequence) { return const_cast<Slot&>(static_cast<const KvPool*>(this)->slot(sequence)); }
 
 const KvPool::Slot& KvPool::slot(int sequence) const {
   if (sequence < 0 || size_t(sequence) >= slots_.size() || !slots_[size_t(sequence)].used)
@@ -85,7 +86,8 @@ int KvPool::fork(int sequence) {
 }
 
 void KvPool::copy_positions(const Slot& from, Slot& to) const {
-  const size_t used = round_up(size_t(from.length), kKvTile), all = size_t(padded_capacity_), size = element_bytes(type_);
+  const size_t used = round_up(size_t(from.length), kKvTile), all = size_t(padded_capacity_),
+               size = element_bytes(type_);
   const auto copy = [&](std::size_t start, int heads, std::size_t position_bytes) {
     for (int h = 0; h < heads; ++h) {
       const size_t at = start + size_t(h) * all * position_bytes;

@@ -68,10 +68,12 @@ void read_packed(const PackedView& view, int row, float* out) {
 
 }  // namespace
 
-Matrix Matrix::plain(Arena& arena, const std::string& name, Dtype dtype, int rows, int cols, Bytes data, Activation activation) {
+Matrix Matrix::plain(Arena& arena, const std::string& name, Dtype dtype, int rows, int cols, Bytes data,
+                     Activation activation) {
   check_shape(name, rows, cols);
   if (activation == Activation::kInt8)
-    throw EngineFault("Tensor '" + name + "': int8 activations need quantized weights; this one is unquantized. "
+    throw EngineFault("Tensor '" + name +
+                      "': int8 activations need quantized weights; this one is unquantized. "
                       "Use 'f32' or 'bf16' activations, or quantize it.");
   Matrix m;
   m.rows_ = rows;
@@ -87,7 +89,8 @@ Matrix Matrix::packed(Arena& arena, const std::string& name, int bits, bool symm
                       Activation activation, Bytes codes, Bytes scales, Bytes minima) {
   check_shape(name, rows, cols);
   if (bits != 4 && !(bits == 8 && symmetric))
-    throw EngineFault("Tensor '" + name + "': " + std::to_string(bits) + (symmetric ? "-bit symmetric" : "-bit asymmetric") +
+    throw EngineFault("Tensor '" + name + "': " + std::to_string(bits) +
+                      (symmetric ? "-bit symmetric" : "-bit asymmetric") +
                       " codes are not supported; 4-bit (both kinds) and 8-bit symmetric are.");
   if (group < 0 || group % kBlock != 0)
     throw EngineFault("Tensor '" + name + "': group " + std::to_string(group) +

@@ -28,7 +28,8 @@ class Matrix {
   Matrix() = default;
   // Copies the buffers into `arena`, which must outlive the matrix, after checking their sizes; throws EngineFault
   // naming `name` otherwise.
-  static Matrix plain(Arena& arena, const std::string& name, Dtype dtype, int rows, int cols, Bytes data, Activation activation);
+  static Matrix plain(Arena& arena, const std::string& name, Dtype dtype, int rows, int cols, Bytes data,
+                      Activation activation);
   // group 0 means the whole row.
   static Matrix packed(Arena& arena, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
                        Activation activation, Bytes codes, Bytes scales, Bytes minima);

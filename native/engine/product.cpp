@@ -79,8 +79,13 @@ void ProductInput::begin(const InputForms& forms, float* x, int columns, int tok
   columns_ = columns;
   tokens_ = tokens;
   ld_ = int(round_up(size_t(columns), kBlock));
-  int8_ = {codes_.as<int8_t>(),  scale_.as<float>(),      bias8_.as<int32_t>(), bias128_.as<int32_t>(),
-           code_sums_.as<float>(), std::min(tokens, int(kTokenTile)), ld_ / kBlock};
+  int8_ = {codes_.as<int8_t>(),
+           scale_.as<float>(),
+           bias8_.as<int32_t>(),
+           bias128_.as<int32_t>(),
+           code_sums_.as<float>(),
+           std::min(tokens, int(kTokenTile)),
+           ld_ / kBlock};
 }
 
 void ProductInput::prepare(const Kernels& kernels, int token) const {

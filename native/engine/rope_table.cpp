@@ -15,7 +15,8 @@ int RopeTables::find_or_build(const RopeSpec& spec, int positions) {
   for (size_t i = 0; i < tables_.size(); ++i)
     if (tables_[i].spec == spec) return int(i);
   const size_t half = spec.inverse_frequencies.size();
-  Table table{spec, int(half), AlignedBuffer(size_t(positions) * half * 4), AlignedBuffer(size_t(positions) * half * 4)};
+  Table table{spec, int(half), AlignedBuffer(size_t(positions) * half * 4),
+              AlignedBuffer(size_t(positions) * half * 4)};
   for (int p = 0; p < positions; ++p)
     for (size_t i = 0; i < half; ++i) {
       const double angle = double(p) * double(spec.inverse_frequencies[i]);

@@ -24,7 +24,9 @@ class RopeTables {
     int half;
     AlignedBuffer cos, sin;
   };
-  const Table* table(int layer) const { return of_layer_[size_t(layer)] < 0 ? nullptr : &tables_[size_t(of_layer_[size_t(layer)])]; }
+  const Table* table(int layer) const {
+    return of_layer_[size_t(layer)] < 0 ? nullptr : &tables_[size_t(of_layer_[size_t(layer)])];
+  }
   std::size_t offset(int layer, int position) const { return size_t(position) * size_t(table(layer)->half); }
   int find_or_build(const RopeSpec& spec, int positions);
 

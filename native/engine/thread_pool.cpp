@@ -64,7 +64,9 @@ void ThreadPool::run_erased(int threads, int items, Call call, const void* task)
   cursor_.store(0, std::memory_order_relaxed);
   epoch_.fetch_add(1);
   if (asleep_.load()) {
-    { const std::lock_guard lock(sleep_); }
+    {
+      const std::lock_guard lock(sleep_);
+    }
     wake_.notify_all();
   }
   take_items(job_);

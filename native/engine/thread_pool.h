@@ -40,11 +40,11 @@ class ThreadPool {
   void wait_for_job(std::uint64_t seen);
   void take_items(const Job& job);
 
-  std::mutex owner_;                      // one job at a time; a second caller works alone
+  std::mutex owner_;  // one job at a time; a second caller works alone
   Job job_;
-  std::atomic<std::uint64_t> epoch_{0};   // odd: a job is open
+  std::atomic<std::uint64_t> epoch_{0};  // odd: a job is open
   std::atomic<int> cursor_{0};
-  std::atomic<int> joined_{0};            // workers that may be reading job_
+  std::atomic<int> joined_{0};  // workers that may be reading job_
   std::atomic<int> asleep_{0};
   std::mutex sleep_;
   std::condition_variable wake_;

@@ -173,10 +173,8 @@ template <class Cache, int R = kTileRows>
 inline void value_tile(const typename Cache::type* v, int padded_dim, int positions, const float (*weights)[kTile],
                        const float* factor, float (*out)[kMaxHeadDim], int count) {
   int r = 0;
-  for (; r + R <= count; r += R)
-    value_rows<Cache, R>(v, 0, padded_dim, positions, weights + r, factor + r, out + r);
-  if constexpr (R > 1)
-    value_tile<Cache, R / 2>(v, padded_dim, positions, weights + r, factor + r, out + r, count - r);
+  for (; r + R <= count; r += R) value_rows<Cache, R>(v, 0, padded_dim, positions, weights + r, factor + r, out + r);
+  if constexpr (R > 1) value_tile<Cache, R / 2>(v, padded_dim, positions, weights + r, factor + r, out + r, count - r);
 }
 
 template <class Cache>

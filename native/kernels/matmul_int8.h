@@ -60,28 +60,20 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& in, int t
   for (int t = 0; t < T; ++t) write_panel(total[t], panel, w.rows, token + t, out);
 }
 
-template <int Bits, bool Symmetric, int T>
-inline void int8_range(const PackedView& w, int begin, int end, const Int8Input& x, int token, const Output& out) {
-  for (int p = begin; p < end; ++p) int8_tile<Bits, Symmetric, T>(w, p, x, token, out);
-}
-
-template <int Bits, bool Symmetric>
-inline void int8_panels(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out) {
-  for (int t = 0; t < tokens;) {
-    // A smaller tile never straddles two tiles of the input: sizes are powers of two, largest first.
-    const int left = tokens - t;
-    if (kIntTokens >= 16 && left >= 16) int8_range<Bits, Symmetric, kIntTokens >= 16 ? 16 : 1>(w, begin, end, x, t, out), t += 16;
-    else if (kIntTokens >= 8 && left >= 8) int8_range<Bits, Symmetric, kIntTokens >= 8 ? 8 : 1>(w, begin, end, x, t, out), t += 8;
-    else if (left >= 4) int8_range<Bits, Symmetric, 4>(w, begin, end, x, t, out), t += 4;
-    else if (left >= 2) int8_range<Bits, Symmetric, 2>(w, begin, end, x, t, out), t += 2;
-    else int8_range<Bits, Symmetric, 1>(w, begin, end, x, t, out), t += 1;
-  }
+// All tokens from `t` on, in tiles of T and then smaller ones: powers of two, so that none straddles two tiles of 16
+// of the input.
+template <int Bits, bool Symmetric, int T = kIntTokens>
+inline void int8_tokens(const PackedView& w, const Int8Input& x, int t, int tokens, int begin, int end,
+                        const Output& out) {
+  for (; t + T <= tokens; t += T)
+    for (int p = begin; p < end; ++p) int8_tile<Bits, Symmetric, T>(w, p, x, t, out);
+  if constexpr (T > 1) int8_tokens<Bits, Symmetric, T / 2>(w, x, t, tokens, begin, end, out);
 }
 
 void matmul_int8(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out) {
-  if (w.bits == 8) return int8_panels<8, true>(w, x, tokens, begin, end, out);
-  if (w.minima) return int8_panels<4, false>(w, x, tokens, begin, end, out);
-  int8_panels<4, true>(w, x, tokens, begin, end, out);
+  if (w.bits == 8) return int8_tokens<8, true>(w, x, 0, tokens, begin, end, out);
+  if (w.minima) return int8_tokens<4, false>(w, x, 0, tokens, begin, end, out);
+  int8_tokens<4, true>(w, x, 0, tokens, begin, end, out);
 }
 
 }  // namespace

@@ -79,7 +79,7 @@ inline void plain_rows(const typename W::type* w, int k, const float* x, size_t 
   int row = begin;
   for (; row + kRows <= end; row += kRows)
     plain_tile<W, kRows, T>(w + size_t(row) * size_t(k), k, x, ldx, y + row, out.ld,
-                                 out.bias ? out.bias + row : nullptr, out.accumulate);
+                            out.bias ? out.bias + row : nullptr, out.accumulate);
   for (; row < end; ++row)
     plain_tile<W, 1, T>(w + size_t(row) * size_t(k), k, x, ldx, y + row, out.ld, out.bias ? out.bias + row : nullptr,
                         out.accumulate);

@@ -25,7 +25,8 @@ Panels pack(const Grid& grid) {
   Panels out;
   const auto code = [&](int row, int col) -> unsigned {
     const bool inside = row < grid.rows && col < grid.cols;
-    return unsigned((inside ? grid.codes[std::size_t(row) * std::size_t(grid.cols) + std::size_t(col)] : 0) + (biased ? 8 : 0));
+    return unsigned((inside ? grid.codes[std::size_t(row) * std::size_t(grid.cols) + std::size_t(col)] : 0) +
+                    (biased ? 8 : 0));
   };
   for (int p = 0; p < panels; ++p)
     for (int k = 0; k < blocks * 32; k += grid.bits == 4 ? 8 : 4)
@@ -47,8 +48,9 @@ Panels pack(const Grid& grid) {
 
 PackedView Panels::view(const Grid& grid) const {
   const int blocks = (grid.cols + 31) / 32;
-  return {codes.data(), scales.data(), minima.empty() ? nullptr : minima.data(), grid.rows, grid.cols, blocks,
-          grid.group ? grid.group / 32 : blocks, grid.groups(), grid.bits};
+  return {codes.data(), scales.data(), minima.empty() ? nullptr : minima.data(), grid.rows,
+          grid.cols,    blocks,        grid.group ? grid.group / 32 : blocks,    grid.groups(),
+          grid.bits};
 }
 
 Sum product(const Grid& grid, int row, const std::vector<double>& x) {
@@ -60,7 +62,9 @@ Sum product(const Grid& grid, int row, const std::vector<double>& x) {
   }
   // With minima the kernel sums codes and minima apart, which may cancel.
   for (int k = 0; k < grid.cols && !grid.minima.empty(); ++k)
-    sum.size += 2 * std::fabs(double(grid.minima[std::size_t(row) * std::size_t(grid.groups()) + std::size_t(grid.group ? k / grid.group : 0)]) * x[std::size_t(k)]);
+    sum.size += 2 * std::fabs(double(grid.minima[std::size_t(row) * std::size_t(grid.groups()) +
+                                                 std::size_t(grid.group ? k / grid.group : 0)]) *
+                              x[std::size_t(k)]);
   return sum;
 }
 

@@ -85,7 +85,8 @@ inline V16f load_bf16_n(const uint16_t* p, int n) {
   return load_bf16(b);
 }
 inline V16f load_f16(const uint16_t* p) {
-  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
+  return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)),
+          _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
 inline V16f load_f16_n(const uint16_t* p, int n) {
   uint16_t b[16] = {};

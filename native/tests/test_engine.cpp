@@ -19,7 +19,8 @@ DecoderConfig small_config() {
   c.max_context = 160;
   RopeSpec rope{{1.0f, 0.1f, 0.01f, 0.001f}, 1.0f};
   for (int i = 0; i < 2; ++i)
-    c.layers.push_back({AttentionSpec{6, 2, 8, rope, 0.35f, i ? 40 : 0, true, false}, FfnSpec{172, kSilu, true, false}});
+    c.layers.push_back(
+        {AttentionSpec{6, 2, 8, rope, 0.35f, i ? 40 : 0, true, false}, FfnSpec{172, kSilu, true, false}});
   c.layers.push_back({std::nullopt, FfnSpec{50, kGelu, false, true}});
   return c;
 }
@@ -111,7 +112,8 @@ void test_one_answer(const std::shared_ptr<Model>& model, KvMode kv) {
       // Two sequences in one step.
       context.sequences().truncate(first, 69);
       context.sequences().truncate(copy, 100);
-      const Slice slices[] = {{copy, all.subspan(100, 30), LogitsMode::kLast}, {first, all.subspan(69, 1), LogitsMode::kAll}};
+      const Slice slices[] = {{copy, all.subspan(100, 30), LogitsMode::kLast},
+                              {first, all.subspan(69, 1), LogitsMode::kAll}};
       std::vector<float> both(2 * 211);
       context.forward(slices, both.data());
       CHECK(same(std::span(both).first(211), std::span(wanted).subspan(129 * 211, 211)), "batch, " + isa);

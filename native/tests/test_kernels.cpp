@@ -16,7 +16,7 @@ namespace ref = trilemma::reference;
 namespace {
 
 const int kTokens[] = {1, 2, 3, 5, 8, 16, 17, 31};
-constexpr double kSumTolerance = 1e-6;     // of the sum of absolute terms
+constexpr double kSumTolerance = 1e-6;  // of the sum of absolute terms
 constexpr double kFunctionTolerance = 1e-6;
 
 std::vector<const Kernels*> tables() {
@@ -43,7 +43,8 @@ std::vector<float> everywhere(const char* what, const std::function<std::vector<
 }
 
 void check_close(const char* what, double found, double wanted, double tolerance) {
-  CHECK(std::fabs(found - wanted) <= tolerance, std::string(what) + ": " + std::to_string(found) + ", expected " + std::to_string(wanted));
+  CHECK(std::fabs(found - wanted) <= tolerance,
+        std::string(what) + ": " + std::to_string(found) + ", expected " + std::to_string(wanted));
 }
 
 size_t padded(int k) { return size_t((k + 31) / 32 * 32); }
@@ -113,14 +114,16 @@ void test_packed(int rows, int cols, int bits, int group, bool symmetric) {
     const auto floating = [&](const Kernels& k) {
       std::vector<float> y(before.size()), sums(x.size() / 32);
       k.block_sums(x.data(), int(sums.size()), sums.data());
-      k.matmul_float(view, {x.data(), padded(cols), sums.data()}, tokens, 0, panel_count, {y.data(), size_t(rows), nullptr, 0});
+      k.matmul_float(view, {x.data(), padded(cols), sums.data()}, tokens, 0, panel_count,
+                     {y.data(), size_t(rows), nullptr, 0});
       return y;
     };
     const std::vector<float> a = everywhere("matmul_int8", integer), b = everywhere("matmul_float", floating);
     const Quantized q(*tables()[0], x, tokens, cols);
     for (int t = 0; t < tokens; ++t) {
       const std::vector<double> seen = q.values(t, cols);
-      const std::vector<double> exact(x.begin() + std::ptrdiff_t(size_t(t) * padded(cols)), x.begin() + std::ptrdiff_t(size_t(t + 1) * padded(cols)));
+      const std::vector<double> exact(x.begin() + std::ptrdiff_t(size_t(t) * padded(cols)),
+                                      x.begin() + std::ptrdiff_t(size_t(t + 1) * padded(cols)));
       for (int r = 0; r < rows; ++r) {
         const size_t at = size_t(t) * size_t(rows) + size_t(r);
         const ref::Sum i = ref::product(grid, r, seen), f = ref::product(grid, r, exact);
@@ -144,14 +147,16 @@ void test_plain(int rows, int cols, Dtype dtype) {
     const std::vector<float> x = padded_rows(tokens, cols);
     const std::vector<float> y = everywhere("matmul_plain", [&](const Kernels& k) {
       std::vector<float> out(size_t(tokens) * size_t(rows));
-      k.matmul_plain(view, {x.data(), padded(cols), nullptr}, tokens, 0, (rows + 15) / 16, {out.data(), size_t(rows), nullptr, 0});
+      k.matmul_plain(view, {x.data(), padded(cols), nullptr}, tokens, 0, (rows + 15) / 16,
+                     {out.data(), size_t(rows), nullptr, 0});
       return out;
     });
     for (int t = 0; t < tokens; ++t)
       for (int r = 0; r < rows; ++r) {
         double sum = 0, size = 0;
         for (int k = 0; k < cols; ++k) {
-          const double term = double(values[size_t(r) * size_t(cols) + size_t(k)]) * double(x[size_t(t) * padded(cols) + size_t(k)]);
+          const double term =
+              double(values[size_t(r) * size_t(cols) + size_t(k)]) * double(x[size_t(t) * padded(cols) + size_t(k)]);
           sum += term;
           size += std::fabs(term);
         }
@@ -183,7 +188,8 @@ void test_rowwise(int n) {
     });
     for (int i = 0; i < n; ++i) {
       const double f = ref::nonlinear(double(x[size_t(i)]), kind), g = double(up[size_t(i)]);
-      check_close("glu", y[size_t(i)], f * g, kFunctionTolerance * (std::fabs(x[size_t(i)]) + 1e-3) * (std::fabs(g) + 1e-3));
+      check_close("glu", y[size_t(i)], f * g,
+                  kFunctionTolerance * (std::fabs(x[size_t(i)]) + 1e-3) * (std::fabs(g) + 1e-3));
     }
   }
 }
@@ -201,8 +207,10 @@ void test_rope(int heads, int dim, int half) {
     for (int i = 0; i < dim; ++i) {
       const float* v = x.data() + size_t(h) * size_t(dim);
       double wanted = double(v[i]);
-      if (i < half) wanted = double(v[i]) * double(cos[size_t(i)]) - double(v[i + half]) * double(sin[size_t(i)]);
-      else if (i < 2 * half) wanted = double(v[i]) * double(cos[size_t(i - half)]) + double(v[i - half]) * double(sin[size_t(i - half)]);
+      if (i < half)
+        wanted = double(v[i]) * double(cos[size_t(i)]) - double(v[i + half]) * double(sin[size_t(i)]);
+      else if (i < 2 * half)
+        wanted = double(v[i]) * double(cos[size_t(i - half)]) + double(v[i - half]) * double(sin[size_t(i - half)]);
       check_close("rope", y[size_t(h) * size_t(dim) + size_t(i)], wanted * 0.25, kFunctionTolerance);
     }
 }
@@ -219,7 +227,8 @@ struct Cache {
     k_scale.assign(cells, std::nanf(""));
     v_scale.assign(cells, std::nanf(""));
     const bool scaled = type == kKvInt8;
-    view = {k.data(), v.data(), scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, type, dim, int(wide), capacity};
+    view = {k.data(),  v.data(), scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, type, dim,
+            int(wide), capacity};
   }
 };
 
@@ -242,13 +251,15 @@ void test_attention(KvType type, int dim, int group, int tokens, int first, int 
   const std::vector<float> q = random_values(q_dim * size_t(tokens), 1 / std::sqrt(float(dim)));
   const std::vector<float> y = everywhere("attention", [&](const Kernels& kernels) {
     Cache cache(type, heads, dim, capacity);
-    for (int p = 0; p < length; ++p) kernels.kv_store(cache.view, k.data() + size_t(p) * kv_dim, v.data() + size_t(p) * kv_dim, heads, p);
+    for (int p = 0; p < length; ++p)
+      kernels.kv_store(cache.view, k.data() + size_t(p) * kv_dim, v.data() + size_t(p) * kv_dim, heads, p);
     std::vector<float> out(q.size());
     for (int h = 0; h < heads; ++h) {
       const size_t column = size_t(h * group * dim);
       const int rows = tokens * group, cut = rows / 3;
       for (const auto& [begin, end] : {std::pair{0, cut}, std::pair{cut, rows}})
-        kernels.attention(cache.view, {q.data() + column, out.data() + column, q_dim, q_dim, group, h, begin, end, first, window});
+        kernels.attention(cache.view,
+                          {q.data() + column, out.data() + column, q_dim, q_dim, group, h, begin, end, first, window});
     }
     return out;
   });
