@@ -22,6 +22,7 @@ from trilemma.data.windows import sample_calibration
 from trilemma.export.gguf import export_gguf
 from trilemma.formats.artifact import load_any
 from trilemma.model.decoder import Decoder
+from trilemma.model.rope import make_rope
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import SamplingSettings, open_engine
 from trilemma.techniques import Build
@@ -111,3 +112,33 @@ def test_the_shipped_model_in_llama_cpp(scheme, gap, hearth_path, texts_path, tm
 def test_stories260k_in_llama_cpp(shared_dir, tmp_path):
     folder = shared_dir / "models" / "stories260K"
     check(folder, shared_dir / "data" / "text" / "tinystories_1000.json", "f32", tmp_path, gap=0.02)
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32.0}
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16.0}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "kind", "parameters"),
+    [
+        ({"qkv_bias": True, "tied": False}, "default", {}),  # qwen2
+        ({"head_dim": 24, "tied": False}, "default", {}),  # head_dim that is not dim / heads
+        ({"theta": 5e5}, "llama3", LLAMA3),
+        ({}, "linear", {"factor": 2.0}),
+        ({}, "yarn", YARN),
+        ({"qkv_bias": True}, "yarn", YARN),
+    ],
+)
+def test_random_models_of_every_structure_in_llama_cpp(sizes, kind, parameters, tiny_model, tmp_path, random_generator):
+    """Biases, heads of any size and every rope scaling: a wrong key or row order changes the loss at once."""
+    model = tiny_model(seed=3, **{"dim": 64, "head_dim": 16, "ffn": 96, **sizes})
+    rope = make_rope(kind, float(sizes.get("theta", 1e4)), parameters, head_dim=int(sizes.get("head_dim", 16)))
+    layers = tuple(
+        layer.model_copy(update={"attention": layer.attention.model_copy(update={"rope": rope})})
+        for layer in model.config.layers
+    )
+    model = model.with_config(model.config.model_copy(update={"layers": layers}))
+    export_gguf(model, tmp_path / "model.gguf")
+    windows = random_generator.integers(0, 97, (4, 60)).astype(np.int32)
+    theirs = ask_llama_cpp(tmp_path / "model.gguf", windows[0, :4].tolist(), windows, [])
+    assert theirs["perplexity"] == pytest.approx(torch_perplexity(model, windows), rel=2e-3)
