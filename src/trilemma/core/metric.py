@@ -78,4 +78,4 @@ def resolve_metric(name: str) -> Metric:
     if name in _SYNONYMS:
         return METRICS[_SYNONYMS[name]]
     aliases = [metric.alias for metric in METRICS.values() if metric.alias]
-    raise UnknownNameError("metric", name, [*METRICS, *aliases])
+    raise UnknownNameError("metric", name, {*METRICS, *aliases})
