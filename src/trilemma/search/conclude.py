@@ -20,6 +20,7 @@ from trilemma.search.result import OptimizeResult
 from trilemma.search.texts import prompts_of
 
 FRONT_AXES = ("weights_bytes", "tpot_s", "kl_mean")
+LEAST_OVERRUN_S, MOST_OVERRUN = 5.0, 0.25  # what the confirm run may take beyond the time, rather than be left out
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Conclusion:
     confirmed: Trial | None = None
     answers: tuple[Answer, ...] = ()
     bytes_by_role: tuple[ByteRow, ...] = ()
+    unfinished: bool = False
 
 
 def conclude(
@@ -54,19 +56,19 @@ def conclude(
         conditions=_conditions(search, accept_estimates),
     )  # fmt: skip
     code = EXIT_CODES[found.decision.outcome]
-    return OptimizeResult(found.confirmed, tuple(front), found.verdicts, report, code)
+    return OptimizeResult(found.confirmed, tuple(front), found.verdicts, report, code, unfinished=found.unfinished)
 
 
 def _settle(search: Exploration, objective: Objective, choice: Choice, accept_estimates: bool) -> Conclusion:
     nearest = tuple(trial.name for trial, _ in choice.nearest)
     if choice.trial is None:
-        tried = sum(trial.status == "measured" for trial in search.trials)
-        text = sentence.infeasible(choice, tried)
-        blocking = None if choice.blocking is None else choice.blocking.text
-        decision = Decision(sentence=text, chosen=None, outcome="FAIL", binding_limit=blocking, nearest=nearest)
-        return Conclusion(decision, choice.verdicts)
+        return _infeasible(search, choice, nearest)
+    tokens = _confirm_tokens(search)
+    if not tokens:
+        why = sentence.not_confirmed(choice.trial, search.baseline)
+        return _too_short(search, choice, why, search.needed_s(), nearest)
     search.say("confirm", 0, 1, choice.trial.name)
-    search.bench.refer("confirm", search.texts.token_set("confirm", search.text_plan.confirm_tokens))
+    search.bench.refer("confirm", search.texts.token_set("confirm", tokens))
     model, engine = _open_chosen(search, choice.trial)
     try:
         confirmed = confirm_trial(
@@ -91,8 +93,38 @@ def _settle(search: Exploration, objective: Objective, choice: Choice, accept_es
 def _open_chosen(search: Exploration, trial: Trial) -> tuple[Model, Engine]:
     if trial.status == "baseline":
         return search.model, search.bench.baseline
-    built = search.build(trial.recipe)
+    built, _ = search.build(trial.recipe)
     return built, search.bench.open(built)
+
+
+def _confirm_tokens(search: Exploration) -> int:
+    """Tokens of confirm text that fit into the time left and a little more; 0 when they are too few to judge on."""
+    overrun_s = max(LEAST_OVERRUN_S, MOST_OVERRUN * search.deadline.limit_s)
+    left_s = search.deadline.limit_s + overrun_s - search.deadline.spent_s
+    return search.text_plan.confirm_within(left_s - search.confirm_fixed_s)
+
+
+def _infeasible(search: Exploration, choice: Choice, nearest: tuple[str, ...]) -> Conclusion:
+    """No trial keeps every limit: a FAIL when all that is known was tried, else the time was too short."""
+    tried = sum(trial.status == "measured" for trial in search.trials)
+    if search.untried:
+        why = sentence.not_all_tried(choice, tried, len(search.untried))
+        return _too_short(search, choice, why, search.needed_s(search.untried), nearest)
+    blocking = None if choice.blocking is None else choice.blocking.text
+    text = sentence.infeasible(choice, tried)
+    decision = Decision(sentence=text, chosen=None, outcome="FAIL", binding_limit=blocking, nearest=nearest)
+    return Conclusion(decision, choice.verdicts)
+
+
+def _too_short(search: Exploration, choice: Choice, why: str, needed_s: float, nearest: tuple[str, ...]) -> Conclusion:
+    """INCONCLUSIVE whatever the select text says: its verdicts are shown, but they do not decide."""
+    text = sentence.too_short(search.deadline.limit_s, needed_s, why)
+    blocking = None if choice.blocking is None else choice.blocking.text
+    decision = Decision(
+        sentence=text, chosen=None if choice.trial is None else choice.trial.name, outcome="INCONCLUSIVE",
+        binding_limit=blocking, nearest=nearest, alternatives=choice.alternatives,
+    )  # fmt: skip
+    return Conclusion(decision, choice.verdicts, unfinished=True)
 
 
 def _environment(search: Exploration, model_key: str, confirmed: Trial | None) -> Environment:

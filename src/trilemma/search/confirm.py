@@ -19,6 +19,7 @@ from trilemma.search.workbench import Measurements, Workbench
 
 ANSWER_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 10, 16, 40
 CONFIRM_REPETITIONS = 9
+ENERGY_S = 40.0  # windows long enough for a counter, of both models; not for a search of half a minute
 TIME_METRICS = ("ttft_s", "tpot_s", "itl_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 
 
@@ -32,7 +33,8 @@ def confirm_trial(
     deadline: Deadline,
 ) -> Trial:
     """The chosen trial measured afresh; timings go on until every limit on them is settled, or time is out."""
-    bench.with_energy_sensor = bench.with_energy_sensor or any(s.reason is None for s in find_sensors())
+    if deadline.left_s > ENERGY_S and any(sensor.reason is None for sensor in find_sensors()):
+        bench.with_energy_sensor = True
     timed = [limit for limit in limits if limit.metric in TIME_METRICS]
 
     def settled(ours: Measurements, theirs: Measurements) -> bool:

@@ -5,7 +5,9 @@ Left out: choosing among the trials (`decide.py`) and the last look at the chose
 
 from __future__ import annotations
 
+import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from trilemma.core.errors import TrilemmaError
@@ -29,8 +31,14 @@ from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.technique import Build
 
 BASELINE_NAME = "unmodified"
+NO_TIME = "no time was left to build and measure it"
 _UNIFORM_FIRST = 3  # recipes measured before sensitivities are
+_CONFIRM_MEASURES = 3  # times that measuring a candidate takes
 _TARGETS = (0.2, 0.4, 0.6, 0.8)  # of the way from all parts in 4 bits to all in 8
+
+
+class _OutOfTimeError(Exception):
+    """A build that would leave no time for the confirm run; raised out of its progress."""
 
 
 @dataclass
@@ -44,7 +52,6 @@ class Exploration:
     journal: Journal
     deadline: Deadline
     tell: ProgressCallback
-    text_plan: TextPlan
     seed: int = 0
     threads: int | None = None
     trials: list[Trial] = field(default_factory=list)
@@ -52,6 +59,15 @@ class Exploration:
     times: BuildTimes = field(init=False)
     baseline: Trial = field(init=False)
     measure_s: float = 0.0
+
+    @property
+    def text_plan(self) -> TextPlan:
+        return self.journal.text_plan
+
+    @property
+    def untried(self) -> list[Trial]:
+        """Recipes that only lacked time."""
+        return [trial for trial in self.trials if trial.reason == NO_TIME]
 
     def __post_init__(self) -> None:
         self.times = BuildTimes(self.model)
@@ -90,9 +106,8 @@ class Exploration:
             if reason:
                 self.trials.append(Trial(name=recipe.name, recipe=recipe, status="dropped", reason=reason))
                 continue
-            if not self._affordable(recipe) and any(t.status == "measured" for t in self.trials):
-                why = "no time was left to build and measure it"
-                self.trials.append(Trial(name=recipe.name, recipe=recipe, status="dropped", reason=why))
+            if self._has_a_candidate and not self._affordable(recipe):
+                self.trials.append(Trial(name=recipe.name, recipe=recipe, status="dropped", reason=NO_TIME))
                 continue
             tried += 1
             self.say("search", tried, tried + len(queue), recipe.name)
@@ -117,12 +132,26 @@ class Exploration:
     def _affordable(self, recipe: Recipe) -> bool:
         if self.journal.find(recipe) is not None:
             return True
-        return self.deadline.allows(self.times.expect_s(recipe) + self.measure_s, reserve_s=self._reserve_s)
+        return self.deadline.allows(self.times.expect_s(recipe) + self.measure_s, reserve_s=self.confirm_s)
 
     @property
-    def _reserve_s(self) -> float:
-        """Seconds kept back for the confirm run: both models on its text, timings, fresh processes, answers."""
-        return self.text_plan.confirm_s + 3 * self.measure_s
+    def _has_a_candidate(self) -> bool:
+        return any(trial.status == "measured" for trial in self.trials)
+
+    @property
+    def confirm_s(self) -> float:
+        """Seconds that the confirm run takes: both models on its text, timings, fresh processes, answers."""
+        return self.text_plan.confirm_s + self.confirm_fixed_s
+
+    def needed_s(self, missing: Sequence[Trial] = ()) -> float:
+        """About the time of a search that also tries what is missing and confirms, in whole steps of 10 s."""
+        candidates_s = sum(self.times.expect_s(trial.recipe) + self.measure_s for trial in missing)
+        return 10 * math.ceil(1.2 * (self.deadline.spent_s + candidates_s + self.confirm_s) / 10)
+
+    @property
+    def confirm_fixed_s(self) -> float:
+        """Of those, what less text would not save."""
+        return _CONFIRM_MEASURES * self.measure_s
 
     def _trial(self, recipe: Recipe) -> Trial:
         """Build, open, take each measurement, keep the trial. A recipe that can not be built is a failed trial."""
@@ -131,30 +160,37 @@ class Exploration:
             self.notes.append(f"{recipe.name} was measured before an interruption and taken over")
             return known
         try:
-            began = time.monotonic()
-            built = self.build(recipe)
-            build_s = time.monotonic() - began
-            self.times.learn(recipe, build_s)
+            built, build_s = self.build(recipe)
             began = time.monotonic()
             trial = self._measure(recipe, built, build_s)
             self.measure_s = max(self.measure_s, time.monotonic() - began)
+        except _OutOfTimeError:
+            return Trial(name=recipe.name, recipe=recipe, status="dropped", reason=NO_TIME)
         except TrilemmaError as error:
             return Trial(name=recipe.name, recipe=recipe, status="failed", reason=str(error))
         self.journal.keep(trial)
         return trial
 
-    def build(self, recipe: Recipe) -> Model:
+    def build(self, recipe: Recipe) -> tuple[Model, float | None]:
+        """The artifact, and the seconds that building it took: None when an interrupted run left it."""
         folder = self.journal.artifact_folder(recipe)
-        if not folder.exists():
+        if folder.exists():
+            return read_artifact(folder), None
+        may_stop = self._has_a_candidate
 
-            def step(done: int, total: int, what: str) -> None:
-                self.say("search", done, total, f"{recipe.name}: {what}")
+        def step(done: int, total: int, what: str) -> None:
+            self.say("search", done, total, f"{recipe.name}: {what}")
+            if may_stop and not self.deadline.allows(self.measure_s, reserve_s=self.confirm_s):
+                raise _OutOfTimeError
 
-            build = Build(self.texts.calibration, self.seed, self.threads, progress=step)
-            write_artifact(apply_recipe(self.model, recipe, build), folder, recipe)
-        return read_artifact(folder)
+        began = time.monotonic()
+        build = Build(self.texts.calibration, self.seed, self.threads, progress=step)
+        write_artifact(apply_recipe(self.model, recipe, build), folder, recipe)
+        seconds = time.monotonic() - began
+        self.times.learn(recipe, seconds)
+        return read_artifact(folder), seconds
 
-    def _measure(self, recipe: Recipe, built: Model, build_s: float) -> Trial:
+    def _measure(self, recipe: Recipe, built: Model, build_s: float | None) -> Trial:
         assert built.path is not None
         engine = self.bench.open(built)
         try:
@@ -163,7 +199,9 @@ class Exploration:
         finally:
             engine.close()
         found |= ours | self.bench.on_disk(built.path, peak=self._peak_is_limited)
-        found["build_s"] = Measurement.of("build_s", build_s, method="wall clock of building and writing", scope="wall")
+        if build_s is not None:
+            method = "wall clock of building and writing"
+            found["build_s"] = Measurement.of("build_s", build_s, method=method, scope="wall")
         return Trial(name=recipe.name, recipe=recipe, status="measured", measurements=found, paired_baseline=theirs)
 
     def _allocations(self) -> list[Recipe]:
@@ -173,7 +211,7 @@ class Exploration:
         small = self.bench.references["select"].token_set.predicted_tokens
         each_s = self.measure_s / 2 + self.times.expect_s(scheme_to_recipe("W4A8-g32")) / len(parts)
         if small == 0 or not self.deadline.allows(
-            each_s * len(parts), reserve_s=self._reserve_s + self.deadline.limit_s / 3
+            each_s * len(parts), reserve_s=self.confirm_s + self.deadline.limit_s / 3
         ):
             self.notes.append("sensitivities were not measured: no time")
             return []

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from trilemma.core.errors import InputError, LimitError
 from trilemma.core.limit import Limit
+from trilemma.core.record import Record
 from trilemma.model.config import DecoderConfig
 from trilemma.runtime.engine import Engine
 from trilemma.search.decide import Objective
 from trilemma.search.workbench import Lengths
 
 DEFAULT_CONTEXT = 512
-MOST_SELECT_TOKENS, MOST_CONFIRM_TOKENS, LEAST_TOKENS = 16_384, 32_768, 2_048
+MOST_SELECT_TOKENS, MOST_CONFIRM_TOKENS = 16_384, 32_768
+LEAST_WINDOWS = 8  # fewer documents make no interval worth the name
 MEASURED = frozenset(
     {"weights_bytes", "artifact_bytes", "engine_memory_bytes", "peak_memory_bytes", "kv_bytes_per_token", "ttft_s",
      "tpot_s", "itl_s", "prefill_tokens_per_s", "decode_tokens_per_s", "energy_j_per_output_token",
@@ -33,21 +34,30 @@ def plan_lengths(config: DecoderConfig, context: int | None) -> Lengths:
     )
 
 
-@dataclass(frozen=True)
-class TextPlan:
-    """Tokens of the select and confirm texts, and the seconds that a pass over the confirm text takes."""
+class TextPlan(Record):
+    """Tokens of the select and confirm texts, and the seconds that the confirm text takes.
+
+    confirm_s: of one pass of the unmodified model as the reference and one of the chosen model;
+    least_tokens: what a verdict on quality needs at least.
+    """
 
     select_tokens: int
     confirm_tokens: int
     confirm_s: float
+    least_tokens: int
+
+    def confirm_within(self, seconds: float) -> int:
+        """Tokens of confirm text that can be scored in that time, at most as many as planned; 0: too few to judge."""
+        tokens = min(self.confirm_tokens, int(self.confirm_tokens * seconds / self.confirm_s))
+        return tokens if tokens >= self.least_tokens else 0
 
 
-def plan_text(rate: float, limit_s: float) -> TextPlan:
+def plan_text(rate: float, limit_s: float, context: int) -> TextPlan:
     """As much text as the time allows, given the unmodified model's tokens per second."""
-    affordable = rate * limit_s * _SHARE_PER_PASS
-    select = int(min(MOST_SELECT_TOKENS, max(LEAST_TOKENS, affordable)))
-    confirm = int(min(MOST_CONFIRM_TOKENS, max(LEAST_TOKENS, 1.5 * affordable)))
-    return TextPlan(select, confirm, 2 * confirm / rate)
+    affordable, least = rate * limit_s * _SHARE_PER_PASS, LEAST_WINDOWS * context
+    select = int(max(least, min(MOST_SELECT_TOKENS, affordable)))
+    confirm = int(max(least, min(MOST_CONFIRM_TOKENS, 1.5 * affordable)))
+    return TextPlan(select_tokens=select, confirm_tokens=confirm, confirm_s=2 * confirm / rate, least_tokens=least)
 
 
 def prefill_rate(engine: Engine, context: int) -> float:

@@ -17,7 +17,8 @@ class OptimizeResult:
     best: the chosen trial as confirmed, or None when nothing is feasible or time was too short;
     front: trials on the Pareto front of (weights_bytes, tpot_s, kl_mean);
     exit_code: 0 all PASS, 3 a limit FAILs or none is feasible, 4 INCONCLUSIVE;
-    output: the written artifact folder, or None.
+    output: the written artifact folder, or None;
+    unfinished: the time was too short for a decision; a run with more time takes up what was measured.
     """
 
     best: Trial | None
@@ -26,3 +27,4 @@ class OptimizeResult:
     report: OptimizeReport
     exit_code: int
     output: Path | None = None
+    unfinished: bool = False

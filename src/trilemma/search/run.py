@@ -72,7 +72,8 @@ def optimize(
         limits: hard requirements, such as 'weights<=50%'; all must PASS.
         data: text files; split by document into calibrate, select and confirm.
         output: folder for the artifact, report.json and report.html; nothing is kept without it.
-        time: effort, such as '5m'; at least the baseline and one candidate are measured.
+        time: effort, such as '5m'; at least the baseline and one candidate are measured. When it does not
+            suffice for a decision, the outcome is INCONCLUSIVE and what was measured stays for the next run.
         minimize: metric to be best in within the limits; by default see `decide.objective_for`.
         context: tokens of the quality windows; 512 or the model's own by default.
         prepare: 'book' or 'none', see `data.read_documents`.
@@ -107,14 +108,16 @@ def optimize(
         )
         bench = Workbench(loaded, lengths, folder / "reference", key, runtime, threads, step, energy)
         with bench:
-            text_plan = plan_text(prefill_rate(bench.baseline, lengths.context), deadline.limit_s)
             circumstances = {
                 "model": key, "lengths": lengths, "runtime": runtime, "threads": bench.baseline.threads,
                 "isa": bench.baseline.isa, "cpu": cpu_name(), "files": texts.files, "seed": seed, "prepare": prepare,
                 "limits": sorted(limit.text for limit in every if limit.metric == "peak_memory_bytes"),
             }  # fmt: skip
-            search = Exploration(loaded, every, texts, bench, Journal(folder, circumstances), deadline, tell, text_plan,
-                                 seed, threads)  # fmt: skip
+            journal = Journal(
+                folder, circumstances, deadline.limit_s,
+                lambda: plan_text(prefill_rate(bench.baseline, lengths.context), deadline.limit_s, lengths.context),
+            )  # fmt: skip
+            search = Exploration(loaded, every, texts, bench, journal, deadline, tell, seed, threads)
             search.measure_baseline()
             search.measure_candidates()
             result = conclude(search, objective, name=_name(model), model_key=key, command=command,
@@ -122,7 +125,8 @@ def optimize(
             if target is not None and result.best is not None:
                 tell(Progress("write", 0, 1, str(target), deadline.left_s))
                 result = _write(search, result, target, render)
-        search.journal.remove()
+        if not result.unfinished:
+            journal.remove()
         return result
 
 

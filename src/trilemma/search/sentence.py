@@ -48,12 +48,27 @@ def infeasible(choice: Choice, tried: int) -> str:
     return f"{count} every limit: {choice.blocking.text} blocks. Nearest: {'; '.join(parts)}."
 
 
-def too_short(given_s: float, needed_s: float) -> str:
-    """The sentence when the time did not suffice for a decision."""
+def too_short(given_s: float, needed_s: float, why: str) -> str:
+    """The sentence when the time did not suffice for a decision; `why` is a clause with its own subject."""
     return (
-        f"The time of {format_duration(given_s)} is too short for a decision: at least {format_duration(needed_s)} "
-        f"are needed. Run it again with --time {needed_s:.0f}s; what was measured is kept."
+        f"The time of {format_duration(given_s)} is too short for a decision: {why}. "
+        f"Run it again with --time {needed_s:.0f}s or more; what was measured and built is taken up."
     )
+
+
+def not_confirmed(trial: Trial, baseline: Trial) -> str:
+    """Why too short: the best candidate was found but not confirmed."""
+    return (
+        f"{trial.name} looks best ({_what(trial, baseline)}), but none was left to confirm it on text it has not seen"
+    )
+
+
+def not_all_tried(choice: Choice, tried: int, untried: int) -> str:
+    """Why too short: what was tried is not feasible, and more could be tried."""
+    blocks = f" ({choice.blocking.text} blocks)" if choice.blocking is not None else ""
+    which = f"none of the {tried} candidates" if tried != 1 else "the one candidate"
+    keeps = "keeps" if tried != 1 else "does not keep"
+    return f"{which} that could be tried {keeps} every limit{blocks}, and {untried} more were not tried"
 
 
 def _what(trial: Trial, baseline: Trial) -> str:
