@@ -58,9 +58,8 @@ def too_short(given_s: float, needed_s: float, why: str) -> str:
 
 def not_confirmed(trial: Trial, baseline: Trial) -> str:
     """Why too short: the best candidate was found but not confirmed."""
-    return (
-        f"{trial.name} looks best ({_what(trial, baseline)}), but none was left to confirm it on text it has not seen"
-    )
+    what = _what(trial, baseline)
+    return f"{trial.name} looks best ({what}), but nothing was left to confirm it on text that did not choose it"
 
 
 def not_all_tried(choice: Choice, tried: int, untried: int) -> str:
