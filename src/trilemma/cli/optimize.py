@@ -85,6 +85,9 @@ def show_report(report: OptimizeReport) -> None:
     typer.echo("")
     show_verdicts(report.verdicts)
     typer.echo(report.decision.sentence)
+    if report.decision.alternatives:
+        named = ", ".join(f"{kind} {name}" for kind, name in report.decision.alternatives.items())
+        typer.echo(f"Within the limits: {named}.")
 
 
 def show_verdicts(verdicts: tuple[Verdict, ...]) -> None:
