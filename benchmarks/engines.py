@@ -53,7 +53,8 @@ def llama_cpp(gguf: Path, prompt: int, output: int, threads: int, bench: str | N
     """One fresh process of llama.cpp: flash attention on, KV cache in f16 (its defaults otherwise)."""
     if bench is None:
         return _worker("llama_cpp", gguf, prompt, output, threads)
-    command = [bench, "-m", str(gguf), "-p", str(prompt), "-n", str(output), "-t", str(threads), "-r", "2", "-o", "json"]
+    lengths = ["-p", str(prompt), "-n", str(output)]
+    command = [bench, "-m", str(gguf), *lengths, "-t", str(threads), "-r", "2", "-o", "json"]
     rows = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     rate = {"prefill" if row["n_prompt"] else "decode": row["avg_ts"] for row in rows}
     return {"prefill_tokens_per_s": rate["prefill"], "decode_tokens_per_s": rate["decode"]}

@@ -6,7 +6,7 @@ native engine and the torch engine that imitates the same rounding. Beside the l
 same torch engine moves when its own embedding is perturbed by one part in a million: int8 activations
 flip codes at rounding boundaries, and a difference of that size is noise, not an error.
 
-    python benchmarks/ladder.py examples/models/hearth-7m --calibrate books-kids-train.txt.xz --data books-kids-valid.txt
+    python benchmarks/ladder.py examples/models/hearth-7m --calibrate train.txt.xz --data valid.txt
 
 Leaves out the search; `trilemma optimize` chooses among such rows.
 """
@@ -80,8 +80,8 @@ def main() -> None:
         )[:128]
         differences = {name: engine_difference(load_any(path), tokens) for name, path in built.items()}
     print(
-        "| scheme | build s | weights MB | engine MB | prefill tok/s | decode tok/s | tpot vs unmodified | perplexity (95%) "
-        "| ppl increase | KL mean (95%) | agreement | native - torch | noise floor |"
+        "| scheme | build s | weights MB | engine MB | prefill tok/s | decode tok/s | tpot vs unmodified "
+        "| perplexity (95%) | ppl increase | KL mean (95%) | agreement | native - torch | noise floor |"
     )
     print("|" + "---|" * 13)
     for row in result.rows:

@@ -83,9 +83,7 @@ def layerless(rows: int, cols: int, embedding: np.ndarray, add_head) -> _native.
     return model
 
 
-def run(
-    model: _native.Model, tokens: int, isa: str, *, distinct: int, threads: int = 1, chunk: int = 0
-) -> np.ndarray:
+def run(model: _native.Model, tokens: int, isa: str, *, distinct: int, threads: int = 1, chunk: int = 0) -> np.ndarray:
     context = _native.Context(model, threads=threads, isa=isa, kv_cache="f32", max_context=64, chunk=chunk)
     ids = np.arange(tokens, dtype=np.int32) % distinct
     return context.forward([(context.create(), ids, "all")])
@@ -178,9 +176,7 @@ def test_plain(random_generator, rows, cols, dtype, activation):
         bits = (values.view(np.uint32) >> 16).astype(np.uint16)
     embedding = embedding_for(random_generator, rows, cols)
     raw = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
-    model = layerless(
-        rows, cols, embedding, lambda m: m.add_plain("head.weight", dtype, rows, cols, raw, activation)
-    )
+    model = layerless(rows, cols, embedding, lambda m: m.add_plain("head.weight", dtype, rows, cols, raw, activation))
     wanted, size = expected(values.astype(np.float64), normed_inputs(embedding, cols), activation)
     check_everywhere(model, wanted, size)
 
@@ -226,9 +222,7 @@ def test_a_nan_is_not_swallowed_by_int8_activations():
 )
 def test_wrong_buffers_are_refused(arguments, message):
     bits, symmetric, group, rows, cols, activation, codes, scales = arguments
-    model = _native.Model(
-        {"dim": 64, "vocab_size": 16, "max_context": 8, "norm_eps": 1e-5, "tied": True, "layers": ()}
-    )
+    model = _native.Model({"dim": 64, "vocab_size": 16, "max_context": 8, "norm_eps": 1e-5, "tied": True, "layers": ()})
     with pytest.raises(_native.NativeError, match=message):
         model.add_packed(
             "embedding.weight", bits, symmetric, group, rows, cols, activation,

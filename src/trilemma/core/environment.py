@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from trilemma.core.record import Record
 
@@ -40,7 +41,7 @@ def read_environment(
 
 def cpu_name() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             for line in lines:
                 if line.lower().startswith(("model name", "hardware")):
                     return line.split(":", 1)[1].strip()

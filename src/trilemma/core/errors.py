@@ -74,9 +74,7 @@ class MissingExtraError(TrilemmaError):
     """A package that belongs to an optional extra is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
-        super().__init__(
-            f"{purpose} needs the package '{package}'. Install it with: pip install 'trilemma[{extra}]'"
-        )
+        super().__init__(f"{purpose} needs the package '{package}'. Install it with: pip install 'trilemma[{extra}]'")
 
 
 class TrainingError(TrilemmaError):

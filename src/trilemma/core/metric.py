@@ -57,7 +57,7 @@ METRICS: dict[str, Metric] = _table(
     ("top1_agreement", "ratio", "higher", "agreement", "share of tokens whose most likely next token is the reference's"),
     ("build_s", "s", "lower", None, "time that building the model took"),
     ("build_energy_j", "J", "lower", None, "energy that building the model took"),
-)
+)  # fmt: skip
 
 _SYNONYMS = {"time_to_first_token": "ttft_s", "time_per_output_token": "tpot_s", "kl_div": "kl_mean"}
 

@@ -17,9 +17,7 @@ ENGINES: Registry[type[Engine]] = Registry(
 )
 
 
-def open_engine(
-    model: Model | str | Path, *, runtime: str = "native", options: EngineOptions | None = None
-) -> Engine:
+def open_engine(model: Model | str | Path, *, runtime: str = "native", options: EngineOptions | None = None) -> Engine:
     """Open a model (or a folder: checkpoint, artifact, bare config.json) in an engine."""
     from trilemma.formats.artifact import load_any
 

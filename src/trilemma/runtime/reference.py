@@ -82,9 +82,7 @@ class ReferenceEngine:
         check_sampling(settings)
         ids = self._checked(prompt)
         if len(ids) >= self.max_context:
-            raise InputError(
-                f"The prompt's {len(ids)} tokens fill the context of {self.max_context}; shorten it."
-            )
+            raise InputError(f"The prompt's {len(ids)} tokens fill the context of {self.max_context}; shorten it.")
         stops = set(settings.stop_token_ids) | (set() if settings.ignore_eos else set(self.config.eos_token_ids))
         result = Generation(tokens=[], finish_reason="length", prompt_tokens=len(ids))
         with self._running():
