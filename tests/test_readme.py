@@ -45,7 +45,7 @@ def test_commands_run_in_order(readme, place):
 
 def test_python_runs(readme, place):
     (code,) = blocks(readme, "python")
-    cheap = code.replace('time="1m"', 'time="20s"').replace("out/hearth-small", "out/hearth-python")
+    cheap = code.replace('time="1m"', 'time="20s"')
     done = subprocess.run([sys.executable, "-c", cheap], capture_output=True, text=True, cwd=place, timeout=200)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2
