@@ -1,4 +1,4 @@
-"""Every table of names: each entry loads, the command line lists it, an unknown name is answered with the valid ones."""
+"""Every table of names: each entry loads and is listed; an unknown name is answered with the valid ones."""
 
 from __future__ import annotations
 
