@@ -80,15 +80,15 @@ def test_the_texts_are_what_the_script_makes(repository, shared_dir, texts_path)
     assert texts_path.read_text(encoding="utf-8") == wanted
 
 
-@pytest.mark.parametrize(
-    ("name", "millions"),
-    [
-        ("SmolLM2-135M", 134.515008),
-        ("SmolLM2-360M", 361.82112),
-        ("Qwen2.5-0.5B", 494.032768),
-        ("Llama-3.2-1B", 1235.8144),
-    ],
-)
-def test_the_shapes_have_the_published_number_of_parameters(shapes_path, name, millions):
-    assert inspect_model(read_checkpoint(shapes_path / name)).parameters == round(millions * 1e6)
+PARAMETERS = {
+    "SmolLM2-135M": 134_515_008,
+    "SmolLM2-360M": 361_821_120,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Llama-3.2-1B": 1_235_814_400,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_the_shapes_have_the_published_number_of_parameters(shapes_path, name, count):
+    assert inspect_model(read_checkpoint(shapes_path / name)).parameters == count
     assert json.loads((shapes_path / name / "config.json").read_text())["torch_dtype"] == "bfloat16"
