@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-CHEAP = {"optimize": ["--time", "20s"], "bench": ["--repetitions", "1"], "compare": ["--max-tokens", "4000"]}
+CHEAP = {"optimize": ["--time", "40s"], "bench": ["--repetitions", "1"], "compare": ["--max-tokens", "4000"]}
 OUTCOMES = {"optimize": {0, 3, 4}, "check": {0, 3, 4}}
 
 
@@ -45,10 +45,10 @@ def test_commands_run_in_order(readme, place):
 
 def test_python_runs(readme, place):
     (code,) = blocks(readme, "python")
-    cheap = code.replace('time="1m"', 'time="20s"')
+    cheap = code.replace('time="1m"', 'time="40s"')
     done = subprocess.run([sys.executable, "-c", cheap], capture_output=True, text=True, cwd=place, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) >= 2
+    assert len(done.stdout.splitlines()) >= 1
 
 
 def test_links_lead_somewhere(repository):

@@ -19,7 +19,7 @@ def optimized(hearth_path, texts_path, trilemma, tmp_path_factory):
     """One run with limits that are easy to meet, shared by the tests below."""
     output = tmp_path_factory.mktemp("optimized") / "small"
     limits = ["--limit", "weights<=60%", "--limit", "ppl_increase<=20%"]
-    done = trilemma("optimize", hearth_path, "-o", output, "--data", texts_path, *limits, "--time", "30s", "--json")
+    done = trilemma("optimize", hearth_path, "-o", output, "--data", texts_path, *limits, "--time", "40s", "--json")
     return output, done
 
 
