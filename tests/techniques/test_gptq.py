@@ -200,16 +200,17 @@ def test_rounded_activations_equal_a_loop(random_generator):
 def test_a_whole_model_gets_better_than_by_rounding(tiny_model, random_generator):
     from trilemma.model.decoder import Decoder
 
-    model = tiny_model(seed=4, dim=64, ffn=96)
-    windows = random_generator.integers(0, 97, (24, 48)).astype(np.int32)
-    tokens = torch.from_numpy(random_generator.integers(0, 97, (12, 48)).astype(np.int64))
-    with torch.no_grad():
-        reference = Decoder.from_model(model)(tokens)
-        errors = {}
-        for scheme in ("W4A8-g32-e16", "W4A8-g32-gptq-e16"):
-            made = apply_recipe(model, scheme_to_recipe(scheme), Build(calibration=windows))
-            errors[scheme] = float((Decoder.from_model(made)(tokens) - reference).square().mean())
-    assert errors["W4A8-g32-gptq-e16"] < 0.9 * errors["W4A8-g32-e16"]
+    errors = {"W4A8-g32-e16": 0.0, "W4A8-g32-gptq-e16": 0.0}
+    for seed in range(4):
+        model = tiny_model(seed=seed, dim=64, ffn=96)
+        windows = random_generator.integers(0, 97, (24, 48)).astype(np.int32)
+        tokens = torch.from_numpy(random_generator.integers(0, 97, (12, 48)).astype(np.int64))
+        with torch.no_grad():
+            reference = Decoder.from_model(model)(tokens)
+            for scheme in errors:
+                made = apply_recipe(model, scheme_to_recipe(scheme), Build(calibration=windows))
+                errors[scheme] += float((Decoder.from_model(made)(tokens) - reference).square().mean())
+    assert errors["W4A8-g32-gptq-e16"] < 0.95 * errors["W4A8-g32-e16"]
 
 
 def test_the_same_seed_and_threads_give_the_same_bytes(tiny_model, random_generator):
