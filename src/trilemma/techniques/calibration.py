@@ -204,12 +204,12 @@ def _rounding_hooks(
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Let every product whose activations will be int8 see them rounded."""
     hooks = []
-    last: list[Tensor] = []  # the input rounded last and its rounding: q, k and v (gate and up) share one
+    mine = threading.local()  # the input rounded last and its rounding: q, k and v (gate and up) share one
 
     def rounded(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if not last or last[0] is not args[0]:
-            last[:] = [args[0], round_activations(args[0])]
-        return (last[1], *args[1:])
+        if getattr(mine, "input", None) is not args[0]:
+            mine.input, mine.rounded = args[0], round_activations(args[0])
+        return (mine.rounded, *args[1:])
 
     for path, module in layer.named_modules():
         run = runs.get(f"layers.{index}.{path}.weight")
