@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--calibrate", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--prepare", default="book", choices=["book", "none"])
+    parser.add_argument("--prepare-calibrate", default="none", choices=["book", "none"])
     parser.add_argument("--schemes", default=SCHEMES)
     parser.add_argument("--tokens", type=int, default=30720)
     parser.add_argument("--context", type=int, default=512)
@@ -69,7 +70,9 @@ def main() -> None:
         built, build_s = {"unmodified": options.model}, {"unmodified": 0.0}
         for name in names:
             started = time.perf_counter()
-            compress(options.model, Path(scratch) / name, scheme=name, data=[options.calibrate])
+            compress(
+                options.model, Path(scratch) / name, scheme=name, data=[options.calibrate], prepare=options.prepare_calibrate
+            )
             built[name], build_s[name] = Path(scratch) / name, time.perf_counter() - started
         result = compare(built, [options.data], context=options.context, max_tokens=options.tokens,
                          prepare=options.prepare, prompt_tokens=384, output_tokens=64,
