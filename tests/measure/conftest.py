@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from trilemma.data.windows import TokenSet
+from trilemma.model.config import Attention, LayerSpec
 from trilemma.runtime.engine import EngineMemory, Generation
 
 
 class FakeConfig:
     def __init__(self, vocab_size, max_context):
         self.vocab_size, self.max_context = vocab_size, max_context
+        attention = Attention(heads=2, kv_heads=1, head_dim=3, rope=None, scale=1.0)
+        self.layers = (LayerSpec(attention=attention, ffn=None),)
 
 
 class FakeEngine:

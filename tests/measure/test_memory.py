@@ -13,7 +13,7 @@ def test_the_engines_own_account(fake_engine):
     found = engine_memory(fake_engine(context=64))
     assert found["weights_bytes"].value == 1000
     assert found["engine_memory_bytes"].value == 1647
-    assert found["kv_bytes_per_token"].value == 10
+    assert found["kv_bytes_per_token"].value == 2 * 3 * 2  # key and value, head_dim 3, bf16
     assert found["engine_memory_bytes"].interval == (1647, 1647)
     assert found["engine_memory_bytes"].conditions["scratch_bytes"] == 7
 

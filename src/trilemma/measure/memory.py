@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trilemma.core.errors import EngineError, InputError
 from trilemma.core.measurement import Measurement
+from trilemma.model.cost import kv_bytes_per_token
 from trilemma.runtime.engine import Engine, EngineOptions
 
 PROCESS_LIMIT_S = 600.0
@@ -18,7 +19,8 @@ PROCESS_LIMIT_S = 600.0
 def engine_memory(engine: Engine) -> dict[str, Measurement]:
     """weights_bytes, engine_memory_bytes and kv_bytes_per_token, exact, at the engine's context.
 
-    The total is weights + KV cache + scratch; its parts stand in the conditions.
+    The total is weights + KV cache (whole blocks, reserved in full) + scratch; its parts stand in the conditions.
+    kv_bytes_per_token is by arithmetic: what one more position needs.
     """
     held = engine.memory()
     conditions: dict[str, str | int | float] = {
@@ -29,7 +31,7 @@ def engine_memory(engine: Engine) -> dict[str, Measurement]:
     values = {
         "weights_bytes": held.weights_bytes,
         "engine_memory_bytes": held.total_bytes,
-        "kv_bytes_per_token": held.kv_bytes / engine.max_context,
+        "kv_bytes_per_token": kv_bytes_per_token(engine.config, engine.kv_cache),
     }
     return {
         metric: Measurement.of(metric, value, method=method, ci95=(value, value), conditions=conditions)
