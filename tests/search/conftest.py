@@ -48,11 +48,8 @@ def tiny_checkpoint(tiny_model, tmp_path_factory: pytest.TempPathFactory) -> Tin
 @pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 documents of 150 to 250 words."""
-    return write_text(tmp_path_factory.mktemp("texts") / "words.txt", seed=0)
-
-
-def write_text(path: Path, *, seed: int, documents: int = 30) -> Path:
-    rng = np.random.default_rng(seed)
-    made = [" ".join(rng.choice(VOCABULARY[1:], int(rng.integers(150, 250)))) for _ in range(documents)]
+    rng = np.random.default_rng(0)
+    made = [" ".join(rng.choice(VOCABULARY[1:], int(rng.integers(150, 250)))) for _ in range(30)]
+    path = tmp_path_factory.mktemp("texts") / "words.txt"
     path.write_text("<|endoftext|>".join(made), encoding="utf-8")
     return path

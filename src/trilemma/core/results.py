@@ -18,7 +18,7 @@ from trilemma.core.record import Record
 from trilemma.core.trial import Trial
 from trilemma.core.verdict import Verdict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 
 
 class DataPart(Record):
@@ -91,7 +91,7 @@ class Decision(Record):
 class OptimizeReport(Record):
     """The content of report.json."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     model: str
     model_hash: str
     panel: Literal["quality", "cost"] = "quality"
@@ -127,7 +127,7 @@ class BenchRow(Record):
 class BenchReport(Record):
     """The content of a bench results file: what models cost on this machine."""
 
-    schema_version: int = SCHEMA_VERSION
+    schema_version: Literal[1] = SCHEMA_VERSION
     panel: Literal["cost"] = "cost"
     environment: Environment
     rows: tuple[BenchRow, ...]

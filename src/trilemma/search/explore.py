@@ -179,7 +179,7 @@ class Exploration:
         may_stop = self._has_a_candidate
 
         def step(done: int, total: int, what: str) -> None:
-            self.say("search", done, total, f"{recipe.name}: {what}")
+            self.say("build", done, total, f"{recipe.name}: {what}")
             if may_stop and not self.deadline.allows(self.measure_s, reserve_s=self.confirm_s):
                 raise _OutOfTimeError
 
