@@ -70,9 +70,8 @@ def main() -> None:
         built, build_s = {"unmodified": options.model}, {"unmodified": 0.0}
         for name in names:
             started = time.perf_counter()
-            compress(
-                options.model, Path(scratch) / name, scheme=name, data=[options.calibrate], prepare=options.prepare_calibrate
-            )
+            how = options.prepare_calibrate
+            compress(options.model, Path(scratch) / name, scheme=name, data=[options.calibrate], prepare=how)
             built[name], build_s[name] = Path(scratch) / name, time.perf_counter() - started
         result = compare(built, [options.data], context=options.context, max_tokens=options.tokens,
                          prepare=options.prepare, prompt_tokens=384, output_tokens=64,

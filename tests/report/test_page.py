@@ -5,9 +5,9 @@ from __future__ import annotations
 from html.parser import HTMLParser
 
 import pytest
-from made_up_trials import BASELINE
 from sample import sample, sample_bench
 
+from made_up_trials import BASELINE
 from trilemma.core.errors import InputError
 from trilemma.core.results import Answer, Decision, read_bench, read_report
 from trilemma.report import render, render_cost

@@ -107,7 +107,7 @@ def test_an_impossible_limit_is_named_and_nothing_is_written(search, tmp_path):
     assert (result.exit_code, result.best, result.output) == (3, None, None)
     decision = result.report.decision
     assert (decision.outcome, decision.chosen, decision.binding_limit) == ("FAIL", None, "weights<=5%")
-    assert "weights<=5% blocks" in decision.sentence
+    assert decision.sentence.startswith("No recipe can keep weights<=5%: of the smallest, ")
     assert decision.nearest
     assert all("by arithmetic" in trial.reason for trial in result.report.trials)
     assert list(tmp_path.iterdir()) == []

@@ -24,7 +24,8 @@ Float16 = NDArray[np.float16]
 _BLOCK_VALUES = 1 << 18
 _F16_MAX = 65504.0
 _F16_TINY = np.float16(6e-8)  # the smallest subnormal
-_SYMMETRIC_GRID = np.linspace(0.62, 1.06, 23)
+# Shares of the absmax scale that the search starts from; at 8 bits clipping much never pays.
+_SYMMETRIC_GRIDS = {4: np.linspace(0.65, 1.15, 12), 8: np.linspace(0.80, 1.02, 12)}
 _ASYMMETRIC_GRID = np.linspace(0.70, 1.0, 13)
 _REFITS = 2
 
@@ -169,20 +170,22 @@ def _fit_symmetric(block: Float32, spec: Format, rule: ScaleRule, weight: Float3
         return best
     least = _error(block, _codes(block, best, None, spec), best, None, weight)
     signs = (1.0, -1.0) if spec.bits < 8 else (1.0,)
-    for factor in (sign * step for sign in signs for step in _SYMMETRIC_GRID):
+    for factor in (sign * step for sign in signs for step in _SYMMETRIC_GRIDS[spec.bits]):
         best, least = _keep_better(block, spec, weight, _to_f16(exact * np.float32(factor)), best, least)
     for _ in range(_REFITS):
-        codes = _codes(block, best, None, spec)
-        best, least = _keep_better(block, spec, weight, _least_squares_scale(block, codes, weight, best), best, least)
+        best, least = _keep_better(block, spec, weight, best, best, least)
     return best
 
 
 def _keep_better(
-    block: Float32, spec: Format, weight: Float32 | None, candidate: Float16, best: Float16, least: Float32
+    block: Float32, spec: Format, weight: Float32 | None, start: Float16, best: Float16, least: Float32
 ) -> tuple[Float16, Float32]:
-    error = _error(block, _codes(block, candidate, None, spec), candidate, None, weight)
+    """Where it has less error, the scale that fits best to the codes that `start` gives."""
+    codes = _codes(block, start, None, spec)
+    fitted = _least_squares_scale(block, codes, weight, start)
+    error = _error(block, codes, fitted, None, weight)
     better = error < least
-    return np.where(better, candidate, best), np.where(better, error, least)
+    return np.where(better, fitted, best), np.where(better, error, least)
 
 
 def _least_squares_scale(block: Float32, codes: Float32, weight: Float32 | None, old: Float16) -> Float16:
@@ -208,17 +211,19 @@ def _fit_asymmetric(block: Float32, spec: Format, rule: ScaleRule, weight: Float
         fit = _Fit(_to_f16(2 * shrunk / levels), (middle - shrunk).astype(np.float16))
         best, least = _keep_better_fit(block, spec, weight, fit, best, least)
     for _ in range(_REFITS):
-        codes = _codes(block, best.scales, best.minima, spec)
-        best, least = _keep_better_fit(block, spec, weight, _least_squares_fit(block, codes, weight, best), best, least)
+        best, least = _keep_better_fit(block, spec, weight, best, best, least)
     return best
 
 
 def _keep_better_fit(
-    block: Float32, spec: Format, weight: Float32 | None, fit: _Fit, best: _Fit, least: Float32
+    block: Float32, spec: Format, weight: Float32 | None, start: _Fit, best: _Fit, least: Float32
 ) -> tuple[_Fit, Float32]:
-    error = _error(block, _codes(block, fit.scales, fit.minima, spec), fit.scales, fit.minima, weight)
+    """Where it has less error, the line that fits best to the codes that `start` gives."""
+    codes = _codes(block, start.scales, start.minima, spec)
+    fitted = _least_squares_fit(block, codes, weight, start)
+    error = _error(block, codes, fitted.scales, fitted.minima, weight)
     better = error < least
-    kept = _Fit(np.where(better, fit.scales, best.scales), np.where(better, fit.minima, best.minima))
+    kept = _Fit(np.where(better, fitted.scales, best.scales), np.where(better, fitted.minima, best.minima))
     return kept, np.where(better, error, least)
 
 

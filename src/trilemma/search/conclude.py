@@ -111,7 +111,13 @@ def _infeasible(search: Exploration, choice: Choice, nearest: tuple[str, ...]) -
         why = sentence.not_all_tried(choice, tried, len(search.untried))
         return _too_short(search, choice, why, search.needed_s(search.untried), nearest)
     blocking = None if choice.blocking is None else choice.blocking.text
-    text = sentence.infeasible(choice, tried)
+    dropped = [trial for trial in search.trials if trial.status == "dropped"]
+    if not tried and dropped:
+        smallest = min(dropped, key=search.predicted_weights)
+        text = sentence.none_possible(smallest, blocking or "")
+        nearest = (smallest.name,)
+    else:
+        text = sentence.infeasible(choice, tried)
     decision = Decision(sentence=text, chosen=None, outcome="FAIL", binding_limit=blocking, nearest=nearest)
     return Conclusion(decision, choice.verdicts)
 

@@ -129,6 +129,10 @@ class Exploration:
             return ""
         return f"by arithmetic it takes {predicted.least(blocked.metric) / 1e6:.2f} MB, so '{blocked.text}' fails"
 
+    def predicted_weights(self, trial: Trial) -> int:
+        """Bytes of the weights that a trial's recipe leaves, built or not."""
+        return predict_bytes(self.model, trial.recipe, self.bench.lengths.context).weights_bytes
+
     def _affordable(self, recipe: Recipe) -> bool:
         if self.journal.find(recipe) is not None:
             return True

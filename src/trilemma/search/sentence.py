@@ -48,6 +48,11 @@ def infeasible(choice: Choice, tried: int) -> str:
     return f"{count} every limit: {choice.blocking.text} blocks. Nearest: {'; '.join(parts)}."
 
 
+def none_possible(smallest: Trial, blocking: str) -> str:
+    """The sentence when arithmetic alone rules every recipe out."""
+    return f"No recipe can keep {blocking}: of the smallest, {smallest.name}, {smallest.reason}."
+
+
 def too_short(given_s: float, needed_s: float, why: str) -> str:
     """The sentence when the time did not suffice for a decision; `why` is a clause with its own subject."""
     return (
