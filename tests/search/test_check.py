@@ -72,12 +72,12 @@ def test_a_flipped_byte_is_found(here):
     damaged = bytearray(weights.read_bytes())
     damaged[-1000] ^= 1
     weights.write_bytes(damaged)
-    with pytest.raises(CheckpointError, match="changed|checksum|damaged"):
+    with pytest.raises(CheckpointError, match=r"changed|checksum|damaged"):
         check(here / "out", threads=1)
 
 
 def test_what_is_no_output_of_a_search_is_refused(tmp_path, hearth_path):
     with pytest.raises(InputError, match="no folder"):
         check(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="report.json"):
+    with pytest.raises(InputError, match=r"report\.json"):
         check(hearth_path)
