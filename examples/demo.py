@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -18,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent  # as it was called, so that commands and reports show short paths
+HERE = Path(os.path.relpath(Path(__file__).parent))  # so that commands and reports show short paths
 MODEL = HERE / "models" / "hearth-7m"
 TEXTS = HERE / "texts" / "children.txt"
 SHAPES = ("SmolLM2-135M", "SmolLM2-360M", "Qwen2.5-0.5B", "Llama-3.2-1B")
