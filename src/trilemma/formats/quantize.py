@@ -27,7 +27,7 @@ _F16_TINY = np.float16(6e-8)  # the smallest subnormal
 # Shares of the absmax scale that the search starts from; at 8 bits clipping much never pays.
 _SYMMETRIC_GRIDS = {4: np.linspace(0.65, 1.15, 12), 8: np.linspace(0.80, 1.02, 12)}
 _ASYMMETRIC_GRID = np.linspace(0.70, 1.0, 13)
-_REFITS = 2
+_REFITS = 4
 
 
 def usable_codes(spec: Format) -> tuple[int, int]:
