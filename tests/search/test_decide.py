@@ -6,7 +6,8 @@ from made_up_trials import ALL, BASELINE, INT4_G32, INT4_G128, INT8, measured, t
 from trilemma.core.errors import LimitError
 from trilemma.core.limit import Limit
 from trilemma.core.measurement import Measurement
-from trilemma.search.decide import choose, objective_for
+from trilemma.core.recipe import Recipe, Step
+from trilemma.search.decide import best_of, choose, objective_for
 from trilemma.search.judge import judge_trial
 from trilemma.search.sentence import infeasible, ship
 
@@ -124,3 +125,16 @@ def test_judge_trial_prefers_the_paired_baseline():
     paired = INT8.model_copy(update={"paired_baseline": {"tpot_s": measured("tpot_s", 1e-3, 1e-6)}})
     assert judge_trial(paired, limits("tpot<=90%"), BASELINE)[0].outcome == "FAIL"
     assert judge_trial(INT8, limits("tpot<=90%"), BASELINE)[0].outcome == "PASS"
+
+
+def test_equal_formats_cost_the_same_whatever_noise_says():
+    settings = {"weights": "int4-g32", "embedding": "int8-g32"}
+    plain = INT4_G32.model_copy(update={"recipe": Recipe(steps=(Step(technique="rtn", settings=settings),))})
+    tuned = trial("W4A8-g32-gptq", weights=4.4e6, tpot=1.2e-3, kl=5e-3, ppl=0.005).model_copy(
+        update={"recipe": Recipe(steps=(Step(technique="gptq", settings=settings | {"damping": 0.02}),))}
+    )
+    assert best_of([plain, tuned, INT8], "tpot_s", BASELINE) == tuned
+    other = tuned.model_copy(
+        update={"recipe": Recipe(steps=(Step(technique="gptq", settings=settings | {"embedding": "bf16"}),))}
+    )
+    assert best_of([plain, other, INT8], "tpot_s", BASELINE) == plain

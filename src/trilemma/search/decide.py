@@ -6,6 +6,7 @@ report.json. The words for people are in `sentence.py`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ DEFAULT_QUALITY_LIMIT = "ppl_increase<=1%"
 SELECT_MARGIN = 2.0
 # Speeds that differ by less than this are one speed when their intervals overlap; quality then decides.
 SPEED_TIE = 0.03
+_CODE_CHOOSERS = frozenset({"rtn", "gptq"})
+_CODE_SETTINGS = frozenset({"scale", "damping", "block", "activation_order"})
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,22 @@ def best_of(trials: Sequence[Trial], metric: str, baseline: Trial) -> Trial | No
         return best
     point, high = scored[best.name][0], scored[best.name][2]
     equal = [t for t in known if scored[t.name][1] <= high and scored[t.name][0] <= point * (1 + SPEED_TIE)]
-    return min(equal, key=lambda t: _or_inf(t.value("kl_mean")))
+    forms = {_form(t) for t in equal}
+    return min((t for t in known if _form(t) in forms), key=lambda t: _or_inf(t.value("kl_mean")))
+
+
+def _form(trial: Trial) -> str:
+    """What decides a trial's cost: formats, activations and cache, not which codes were chosen.
+
+    Recipes that differ in nothing else run the same kernels over the same bytes; a measured difference between
+    them is noise.
+    """
+    steps = [
+        ("codes" if step.technique in _CODE_CHOOSERS else step.technique,
+         {name: value for name, value in step.settings.items() if name not in _CODE_SETTINGS})
+        for step in trial.recipe.steps
+    ]  # fmt: skip
+    return json.dumps(steps, sort_keys=True)
 
 
 def _score(trial: Trial, metric: str, baseline: Trial) -> tuple[float, float, float]:
