@@ -16,6 +16,7 @@ from trilemma.report.numbers import label
 from trilemma.report.svg import Drawing, linear_ticks, log_ticks, place_labels, text_width
 
 KL_FLOOR = 1e-7
+_SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def limit_bar(found: Verdict) -> Markup:
@@ -26,7 +27,7 @@ def limit_bar(found: Verdict) -> Markup:
     low, high = interval or (value, value)
     start = min(0.0, low * 1.1)
     end = max(threshold, high, 1.0 if found.limit.relative else 0.0) * 1.12 or 1.0
-    drawing = Drawing(560, 62, f"{found.limit.text}: {format_quantity(value, unit)}, {found.outcome}")
+    drawing = Drawing(560, 66, f"{found.limit.text}: {format_quantity(value, unit)}, {found.outcome}")
     left, width, top = 8.0, 544.0, 22.0
 
     def x(v: float) -> float:
@@ -89,9 +90,7 @@ def front_scatter(
     for tick in log_ticks(y_low, y_high):
         y = bottom - math.log(tick / y_low) / math.log(y_high / y_low) * (bottom - top)
         drawing.line(left, y, right, y, "grid")
-        drawing.text(
-            left - 7, y + 4, f"{tick:.4f}".rstrip("0") if tick >= 1e-4 else f"{tick:.0e}", "tick", anchor="end"
-        )
+        drawing.text(left - 7, y + 4, _power(tick), "tick", anchor="end")
     drawing.text((left + right) / 2, bottom + 40, f"{label(x_metric)} (less is better)", "axis", anchor="middle")
     drawing.text(14, (top + bottom) / 2, "KL divergence, nats (less is better)", "axis", anchor="middle", turn=True)
 
@@ -112,6 +111,12 @@ def front_scatter(
         if spot is not None:
             drawing.text(spot[0], spot[1], trial.name, _label_css(trial.name, chosen, baseline), anchor=spot[2])
     return drawing.render()
+
+
+def _power(tick: float) -> str:
+    """'0.01', '10⁻⁵'."""
+    exponent = round(math.log10(tick))
+    return f"{tick:g}" if exponent >= -3 else f"10{str(exponent).translate(_SUPERSCRIPTS)}"
 
 
 def _label_css(name: str, chosen: str | None, baseline: str) -> str:

@@ -36,7 +36,9 @@ def show_interval(measurement: Measurement | None) -> str:
     low, high = measurement.ci95
     if low == high:
         return ""
-    return f"{_one(measurement.metric, low, measurement.unit)} to {_one(measurement.metric, high, measurement.unit)}"
+    shown = [_one(measurement.metric, edge, measurement.unit) for edge in (low, high)]
+    unit = shown[1].partition(" ")[2]
+    return f"{shown[0].removesuffix(f' {unit}') if unit else shown[0]} to {shown[1]}"
 
 
 def show_source(measurement: Measurement | None) -> str:

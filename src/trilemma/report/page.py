@@ -52,8 +52,11 @@ def render(report: OptimizeReport) -> str:
         "equal_answers": sum(answer.first_difference is None for answer in report.answers),
         "bytes_chart": charts.stacked_bytes(report.bytes_by_role),
         "rates": _weight_rates(report),
+        "products": _products(report),
+        "alternatives": _alternatives(report),
         "columns": [m for m in TRIAL_METRICS if any(m in t.measurements for t in trials)],
         "trials": trials,
+        "measured": sum(trial.status == "measured" for trial in report.trials),
         "recipe_yaml": chosen.recipe.to_yaml() if chosen is not None else "",
         "runtime_facts": environment_facts(report),
     }
@@ -93,9 +96,28 @@ def _all_trials(report: OptimizeReport) -> list[Trial]:
     return [report.baseline, *rest]
 
 
+def _alternatives(report: OptimizeReport) -> list[tuple[str, str]]:
+    """(trial, 'the smallest and the safest'), each trial once."""
+    kinds: dict[str, list[str]] = {}
+    for kind, name in report.decision.alternatives.items():
+        kinds.setdefault(name, []).append(f"the {kind}")
+    return [(name, " and ".join(those)) for name, those in kinds.items()]
+
+
+def _products(report: OptimizeReport) -> str:
+    """Which kernels multiply: 'int4-g32 weights with int8-g32 inputs, on avx512_vnni'."""
+    steps = [] if report.confirmed is None else [step.settings for step in report.confirmed.recipe.steps]
+    settings = next((found for found in steps if "weights" in found and "activations" in found), None)
+    if settings is None:
+        return ""
+    where = f", on {report.environment.isa}" if report.environment.isa else ""
+    return f"{settings['weights']} weights with {settings['activations']} inputs{where}"
+
+
 def _tiles(report: OptimizeReport, chosen: Trial) -> list[dict[str, str]]:
     """Before and after of what people ask first."""
     tiles = []
+    judged = {found.limit.metric: found.relative_value for found in report.verdicts}
     for metric in ("weights_bytes", "tpot_s", "peak_memory_bytes", "ppl_increase", "kl_mean"):
         after = chosen.measurements.get(metric)
         if after is None or after.value is None:
@@ -106,7 +128,7 @@ def _tiles(report: OptimizeReport, chosen: Trial) -> list[dict[str, str]]:
             "detail": numbers.show_interval(after), "source": numbers.show_source(after),
         }  # fmt: skip
         if metric not in ("ppl_increase", "kl_mean") and before is not None and before.value:
-            share = numbers.format_percent(after.value / before.value)
+            share = numbers.format_percent(judged.get(metric) or after.value / before.value)  # paired where judged
             tile["detail"] = f"{share} of {numbers.show_value(before)}"
         tiles.append(tile)
     return tiles

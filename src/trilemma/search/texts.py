@@ -62,12 +62,21 @@ def describe_files(paths: Sequence[Path]) -> tuple[DataFile, ...]:
 
 
 def prompts_of(documents: Sequence[Document], tokenizer: Tokenizer, count: int, tokens: int) -> list[list[int]]:
-    """The first tokens of different documents, as prompts."""
+    """The first tokens of different documents, as prompts; at most that many, and no word cut in two."""
     found = []
     for document in documents:
         ids = tokenizer.encode(document.text[: 40 * tokens])
         if len(ids) > tokens:
-            found.append(ids[:tokens])
+            found.append(_whole_words(ids[: tokens + 1], tokenizer))
         if len(found) == count:
             break
     return found
+
+
+def _whole_words(ids: Sequence[int], tokenizer: Tokenizer) -> list[int]:
+    """All but the last token, or fewer: as many as end where the next token begins a word."""
+    texts = [tokenizer.decode(list(ids[:count])) for count in range(len(ids) + 1)]
+    for count in range(len(ids) - 1, len(ids) // 2, -1):
+        if texts[count + 1][len(texts[count]) :][:1].isspace():
+            return list(ids[:count])
+    return list(ids[:-1])
