@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from trilemma.core.limit import Limit
     from trilemma.core.results import BenchReport
+    from trilemma.export import ExportReport
     from trilemma.measure.bench import BenchCandidate
     from trilemma.model.cost import Inspection
     from trilemma.model.model import Model
@@ -137,17 +138,24 @@ def optimize(
     )  # fmt: skip
 
 
-def export_model(model: Model | str | Path, output: str | Path, *, to: str = "gguf", force: bool = False) -> Path:
+def export_model(
+    model: Model | str | Path, output: str | Path, *, to: str = "gguf", requantize: bool = False, force: bool = False
+) -> ExportReport:
     """Write a model in another runtime's form; what lies on the same grid goes out bit for bit.
 
     Args:
         output: the file to write.
         to: a name of `trilemma list exporters`.
+        requantize: round again what the target has no grid for; the report states the relative error.
         force: replace a file that is there already.
+
+    Returns:
+        What was written: bytes, storage types, whether every value is the same, and notes on what is not.
 
     Raises:
         UnknownNameError: no such form.
         OutputError: the file exists, or can not be written.
+        InputError: the target has no grid for a tensor, and `requantize` is not set.
     """
     from trilemma.core.errors import OutputError
     from trilemma.export import EXPORTERS
@@ -157,5 +165,5 @@ def export_model(model: Model | str | Path, output: str | Path, *, to: str = "gg
     path = Path(output)
     if path.exists() and not force:
         raise OutputError(f"'{path}' exists already. Give another path, or --force to replace it.")
-    exporter(load_any(model) if isinstance(model, str | Path) else model, path)
-    return path
+    loaded = load_any(model) if isinstance(model, str | Path) else model
+    return exporter(loaded, path, requantize=requantize)

@@ -14,6 +14,9 @@ def export(
     model: options.Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
     to: Annotated[str, typer.Option("--to", help="Form; see `trilemma list exporters`.")] = "gguf",
+    requantize: Annotated[
+        bool, typer.Option("--requantize", help="Round again what the target has no grid for; the loss is stated.")
+    ] = False,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
@@ -22,8 +25,12 @@ def export(
     from trilemma.cli import console
     from trilemma.core.quantity import format_quantity
 
-    export_model(model, output, to=to, force=force)
+    report = export_model(model, output, to=to, requantize=requantize, force=force)
     if json:
-        console.print_json({"path": str(output), "bytes": output.stat().st_size, "to": to})
-    else:
-        typer.echo(f"{output}: {format_quantity(output.stat().st_size, 'bytes')}, {to}")
+        console.print_json(report)
+        return
+    types = ", ".join(f"{count} x {name}" for name, count in report.types.items())
+    how = "every value as it was" if report.lossless else "not every value is as it was"
+    typer.echo(f"{report.path}: {format_quantity(report.bytes, 'bytes')}, {to} ({types}), {how}")
+    for note in report.notes:
+        console.stderr.print(f"note: {note}", markup=False)
