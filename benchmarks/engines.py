@@ -34,7 +34,7 @@ def build(source: Path, storage: str, folder: Path) -> tuple[Path, Path]:
     artifact, gguf = folder / f"{source.name}-{storage}", folder / f"{source.name}-{storage}.gguf"
     model = load_any(source)
     if storage == "bf16":
-        recipe = Recipe(name=storage, steps=(Step(technique="plain", settings={"weights": "bf16"}),))
+        recipe = Recipe(name=storage, steps=(Step(technique="plain", settings={"dtype": "bf16"}),))
     else:
         settings = {"weights": storage, "embedding": storage, "head": storage, "scale": "absmax"}
         recipe = Recipe(name=storage, steps=(Step(technique="rtn", settings=settings),))
