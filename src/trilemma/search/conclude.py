@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trilemma.core.environment import Environment, read_environment
 from trilemma.core.results import Answer, ByteRow, Conditions, Decision, OptimizeReport
@@ -42,8 +42,7 @@ def conclude(
     everything = [search.baseline, *search.trials]
     points = [[trial.value(metric) for metric in FRONT_AXES] for trial in everything]
     front = [everything[index] for index in pareto_front(points, ["lower"] * len(FRONT_AXES))]
-    plain = Objective(objective.metric, objective.because)  # implied limits are among the search's already
-    choice = choose(everything, search.limits, plain, search.baseline, accept_estimates=accept_estimates)
+    choice = _choose(search, objective, accept_estimates)
     found = _settle(search, objective, choice, accept_estimates)
     used = {part: reference.token_set for part, reference in search.bench.references.items()}
     report = OptimizeReport(
@@ -57,6 +56,23 @@ def conclude(
     )  # fmt: skip
     code = EXIT_CODES[found.decision.outcome]
     return OptimizeResult(found.confirmed, tuple(front), found.verdicts, report, code, unfinished=found.unfinished)
+
+
+def _choose(search: Exploration, objective: Objective, accept_estimates: bool) -> Choice:
+    """Among those that were timed side by side if one of them will do: their speeds compare best."""
+    plain = Objective(objective.metric, objective.because)  # implied limits are among the search's already
+    everything = [search.baseline, *search.trials]
+
+    def best_of(trials: list[Trial]) -> Choice:
+        return choose(trials, search.limits, plain, search.baseline, accept_estimates=accept_estimates)
+
+    choice = best_of(everything)
+    among_leaders = best_of(
+        [trial for trial in everything if trial.status == "baseline" or trial.name in search.leaders]
+    )
+    if search.leaders and among_leaders.status == "feasible":
+        return replace(among_leaders, alternatives=choice.alternatives)
+    return choice
 
 
 def _settle(search: Exploration, objective: Objective, choice: Choice, accept_estimates: bool) -> Conclusion:

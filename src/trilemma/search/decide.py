@@ -163,6 +163,11 @@ def _score(trial: Trial, metric: str, baseline: Trial) -> tuple[float, float, fl
     return value, low, high
 
 
+def promise(trial: Trial, metric: str, baseline: Trial) -> float:
+    """How good a trial may be at most, lower is better: its interval's near end, relative to the baseline's."""
+    return _score(trial, metric, baseline)[1]
+
+
 def alternatives(feasible: Sequence[Trial], baseline: Trial) -> dict[str, str]:
     """Names of the smallest, the balanced and the safest of the feasible trials."""
     changed = [t for t in feasible if t.status != "baseline"]
@@ -207,4 +212,4 @@ def _or_inf(value: float | None) -> float:
     return math.inf if value is None or math.isnan(value) else value
 
 
-__all__ = ["Choice", "Objective", "alternatives", "best_of", "choose", "objective_for", "verdict"]
+__all__ = ["Choice", "Objective", "alternatives", "best_of", "choose", "objective_for", "promise", "verdict"]

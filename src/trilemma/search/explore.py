@@ -59,6 +59,8 @@ class Exploration:
     times: BuildTimes = field(init=False)
     baseline: Trial = field(init=False)
     measure_s: float = 0.0
+    run_off_s: float = 0.0  # kept back to time the leaders side by side
+    leaders: tuple[str, ...] = ()  # names of those that were
 
     @property
     def text_plan(self) -> TextPlan:
@@ -136,11 +138,16 @@ class Exploration:
     def _affordable(self, recipe: Recipe) -> bool:
         if self.journal.find(recipe) is not None:
             return True
-        return self.deadline.allows(self.times.expect_s(recipe) + self.measure_s, reserve_s=self.confirm_s)
+        return self.deadline.allows(self.times.expect_s(recipe) + self.measure_s, reserve_s=self.reserve_s)
 
     @property
     def _has_a_candidate(self) -> bool:
         return any(trial.status == "measured" for trial in self.trials)
+
+    @property
+    def reserve_s(self) -> float:
+        """Seconds kept back for what comes after the candidates."""
+        return self.run_off_s + self.confirm_s
 
     @property
     def confirm_s(self) -> float:
@@ -184,7 +191,7 @@ class Exploration:
 
         def step(done: int, total: int, what: str) -> None:
             self.say("build", done, total, f"{recipe.name}: {what}")
-            if may_stop and not self.deadline.allows(self.measure_s, reserve_s=self.confirm_s):
+            if may_stop and not self.deadline.allows(self.measure_s, reserve_s=self.reserve_s):
                 raise _OutOfTimeError
 
         began = time.monotonic()
@@ -215,7 +222,7 @@ class Exploration:
         small = self.bench.references["select"].token_set.predicted_tokens
         each_s = self.measure_s / 2 + self.times.expect_s(scheme_to_recipe("W4A8-g32")) / len(parts)
         if small == 0 or not self.deadline.allows(
-            each_s * len(parts), reserve_s=self.confirm_s + self.deadline.limit_s / 3
+            each_s * len(parts), reserve_s=self.reserve_s + self.deadline.limit_s / 3
         ):
             self.notes.append("sensitivities were not measured: no time")
             return []

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 class Progress:
     """Where the search stands.
 
-    stage: 'load', 'texts', 'baseline', 'plan', 'search', 'confirm' or 'write', and inside of these
-        'build' and 'measure';
+    stage: 'load', 'texts', 'baseline', 'plan', 'search', 'run-off', 'confirm' or 'write', and inside of
+        these 'build' and 'measure';
     done, total: steps of this stage (total 0 when unknown);
     left_s: seconds that the whole search may still take at most, None when unknown.
     """

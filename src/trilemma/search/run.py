@@ -1,7 +1,8 @@
 """The main job: limits in, a smaller measured model and a reasoned choice out.
 
     load -> split the texts -> measure the unmodified model -> drop recipes by arithmetic -> build and
-    measure the rest, the promising first -> front -> choose on the select text -> confirm -> write
+    measure the rest, the promising first -> time the leaders side by side -> front -> choose on the
+    select text -> confirm -> write
 
 Every finished trial is kept beside the output, so an interrupted search goes on where it stopped; the
 output folder itself appears whole at the end, or not at all.
@@ -39,6 +40,7 @@ from trilemma.search.journal import Journal
 from trilemma.search.plan import MEASURED, plan_lengths, plan_text, prefill_rate, require_measurable
 from trilemma.search.progress import Progress, ProgressCallback, silent
 from trilemma.search.result import OptimizeResult
+from trilemma.search.run_off import plan_run_off, run_off
 from trilemma.search.texts import read_texts
 from trilemma.search.workbench import Workbench
 
@@ -119,7 +121,9 @@ def optimize(
             )  # fmt: skip
             search = Exploration(loaded, every, texts, bench, journal, deadline, tell, seed, threads)
             search.measure_baseline()
+            plan_run_off(search, objective.metric)
             search.measure_candidates()
+            run_off(search, objective.metric)
             result = conclude(search, objective, name=_name(model), model_key=key, command=command,
                               accept_estimates=accept_estimates)  # fmt: skip
             if target is not None and result.best is not None:

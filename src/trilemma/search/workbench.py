@@ -132,6 +132,23 @@ class Workbench(AbstractContextManager["Workbench"]):
             theirs |= self.energy(self.model, self.baseline, theirs)
         return ours, theirs
 
+    def race(self, engines: Mapping[str, Engine], repetitions: int) -> tuple[dict[str, Measurements], Measurements]:
+        """Speeds of several candidates and of the baseline, all from one interleaved run."""
+        lengths = self.lengths
+        run = SpeedRun(
+            {"": self.baseline, **engines}, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens
+        )
+        try:
+            run.warm_up()
+            for turn in range(repetitions):
+                run.repeat()
+                self._tell(turn + 1, repetitions, "speed side by side")
+            found = run.results()
+        finally:
+            run.close()
+        theirs = found.pop("")
+        return found, theirs
+
     def energy(self, model: Model, engine: Engine, times: Mapping[str, Measurement]) -> Measurements:
         """By counter where there is one and energy is asked for (it takes seconds), else estimated from the times."""
         sensors = find_sensors()
