@@ -14,7 +14,8 @@ from trilemma.core.limit import Limit
 from trilemma.core.measurement import Measurement
 from trilemma.core.results import Answer, Decision, read_bench, read_report
 from trilemma.report import render, render_cost
-from trilemma.search.judge import judge_trial
+from trilemma.report.numbers import ratio
+from trilemma.search.judge import judge_trial, relative
 
 VOID = {"meta", "br", "img", "hr", "input", "link"}
 
@@ -192,3 +193,11 @@ def test_the_cost_panel_is_labelled_and_shows_no_quality():
     for words in ("KL", "erplexity", "agreement", "PASS"):
         assert words not in page.text
     assert "Cost panel" not in page_of(sample()).text
+
+
+def test_the_tiles_say_the_same_share_as_the_verdicts():
+    ours = measured("tpot_s", 1.0e-3, 1e-5, samples=(0.9e-3, 1.0e-3, 2.0e-3))
+    theirs = measured("tpot_s", 2.0e-3, 1e-5, samples=(2.0e-3, 1.9e-3, 2.1e-3))
+    assert ratio(ours, theirs) == pytest.approx(relative(ours, theirs)[0])
+    unpaired = ours.model_copy(update={"samples": ()})
+    assert ratio(unpaired, theirs) == relative(unpaired, theirs)[0] == 0.5

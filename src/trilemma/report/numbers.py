@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from trilemma.core.measurement import Measurement
 from trilemma.core.metric import METRICS
 from trilemma.core.quantity import format_duration, format_percent, format_quantity, significant
@@ -41,6 +43,16 @@ def show_interval(measurement: Measurement | None) -> str:
     return f"{shown[0].removesuffix(f' {unit}') if unit else shown[0]} to {shown[1]}"
 
 
+def ratio(after: Measurement, before: Measurement) -> float:
+    """One value as a fraction of another: from paired repetitions where both have them, as verdicts do it."""
+    ours, theirs = after.samples, before.samples
+    if len(ours) == len(theirs) >= 3 and min(*ours, *theirs) > 0:
+        return math.exp(math.fsum(math.log(a / b) for a, b in zip(ours, theirs, strict=True)) / len(ours))
+    assert after.value is not None
+    assert before.value
+    return after.value / before.value
+
+
 def show_source(measurement: Measurement | None) -> str:
     """'' for a measurement; 'estimated', 'unavailable' or 'noisy' as a warning beside the number."""
     if measurement is None:
@@ -73,6 +85,7 @@ __all__ = [
     "format_percent",
     "format_quantity",
     "label",
+    "ratio",
     "show_interval",
     "show_source",
     "show_threshold",

@@ -117,7 +117,6 @@ def _products(report: OptimizeReport) -> str:
 def _tiles(report: OptimizeReport, chosen: Trial) -> list[dict[str, str]]:
     """Before and after of what people ask first."""
     tiles = []
-    judged = {found.limit.metric: found.relative_value for found in report.verdicts}
     for metric in ("weights_bytes", "tpot_s", "peak_memory_bytes", "ppl_increase", "kl_mean"):
         after = chosen.measurements.get(metric)
         if after is None or after.value is None:
@@ -128,7 +127,7 @@ def _tiles(report: OptimizeReport, chosen: Trial) -> list[dict[str, str]]:
             "detail": numbers.show_interval(after), "source": numbers.show_source(after),
         }  # fmt: skip
         if metric not in ("ppl_increase", "kl_mean") and before is not None and before.value:
-            share = numbers.format_percent(judged.get(metric) or after.value / before.value)  # paired where judged
+            share = numbers.format_percent(numbers.ratio(after, before))
             tile["detail"] = f"{share} of {numbers.show_value(before)}"
         tiles.append(tile)
     return tiles
