@@ -100,7 +100,7 @@ def test_leaders_are_timed_side_by_side(search, tmp_path):
     measured = [trial for trial in result.report.trials if trial.status == "measured"]
     runs = [trial.paired_baseline["tpot_s"].samples for trial in measured]
     together = max(runs.count(run) for run in runs)
-    assert together == min(8, len(measured))
+    assert 2 <= together <= min(8, len(measured))  # fewer when time is short; alone every run is a trial's own
     assert any(f"the {together} leading candidates" in note for note in result.report.notes)
     chosen = next(trial for trial in measured if trial.name == result.report.decision.chosen)
     assert runs.count(chosen.paired_baseline["tpot_s"].samples) == together
