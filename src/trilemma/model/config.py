@@ -4,33 +4,45 @@ A DecoderConfig is a list of LayerSpec records, so that no two layers need be al
 The torch reference, the native engine and the cost arithmetic all read this one schema; families
 (`model/families/`) translate Hugging Face configs into it.
 
-Canonical tensor names (shapes are (out, in); biases are (out,)):
+Canonical tensor names (shapes are (out, in); biases and norms are vectors):
     embedding.weight (vocab, dim)             head.weight (vocab, dim; absent when tied)
+    position.weight (max_context, dim; learned positions only)
     final_norm.weight (dim,)
     layers.{i}.attention_norm.weight          layers.{i}.ffn_norm.weight
+    layers.{i}.attention_post_norm.weight     layers.{i}.ffn_post_norm.weight   (with post_norms)
     layers.{i}.attention.{q,k,v,o}.weight     layers.{i}.attention.{q,k,v,o}.bias
+    layers.{i}.attention.{q,k}_norm.weight (head_dim,)                          (with qk_norm)
     layers.{i}.ffn.{gate,up,down}.weight      layers.{i}.ffn.{gate,up,down}.bias
-A layer with `attention=None` or `ffn=None` has none of that part's tensors, norm included.
+Norms have a `.bias` too where `norm_bias` is set. Instead of a dense block, experts:
+    layers.{i}.ffn.router.weight (experts, dim), twice the rows for the router kind 'glu'
+    layers.{i}.ffn.experts.{e}.{gate,up,down}.weight
+    layers.{i}.ffn.shared.{gate,up,down}.weight (with shared_hidden)
+A layer with `attention=None` or `ffn=None` has none of that part's tensors, norms included.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
 from trilemma.core.record import Record
 
+Nonlinearity = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Shapes = dict[str, tuple[int, ...]]
+
 
 class Rope(Record):
     """Rotary position embedding, rotate-half convention (Hugging Face order of dimensions).
 
     `inverse_frequencies` (rotary_dim/2,) already contain the scaling in use; `attention_factor`
-    multiplies cos and sin (yarn). `kind` and `theta` are kept for export.
+    multiplies cos and sin (yarn). `kind` and `theta` are kept for export. Fewer than head_dim/2
+    frequencies turn the first 2 x len dimensions of a head only.
     """
 
     theta: float
-    kind: Literal["default", "linear", "llama3", "yarn", "dynamic"] = "default"
+    kind: Literal["default", "linear", "llama3", "yarn", "dynamic", "longrope"] = "default"
     parameters: dict[str, float] = Field(default_factory=dict)
     inverse_frequencies: tuple[float, ...]
     attention_factor: float = 1.0
@@ -39,7 +51,8 @@ class Rope(Record):
 class Attention(Record):
     """Multi-head, grouped-query or multi-query attention. `scale` multiplies q.k.
 
-    With a `window`, a query sees the last `window` positions, its own included.
+    With a `window`, a query sees the last `window` positions, its own included. `qk_norm` is an
+    RMS norm over each head's q and k before the rotation, with weights that heads share.
     """
 
     heads: int
@@ -50,26 +63,69 @@ class Attention(Record):
     window: int | None = None
     qkv_bias: bool = False
     o_bias: bool = False
+    qk_norm: bool = False
 
 
 class Dense(Record):
-    """A feed-forward block: gated (down(act(gate x) * up x)) or plain (down(act(up x)))."""
+    """A feed-forward block: gated (down(act(gate x) * up x)) or plain (down(act(up x))).
 
+    `bias` adds one to each of its matrices, `down_bias` to the last alone (compensation after pruning).
+    """
+
+    kind: Literal["dense"] = "dense"
     hidden: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    activation: Nonlinearity = "silu"
     gated: bool = True
     bias: bool = False
+    down_bias: bool = False
+
+
+class Experts(Record):
+    """`count` gated feed-forward blocks of width `hidden`, of which `active` run for a token.
+
+    router: 'linear' scores x by router.weight (count, dim); 'glu' by |act(g) * u|, where g and u are the
+        first and the second `count` rows of router.weight (2 count, dim) times x (representative neurons).
+    gates: what the chosen experts' outputs are multiplied by: 'normalized' is the softmax over the chosen
+        scores alone (Mixtral), 'softmax' that over all experts' scores, 'one' is 1.
+    shared_hidden: width of a gated block that always runs beside them, multiplied by 1; 0 for none.
+    Ties between scores go to the lower index; outputs are added in ascending order of experts, after the shared block.
+    """
+
+    kind: Literal["experts"] = "experts"
+    count: int
+    active: int
+    hidden: int
+    activation: Nonlinearity = "silu"
+    router: Literal["linear", "glu"] = "linear"
+    gates: Literal["normalized", "softmax", "one"] = "normalized"
+    shared_hidden: int = 0
+    down_bias: bool = False
+
+    @property
+    def router_rows(self) -> int:
+        return self.count * (2 if self.router == "glu" else 1)
 
 
 class LayerSpec(Record):
-    """One pre-norm residual layer."""
+    """One residual layer: x + attention(norm x), then x + ffn(norm x).
+
+    `parallel`: both parts read the layer's input, x + attention(norm x) + ffn(ffn_norm x).
+    `post_norms`: each part's output is normed before it is added.
+    """
 
     attention: Attention | None
-    ffn: Dense | None
+    ffn: Dense | Experts | None
+    parallel: bool = False
+    post_norms: bool = False
 
 
 class DecoderConfig(Record):
-    """A decoder-only transformer with RMS norms. `family` names the file in `families/`."""
+    """A decoder-only transformer. `family` names the file in `families/`.
+
+    norm: 'rms' is x / rms(x) * weight; 'layer' subtracts the mean first. `norm_bias` adds a bias to every norm
+        but those of q and k, which are RMS norms always.
+    embedding_scale: multiplies embedding rows (Gemma). `learned_positions` adds position.weight[position].
+    """
 
     family: str
     dim: int
@@ -78,18 +134,31 @@ class DecoderConfig(Record):
     layers: tuple[LayerSpec, ...]
     norm_eps: float
     tied: bool
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    embedding_scale: float = 1.0
+    learned_positions: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
 
-    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+    def tensor_shapes(self) -> Shapes:
         """Canonical name -> shape of every tensor of the model, in file order."""
-        shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (self.vocab_size, self.dim)}
+        shapes: Shapes = {"embedding.weight": (self.vocab_size, self.dim)}
+        if self.learned_positions:
+            shapes["position.weight"] = (self.max_context, self.dim)
         for index, layer in enumerate(self.layers):
+            prefix = f"layers.{index}"
             if layer.attention is not None:
-                shapes |= _attention_shapes(f"layers.{index}", layer.attention, self.dim)
+                shapes |= self._norm_shapes(f"{prefix}.attention_norm")
+                shapes |= dict(_attention_shapes(f"{prefix}.attention", layer.attention, self.dim))
+                if layer.post_norms:
+                    shapes |= self._norm_shapes(f"{prefix}.attention_post_norm")
             if layer.ffn is not None:
-                shapes |= _ffn_shapes(f"layers.{index}", layer.ffn, self.dim)
-        shapes["final_norm.weight"] = (self.dim,)
+                shapes |= self._norm_shapes(f"{prefix}.ffn_norm")
+                shapes |= dict(_ffn_shapes(f"{prefix}.ffn", layer.ffn, self.dim))
+                if layer.post_norms:
+                    shapes |= self._norm_shapes(f"{prefix}.ffn_post_norm")
+        shapes |= self._norm_shapes("final_norm")
         if not self.tied:
             shapes["head.weight"] = (self.vocab_size, self.dim)
         return shapes
@@ -98,27 +167,45 @@ class DecoderConfig(Record):
         """Names of the matrices inside layers (not embedding, not head), in order of execution."""
         return [name for name, shape in self.tensor_shapes().items() if len(shape) == 2 and name.startswith("layers.")]
 
+    def _norm_shapes(self, name: str) -> Shapes:
+        shapes: Shapes = {f"{name}.weight": (self.dim,)}
+        return shapes | {f"{name}.bias": (self.dim,)} if self.norm_bias else shapes
 
-def _attention_shapes(prefix: str, spec: Attention, dim: int) -> dict[str, tuple[int, ...]]:
+
+NamedShapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def _attention_shapes(prefix: str, spec: Attention, dim: int) -> NamedShapes:
     q_dim, kv_dim = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
-    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.attention_norm.weight": (dim,)}
     for role, rows in (("q", q_dim), ("k", kv_dim), ("v", kv_dim)):
-        shapes[f"{prefix}.attention.{role}.weight"] = (rows, dim)
+        yield f"{prefix}.{role}.weight", (rows, dim)
         if spec.qkv_bias:
-            shapes[f"{prefix}.attention.{role}.bias"] = (rows,)
-    shapes[f"{prefix}.attention.o.weight"] = (dim, q_dim)
+            yield f"{prefix}.{role}.bias", (rows,)
+    for role in ("q", "k") if spec.qk_norm else ():
+        yield f"{prefix}.{role}_norm.weight", (spec.head_dim,)
+    yield f"{prefix}.o.weight", (dim, q_dim)
     if spec.o_bias:
-        shapes[f"{prefix}.attention.o.bias"] = (dim,)
-    return shapes
+        yield f"{prefix}.o.bias", (dim,)
 
 
-def _ffn_shapes(prefix: str, spec: Dense, dim: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {f"{prefix}.ffn_norm.weight": (dim,)}
+def _ffn_shapes(prefix: str, spec: Dense | Experts, dim: int) -> NamedShapes:
+    if isinstance(spec, Dense):
+        yield from _dense_shapes(prefix, spec, dim)
+        return
+    yield f"{prefix}.router.weight", (spec.router_rows, dim)
+    if spec.shared_hidden:
+        yield from _dense_shapes(f"{prefix}.shared", Dense(hidden=spec.shared_hidden), dim)
+    for expert in range(spec.count):
+        yield from _dense_shapes(f"{prefix}.experts.{expert}", Dense(hidden=spec.hidden), dim)
+    if spec.down_bias:
+        yield f"{prefix}.down.bias", (dim,)
+
+
+def _dense_shapes(prefix: str, spec: Dense, dim: int) -> NamedShapes:
     for role in ("gate", "up") if spec.gated else ("up",):
-        shapes[f"{prefix}.ffn.{role}.weight"] = (spec.hidden, dim)
+        yield f"{prefix}.{role}.weight", (spec.hidden, dim)
         if spec.bias:
-            shapes[f"{prefix}.ffn.{role}.bias"] = (spec.hidden,)
-    shapes[f"{prefix}.ffn.down.weight"] = (dim, spec.hidden)
-    if spec.bias:
-        shapes[f"{prefix}.ffn.down.bias"] = (dim,)
-    return shapes
+            yield f"{prefix}.{role}.bias", (spec.hidden,)
+    yield f"{prefix}.down.weight", (dim, spec.hidden)
+    if spec.bias or spec.down_bias:
+        yield f"{prefix}.down.bias", (dim,)

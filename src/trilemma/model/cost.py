@@ -47,7 +47,7 @@ class Inspection(Record):
 
 def role_of(name: str) -> Role:
     """The role of a canonical tensor; biases count with their matrix."""
-    if name.startswith("embedding."):
+    if name.startswith(("embedding.", "position.")):
         return "embedding"
     if name.startswith("head."):
         return "head"

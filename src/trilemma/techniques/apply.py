@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,6 +78,7 @@ def apply_recipe(model: Model, recipe: Recipe, build: Build) -> Model:
                 f"The technique '{technique.name}' needs calibration text. Give some with --data (or `data=`), "
                 "or use a scheme that ends without -gptq."
             )
+    build = replace(build, original=build.original or model)
     for technique, settings in steps:
         model = technique.apply(model, settings, build)
     return model

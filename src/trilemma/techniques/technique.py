@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -26,6 +27,8 @@ class Build:
     """What a technique may use while it works.
 
     calibration: token windows, (n, context) int32, or None when the recipe has no data;
+    original: the model before the recipe's first step (healing learns from it); `apply_recipe` sets it;
+    work: a folder for what a long step needs to resume after an interruption, or None;
     progress: called with (done, total, what) now and then.
     """
 
@@ -33,6 +36,8 @@ class Build:
     seed: int = 0
     threads: int | None = None
     device: str = "cpu"
+    original: Model | None = None
+    work: Path | None = None
     progress: Callable[[int, int, str], None] | None = None
 
 
