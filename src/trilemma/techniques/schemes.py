@@ -1,4 +1,7 @@
-"""Short names of recipes: `W4A8-g32-gptq` is read here and nowhere else.
+"""Short names of recipes: `prune25+W4A8-g32-gptq` is read here and nowhere else.
+
+A scheme is parts joined by '+', applied from left to right; `PARTS` lists them, one line each. The last
+part usually says how weights are stored:
 
 W{4,8}A{8,16}  weights and activations; A8 rounds activations to int8 in groups of 32,
                A16 really computes with bf16 activations
@@ -13,17 +16,14 @@ f32, bf16, f16 floating point throughout
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from trilemma.core.errors import RecipeError
 from trilemma.core.recipe import Recipe, Step
 from trilemma.formats import FORMATS
 
-_PATTERN = re.compile(
-    r"W(?P<weights>\d+)A(?P<activations>\d+)(?:-g(?P<group>\d+))?(?P<asym>-asym)?(?P<gptq>-gptq)?(?P<rest>(?:-(?:e|kv)\d+)*)",
-    re.IGNORECASE,
-)
-_PLAIN = re.compile(r"(?P<dtype>f32|bf16|f16)(?P<rest>(?:-kv\d+)*)", re.IGNORECASE)
 _SUFFIX = re.compile(r"-(e|kv)(\d+)", re.IGNORECASE)
 _EMBEDDING = {"4": "int4-g32", "8": "int8-g32", "16": "bf16"}
 _KV = {"8": "int8", "16": "bf16", "32": "f32"}
@@ -51,9 +51,22 @@ SCHEMES: dict[str, str] = {
 }
 
 
+@dataclass(frozen=True)
+class Part:
+    """One kind of part: `pattern` must match it whole (in any case), `steps(match)` are its recipe steps.
+
+    example, what: a line of `trilemma list schemes`; none for parts that `SCHEMES` shows already.
+    """
+
+    pattern: str
+    steps: Callable[[re.Match[str]], list[Step]]
+    example: str = ""
+    what: str = ""
+
+
 def list_schemes() -> dict[str, str]:
-    """Recommended schemes -> one line about each. Any combination that the module's text allows works."""
-    return dict(SCHEMES)
+    """Recommended schemes and an example of every part -> one line about each; parts are joined by '+'."""
+    return SCHEMES | {part.example: part.what for part in PARTS if part.example}
 
 
 def scheme_to_recipe(name: str, *, seed: int = 0) -> Recipe:
@@ -62,56 +75,87 @@ def scheme_to_recipe(name: str, *, seed: int = 0) -> Recipe:
     Raises:
         RecipeError: it can not be read, or asks for a format that no table lists.
     """
-    plain = _PLAIN.fullmatch(name)
-    if plain:
-        dtype = plain["dtype"].lower()
-        steps = [Step(technique="plain", settings={"dtype": dtype}), *_kv_steps(name, plain["rest"])]
-        return Recipe(name=name, seed=seed, steps=tuple(steps))
-    match = _PATTERN.fullmatch(name)
-    if not match:
-        raise _unknown(name, "it can not be read")
-    weights = _weights_format(name, match)
-    settings: dict[str, Any] = {
-        "weights": weights,
-        "embedding": _embedding(name, match["rest"], weights),
-        "activations": _pick(name, "activation bits", match["activations"], _ACTIVATIONS),
-    }
-    technique = "gptq" if match["gptq"] else "rtn"
-    steps = [Step(technique=technique, settings=settings), *_kv_steps(name, match["rest"])]
+    steps: list[Step] = []
+    for part in name.split("+"):
+        steps += _read_part(name, part)
     return Recipe(name=name, seed=seed, steps=tuple(steps))
 
 
-def _weights_format(scheme: str, match: re.Match[str]) -> str:
+def _read_part(scheme: str, part: str) -> list[Step]:
+    for kind in PARTS:
+        match = re.fullmatch(kind.pattern, part, re.IGNORECASE)
+        if match:
+            try:
+                return kind.steps(match)
+            except ValueError as error:
+                raise _unknown(scheme, str(error)) from None
+    raise _unknown(scheme, f"its part '{part}' can not be read" if "+" in scheme else "it can not be read")
+
+
+def _plain(match: re.Match[str]) -> list[Step]:
+    return [Step(technique="plain", settings={"dtype": match["dtype"].lower()}), *_kv_steps(match["rest"])]
+
+
+def _quantize(match: re.Match[str]) -> list[Step]:
+    weights = _weights_format(match)
+    settings: dict[str, Any] = {
+        "weights": weights,
+        "embedding": _embedding(match["rest"], weights),
+        "activations": _pick("activation bits", match["activations"], _ACTIVATIONS),
+    }
+    return [Step(technique="gptq" if match["gptq"] else "rtn", settings=settings), *_kv_steps(match["rest"])]
+
+
+def _weights_format(match: re.Match[str]) -> str:
     group = f"g{match['group']}" if match["group"] else "channel"
     wanted = f"int{match['weights']}-{group}{'-asym' if match['asym'] else ''}"
     if wanted not in FORMATS:
         valid = [name for name in FORMATS if name.startswith("int")]
-        raise _unknown(scheme, f"it means the weight format '{wanted}', and the formats are {', '.join(valid)}")
+        raise ValueError(f"it means the weight format '{wanted}', and the formats are {', '.join(valid)}")
     return wanted
 
 
-def _embedding(scheme: str, rest: str, weights: str) -> str:
+def _embedding(rest: str, weights: str) -> str:
     bits = [value for kind, value in _SUFFIX.findall(rest) if kind.lower() == "e"]
     if not bits:
         return weights if FORMATS.get(weights).bits == 8 else "int8-g32"
-    return _pick(scheme, "embedding bits", bits[-1], _EMBEDDING)
+    return _pick("embedding bits", bits[-1], _EMBEDDING)
 
 
-def _kv_steps(scheme: str, rest: str) -> list[Step]:
+def _kv_steps(rest: str) -> list[Step]:
     bits = [value for kind, value in _SUFFIX.findall(rest) if kind.lower() == "kv"]
     if not bits:
         return []
-    return [Step(technique="kv-cache", settings={"precision": _pick(scheme, "KV cache bits", bits[-1], _KV)})]
+    return [Step(technique="kv-cache", settings={"precision": _pick("KV cache bits", bits[-1], _KV)})]
 
 
-def _pick(scheme: str, what: str, value: str, table: dict[str, str]) -> str:
+def _pick(what: str, value: str, table: dict[str, str]) -> str:
     if value not in table:
-        raise _unknown(scheme, f"{what} must be {', '.join(table)}, not {value}")
+        raise ValueError(f"{what} must be {', '.join(table)}, not {value}")
     return table[value]
+
+
+def _share(percent: str) -> float:
+    """'25' -> 0.25. Raises ValueError outside 1..95."""
+    if not 1 <= int(percent) <= 95:
+        raise ValueError(f"the percentage to remove must lie between 1 and 95, not {percent}")
+    return int(percent) / 100
 
 
 def _unknown(name: str, why: str) -> RecipeError:
     return RecipeError(
         f"Unknown scheme '{name}': {why}. A scheme looks like W8A8, W4A8-g32-gptq, W4A16-g128, "
-        "W4A8-g64-asym-gptq-kv8 or bf16; `trilemma list schemes` shows those recommended."
+        "W4A8-g64-asym-gptq-kv8 or bf16, other parts may stand before it (prune25+W4A8-g32-gptq); "
+        "`trilemma list schemes` shows them."
     )
+
+
+# A new part is one line here; the first pattern that matches decides.
+PARTS: tuple[Part, ...] = (
+    Part(r"(?P<dtype>f32|bf16|f16)(?P<rest>(?:-kv\d+)*)", _plain),
+    Part(
+        r"W(?P<weights>\d+)A(?P<activations>\d+)(?:-g(?P<group>\d+))?(?P<asym>-asym)?(?P<gptq>-gptq)?"
+        r"(?P<rest>(?:-(?:e|kv)\d+)*)",
+        _quantize,
+    ),
+)
