@@ -129,8 +129,15 @@ class Model:
 
     def with_config(self, config: DecoderConfig, rename: Callable[[str], str] | None = None) -> Model:
         """Another config over the same tensors; `rename` maps a new name to the old one (layer removal)."""
-        source = self.source if rename is None else _Renamed(self.source, rename)
-        return self._copy(config=config, source=source)
+        if rename is None:
+            return self._copy(config=config)
+        old = {name: rename(name) for name in config.tensor_shapes()}
+        return self._copy(
+            config=config,
+            source=_Renamed(self.source, rename),
+            replaced={name: self.replaced[before] for name, before in old.items() if before in self.replaced},
+            linears={name: self.linears[before] for name, before in old.items() if before in self.linears},
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())

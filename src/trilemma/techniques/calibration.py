@@ -12,7 +12,7 @@ every single operation wait for each other more than they compute, above all on 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
@@ -34,23 +34,32 @@ ACTIVATION_GROUP = 32
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Change = Callable[[Model, int, Mapping[str, "Gram"]], Model]
 Replace = Callable[[Mapping[str, "Gram"]], Mapping[str, Float32 | StoredMatrix]]
 
 
 class Gram:
-    """X^T X of all inputs (tokens, in) that a matrix saw, and how many there were."""
+    """X^T X of all inputs (tokens, in) that a matrix saw, how many there were, their sum and largest |x| by column."""
 
     def __init__(self, columns: int, device: str | torch.device = "cpu") -> None:
         self.matrix = torch.zeros(columns, columns, device=device)
+        self.largest = torch.zeros(columns, device=device)
+        self.total = torch.zeros(columns, device=device)
         self.tokens = 0
 
     def update(self, x: Tensor) -> None:
         flat = x.reshape(-1, x.shape[-1]).float()
         self.matrix.addmm_(flat.T, flat)
+        if len(flat):
+            low, high = torch.aminmax(flat, dim=0)
+            self.largest = torch.maximum(self.largest, torch.maximum(high, -low))
+            self.total += flat.sum(0)
         self.tokens += flat.shape[0]
 
     def add(self, other: Gram) -> None:
         self.matrix += other.matrix
+        self.total += other.total
+        self.largest = torch.maximum(self.largest, other.largest)
         self.tokens += other.tokens
 
     def hessian(self) -> Tensor:
@@ -71,14 +80,44 @@ def calibrate_layers(model: Model, build: Build, runs: Mapping[str, LinearRun], 
     Raises:
         RecipeError: no windows, a token outside the vocabulary, or activations that are not finite.
     """
+
+    def change(model: Model, _: int, grams: Mapping[str, Gram]) -> Model:
+        return model.with_tensors(replace(grams))
+
+    return walk_layers(model, build, [change], runs=runs)
+
+
+def walk_layers(
+    model: Model,
+    build: Build,
+    changes: Sequence[Change],
+    *,
+    runs: Mapping[str, LinearRun] | None = None,
+    roles: Collection[str] | None = None,
+    what: str = "choosing codes",
+) -> Model:
+    """The loop behind `calibrate_layers`, for changes that may give a layer another shape.
+
+    Args:
+        changes: each gets (model, layer, Grams of the layer as the change before left it) and returns a model
+            that differs in this layer alone.
+        runs: input precision of each product; none rounds no input.
+        roles: gather statistics of these matrices only, such as {'o', 'down'}.
+        what: said with the progress while a layer is changed.
+
+    Raises:
+        RecipeError: as `calibrate_layers`.
+    """
+    runs = runs or {}
     hidden = _embed(model, _windows(model, build)).to(build.device)  # (windows, context, dim)
     total = len(model.config.layers)
     for index in range(total):
-        report(build, index, total, f"layer {index}: reading activations")
-        layer = layer_from_model(model, index, device=build.device)
-        grams = _gather(layer, index, model.config, hidden, runs, build)
-        report(build, index, total, f"layer {index}: choosing codes")
-        model = model.with_tensors(replace(grams))
+        for change in changes:
+            report(build, index, total, f"layer {index}: reading activations")
+            layer = layer_from_model(model, index, device=build.device)
+            grams = _gather(layer, index, model.config, hidden, runs, build, roles)
+            report(build, index, total, f"layer {index}: {what}")
+            model = change(model, index, grams)
         if index + 1 < total:
             _advance(layer_from_model(model, index, device=build.device), index, hidden, runs, build)
     report(build, total, total, "layers done")
@@ -146,10 +185,13 @@ def _windows(model: Model, build: Build) -> Tensor:
 
 
 def _embed(model: Model, windows: Tensor) -> Tensor:
-    """Hidden states (windows, context, dim) from the embedding; only the rows in use are kept."""
+    """What enters the first layer (windows, context, dim), as `Decoder.embed`; only the rows in use are kept."""
     used, places = torch.unique(windows, return_inverse=True)
     rows = model.tensor("embedding.weight")[used.numpy()]
-    return torch.from_numpy(rows)[places]
+    hidden = (torch.from_numpy(rows) * model.config.embedding_scale)[places]
+    if not model.config.learned_positions:
+        return hidden
+    return hidden + torch.from_numpy(model.tensor("position.weight")[: windows.shape[1]])
 
 
 def _shares(hidden: Tensor, build: Build) -> list[list[slice]]:
@@ -161,11 +203,19 @@ def _shares(hidden: Tensor, build: Build) -> list[list[slice]]:
 
 
 def _gather(
-    layer: DecoderLayer, index: int, config: DecoderConfig, hidden: Tensor, runs: Mapping[str, LinearRun], build: Build
+    layer: DecoderLayer,
+    index: int,
+    config: DecoderConfig,
+    hidden: Tensor,
+    runs: Mapping[str, LinearRun],
+    build: Build,
+    roles: Collection[str] | None = None,
 ) -> dict[str, Gram]:
-    """The Gram of every matrix of the layer; matrices with the same input share one."""
+    """The Gram of every matrix of the layer (in these roles); matrices with the same input share one."""
+    groups = [group for group in input_groups(config, index) if roles is None or group[0].split(".")[-2] in roles]
+    if not groups:
+        return {}
     hooks = _rounding_hooks(layer, index, runs)
-    groups = input_groups(config, index)
     linears = {group: _linear(layer, group[0]) for group in groups}
     mine = threading.local()
     for group, linear in linears.items():
