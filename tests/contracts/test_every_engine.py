@@ -14,6 +14,8 @@ from trilemma.core.errors import InputError
 from trilemma.runtime import ENGINES, EngineOptions, SamplingSettings, open_engine
 
 F32_TOLERANCE = 2e-5
+TOLERANCE = {"torch-f16": 1e-2, "torch-bf16": 5e-2}  # of engines that compute in 16 bits
+BYTES = {"torch-f16": 2, "torch-bf16": 2}  # of a weight held
 BIT_EQUAL = {"native"}  # engines whose results do not depend on how many tokens are computed at once
 KV_TOLERANCE = {"none": 2e-5, "f32": 2e-5, "bf16": 2e-2, "int8": 6e-2}
 MODELS: list[dict[str, Any]] = [
@@ -51,8 +53,9 @@ def test_logits_agree_with_the_reference(model, runtime, kv_cache):
     assert found.dtype == np.float32
     if runtime in BIT_EQUAL:
         np.testing.assert_array_equal(last, found[-1:])
-    np.testing.assert_allclose(last, found[-1:], atol=F32_TOLERANCE * np.abs(wanted).max())
-    assert np.abs(found - wanted).max() <= KV_TOLERANCE[kv_cache] * np.abs(wanted).max()
+    tolerance = TOLERANCE.get(runtime, F32_TOLERANCE)
+    np.testing.assert_allclose(last, found[-1:], atol=tolerance * np.abs(wanted).max())
+    assert np.abs(found - wanted).max() <= max(tolerance, KV_TOLERANCE[kv_cache]) * np.abs(wanted).max()
 
 
 def test_cached_and_recomputed_give_the_same_tokens(model, runtime):
@@ -63,8 +66,8 @@ def test_cached_and_recomputed_give_the_same_tokens(model, runtime):
         engine = open_engine(model, runtime=runtime, options=EngineOptions(kv_cache=kv_cache))
         answers.append(engine.generate(prompt, settings).tokens)
         engine.close()
-    assert answers[0] == answers[1]
-    assert len(answers[0]) == 20
+    assert runtime in TOLERANCE or answers[0] == answers[1]
+    assert len(answers[0]) == len(answers[1]) == 20
 
 
 def test_greedy_is_the_largest_logit_of_the_whole_text(model, runtime):
@@ -77,7 +80,7 @@ def test_greedy_is_the_largest_logit_of_the_whole_text(model, runtime):
     engine.close()
     assert seen == generation.tokens
     for row, token in zip(logits, generation.tokens, strict=True):
-        assert row[token] >= row.max() - 1e-4 * np.abs(row).max()
+        assert row[token] >= row.max() - TOLERANCE.get(runtime, 1e-4) * np.abs(row).max()
     assert generation.finish_reason == "length"
     assert generation.prompt_tokens == 5
     assert generation.token_times_s == sorted(generation.token_times_s)
@@ -131,6 +134,6 @@ def test_it_counts_its_memory(model, runtime):
     engine = open_engine(model, runtime=runtime)
     memory = engine.memory()
     parameters = sum(int(np.prod(shape)) for shape in model.config.tensor_shapes().values())
-    assert memory.weights_bytes >= 4 * parameters * 0.99
+    assert memory.weights_bytes >= BYTES.get(runtime, 4) * parameters * 0.99
     assert memory.total_bytes == memory.weights_bytes + memory.kv_bytes + memory.scratch_bytes
     engine.close()

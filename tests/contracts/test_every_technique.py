@@ -25,6 +25,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "plain": [{"dtype": "bf16"}, {"dtype": "f16"}],
     "rtn": [{"weights": "int4-g32"}, {"weights": "int8-channel", "activations": "bf16"}],
     "gptq": [{"weights": "int4-g32-asym"}, {"weights": "int4-g64", "embedding": "int4-g32"}],
+    "smooth": [{}, {"strength": 0.75}],
     "kv-cache": [{"precision": "int8"}, {"precision": "none"}],
 }
 MODELS: list[dict[str, Any]] = [

@@ -112,10 +112,13 @@ def build_reference(
     base: Model, token_set: TokenSet, folder: str | Path, *, runtime: str = "native",
     options: EngineOptions | None = None, key: str = "", progress: Progress | None = None,
 ) -> Reference:  # fmt: skip
-    """The checkpoint's own weights in f32 arithmetic with an f32 cache, as `Reference`."""
+    """The checkpoint's own weights in f32 arithmetic with an f32 cache, as `Reference`.
+
+    The engine is `runtime`, or 'torch' for those that compute in 16 bits.
+    """
     chosen = (options or EngineOptions()).model_copy(update={"kv_cache": "f32", "max_context": token_set.context})
     plain = base.with_run(RunSettings(kv_cache="f32"))
-    engine = open_engine(plain, runtime=runtime, options=chosen)
+    engine = open_engine(plain, runtime=runtime.removesuffix("-f16").removesuffix("-bf16"), options=chosen)
     try:
         return Reference.build(engine, token_set, folder, key=key, progress=progress)
     finally:

@@ -13,6 +13,8 @@ ENGINES: Registry[type[Engine]] = Registry(
     {
         "native": "trilemma.runtime.native:NativeEngine",
         "torch": "trilemma.runtime.reference:ReferenceEngine",
+        "torch-bf16": "trilemma.runtime.reference:Bf16ReferenceEngine",
+        "torch-f16": "trilemma.runtime.reference:F16ReferenceEngine",
     },
 )
 

@@ -42,6 +42,7 @@ class ReferenceEngine:
 
     name = "torch"
     isa = "torch"
+    dtype = torch.float32
 
     def __init__(self, model: Model, options: EngineOptions | None = None) -> None:
         options = options or EngineOptions()
@@ -56,14 +57,18 @@ class ReferenceEngine:
             )
         self.threads = options.threads or usable_cores()
         self.kv_cache: str = options.kv_cache or model.run.kv_cache
-        self._decoder = Decoder.from_model(model).eval().requires_grad_(False)
+        self._decoder = Decoder.from_model(model, self.dtype).eval().requires_grad_(False)
         _round_inputs(self._decoder, model)
 
     def memory(self) -> EngineMemory:
-        """Bytes held: f32 weights and, for a full context, f32 keys and values (rounded, but stored wide)."""
+        """Bytes held: weights and, for a full context, keys and values (rounded, but stored in the wide dtype)."""
         weights = sum(parameter.nbytes for parameter in self._decoder.parameters())
         specs = [layer.attention for layer in self.config.layers if layer.attention is not None]
-        kv = 0 if self.kv_cache == "none" else sum(2 * 4 * spec.kv_heads * spec.head_dim for spec in specs)
+        kv = (
+            0
+            if self.kv_cache == "none"
+            else sum(2 * spec.kv_heads * spec.head_dim for spec in specs) * self.dtype.itemsize
+        )
         return EngineMemory(weights, kv * self.max_context, 4 * self.config.vocab_size)
 
     def logits(self, tokens: NDArray[np.int32] | Sequence[int], *, last_only: bool = False) -> NDArray[np.float32]:
@@ -126,13 +131,13 @@ class ReferenceEngine:
         """(time, vocab), or (1, vocab) with `last_only`."""
         with torch.inference_mode():
             out: Tensor = self._decoder(torch.tensor([ids]), start=start, slots=slots, last_only=last_only)[0]
-            return out
+            return out.float()
 
     def _slots(self, capacity: int) -> list[KvSlot] | None:
         """One cache a layer; None where nothing is rounded or kept."""
         if self.kv_cache == "none":
             return None
-        return [_Slot(layer.attention, capacity, self.kv_cache) for layer in self.config.layers]
+        return [_Slot(layer.attention, capacity, self.kv_cache, self.dtype) for layer in self.config.layers]
 
     def _checked(self, tokens: NDArray[np.int32] | Sequence[int]) -> list[int]:
         ids = [int(token) for token in tokens]
@@ -156,13 +161,32 @@ class ReferenceEngine:
             torch.set_num_threads(before)
 
 
+class F16ReferenceEngine(ReferenceEngine):
+    """The same with every operation in f16: shows what overflows beyond 65,504 or is lost below 6e-8.
+
+    Norms, rotary angles and softmax sums are f32 inside, as in the f16 kernels of other runtimes.
+    """
+
+    name = "torch-f16"
+    isa = "torch-f16"
+    dtype = torch.float16
+
+
+class Bf16ReferenceEngine(ReferenceEngine):
+    """The same with every operation in bf16: the range of f32, 8 bits of precision."""
+
+    name = "torch-bf16"
+    isa = "torch-bf16"
+    dtype = torch.bfloat16
+
+
 class _Slot:
     """Keys and values of one layer and one sequence, rounded as the policy says, held in f32."""
 
-    def __init__(self, spec: Attention | None, capacity: int, policy: str) -> None:
+    def __init__(self, spec: Attention | None, capacity: int, policy: str, dtype: torch.dtype) -> None:
         heads, dim = (spec.kv_heads, spec.head_dim) if spec else (0, 0)
-        self._keys = torch.empty(1, heads, capacity, dim)
-        self._values = torch.empty(1, heads, capacity, dim)
+        self._keys = torch.empty(1, heads, capacity, dim, dtype=dtype)
+        self._values = torch.empty(1, heads, capacity, dim, dtype=dtype)
         self._length = 0
         self._round = KV_ROUNDING[policy]
 
@@ -175,8 +199,8 @@ class _Slot:
 
 
 def round_bf16(x: Tensor) -> Tensor:
-    """The nearest bf16 values, in f32."""
-    return x.to(torch.bfloat16).to(torch.float32)
+    """The nearest bf16 values, in the dtype of x."""
+    return x.to(torch.bfloat16).to(x.dtype)
 
 
 def round_int8(x: Tensor) -> Tensor:

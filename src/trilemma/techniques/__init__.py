@@ -11,6 +11,7 @@ TECHNIQUES: Registry[type[Technique]] = Registry(
         "plain": "trilemma.techniques.quantize.plain:Plain",
         "rtn": "trilemma.techniques.quantize.rtn:RoundToNearest",
         "gptq": "trilemma.techniques.quantize.gptq:Gptq",
+        "smooth": "trilemma.techniques.quantize.smooth:Smooth",
         "kv-cache": "trilemma.techniques.quantize.kv_cache:KvCache",
     },
 )
