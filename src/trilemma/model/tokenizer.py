@@ -64,6 +64,16 @@ class Tokenizer:
         found: int | None = self._fast.token_to_id(token)
         return found
 
+    def difference(self, other: Tokenizer) -> str | None:
+        """Why token ids of the two do not mean the same, or None: every token must have the same id in both."""
+        ours, theirs = (one._fast.get_vocab(with_added_tokens=True) for one in (self, other))
+        if ours == theirs:
+            return None
+        if len(ours) != len(theirs):
+            return f"{len(theirs)} tokens instead of {len(ours)}"
+        token = min(token for token in ours if theirs.get(token) != ours[token])
+        return f"the token {token!r} has the id {theirs.get(token, 'of none')} instead of {ours[token]}"
+
     def encode(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids; with `special`, BOS and EOS exactly as the Hugging Face tokenizer adds them.
 

@@ -16,6 +16,7 @@ from trilemma.core.record import Record
 from trilemma.model.config import DecoderConfig
 
 KvCache = Literal["none", "f32", "bf16", "int8"]
+FinishReason = Literal["length", "stop", "context", "interrupted"]
 
 
 class EngineOptions(Record):
@@ -59,7 +60,7 @@ class Generation:
     """Output of one request. `token_times_s` are seconds from the request to each output token."""
 
     tokens: list[int]
-    finish_reason: Literal["length", "stop", "context", "interrupted"]
+    finish_reason: FinishReason
     prompt_tokens: int
     token_times_s: list[float] = field(default_factory=list)
 

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 from trilemma.core.errors import InputError
 from trilemma.runtime.engine import SamplingSettings
 
+HEAD = 256  # likeliest tokens among which nearly every draw falls
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -50,6 +52,10 @@ def choose(logits: NDArray[np.float32], seen: Sequence[int], settings: SamplingS
     scores = penalize(logits, seen, settings.repetition_penalty)
     if settings.temperature == 0:
         return int(scores.argmax())
+    if not settings.top_k and len(scores) > 4 * HEAD:
+        token = _draw_from_head(scores, settings, uniform(settings.seed, len(seen)))
+        if token is not None:
+            return token
     tokens, probabilities = candidates(scores, settings)
     running = np.cumsum(probabilities)
     u = uniform(settings.seed, len(seen)) * running[-1]
@@ -72,9 +78,7 @@ def candidates(
     scores: NDArray[np.float32], settings: SamplingSettings
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Tokens that may be drawn, most likely first, with their (unnormalized) probabilities in f64."""
-    order = np.lexsort((np.arange(len(scores)), -scores))  # falling score, then rising id
-    if settings.top_k:
-        order = order[: settings.top_k]
+    order = _most_likely(scores, settings.top_k or len(scores))
     scaled = scores[order].astype(np.float64) / settings.temperature
     probabilities = np.exp(scaled - scaled[0])
     if settings.top_p < 1:
@@ -86,6 +90,38 @@ def candidates(
         keep = probabilities >= settings.min_p * probabilities[0]
         order, probabilities = order[keep], probabilities[keep]
     return order, probabilities
+
+
+def _most_likely(scores: NDArray[np.float32], count: int) -> NDArray[np.int64]:
+    """The `count` tokens of the largest scores: falling score, then rising id. Few are found without a full sort."""
+    chosen = np.arange(len(scores))
+    if count < len(scores) // 4:
+        chosen = np.flatnonzero(scores >= np.partition(scores, -count)[-count])
+    return chosen[np.argsort(-scores[chosen], kind="stable")][:count]
+
+
+def _draw_from_head(scores: NDArray[np.float32], settings: SamplingSettings, u: float) -> int | None:
+    """The draw without sorting the whole vocabulary, or None where it may fall outside the `HEAD` likeliest.
+
+    The same token as from all candidates, but for a draw within rounding (1e-15) of the border of two.
+    """
+    order = _most_likely(scores, HEAD)
+    scaled = scores[order].astype(np.float64) / settings.temperature
+    top = scaled[0]
+    running = np.cumsum(np.exp(scaled - top))
+    total = float(np.exp(scores.astype(np.float64) / settings.temperature - top).sum())
+    if settings.top_p < 1:
+        kept = int(np.searchsorted(running, settings.top_p * total, side="left")) + 1
+        if kept > HEAD:
+            return None
+        running, total = running[:kept], float(running[kept - 1])
+    if settings.min_p > 0:
+        kept = int(np.count_nonzero(np.exp(scaled[: len(running)] - top) >= settings.min_p))
+        if kept == HEAD:
+            return None
+        running, total = running[:kept], float(running[kept - 1])
+    at = int(np.searchsorted(running, u * total, side="right"))
+    return int(order[at]) if at < len(running) else None
 
 
 def uniform(seed: int, position: int) -> float:

@@ -139,9 +139,14 @@ def open_text_model(
     from trilemma.formats.artifact import load_any
 
     loaded = model if isinstance(model, Model) else load_any(model)
-    if loaded.path is None:
+    tokenizer, path = tokenizer_of(loaded)
+    return TextModel(open_engine(loaded, runtime=runtime, options=options), tokenizer, path)
+
+
+def tokenizer_of(model: Model) -> tuple[Tokenizer, Path]:
+    """The tokenizer in a model's folder, and the folder. Raises CheckpointError where there is none."""
+    if model.path is None:
         raise CheckpointError(
             "This model came from no folder, so there is no tokenizer. Save it beside one, then open it."
         )
-    tokenizer = Tokenizer.load(loaded.path)
-    return TextModel(open_engine(loaded, runtime=runtime, options=options), tokenizer, loaded.path)
+    return Tokenizer.load(model.path), model.path
