@@ -71,8 +71,7 @@ def bench(
         InputError: lengths that a model's context does not hold.
     """
     variants = list(options) if isinstance(options, Sequence) else [options or EngineOptions()]
-    given = [models] if isinstance(models, str | Path) else list(models)
-    candidates = [item for one in given for item in _candidates(one, variants)]
+    candidates = candidates_of(models, variants)
     context = prompt_tokens + output_tokens
     groups = _groups(candidates)
     notes = [f"all candidates do not fit in memory together; measured in {len(groups)} groups"] * (len(groups) > 1)
@@ -99,17 +98,40 @@ def bench(
                         item.path, prompt_tokens=prompt_tokens, output_tokens=output_tokens, runtime=runtime,
                         options=item.options,
                     )  # fmt: skip
-                rows.append(_row(item, found))
+                rows.append(bench_row(item, item.form, found))
             isa, threads = engines[0].isa, engines[0].threads
     notes += [
         f"read bandwidth {b.bytes_per_s / 1e9:.1f} GB/s over {b.working_set_bytes / 1e6:.0f} MB, {b.threads} threads"
         for b in bandwidths.values()
     ]
+    return bench_report(rows, notes, isa=isa, threads=threads, seed=seed)
+
+
+def candidates_of(
+    models: str | Path | BenchCandidate | Iterable[str | Path | BenchCandidate], variants: Sequence[EngineOptions]
+) -> list[BenchCandidate]:
+    """Each model given as a path in each variant of options; candidates as they are."""
+    given = [models] if isinstance(models, str | Path | BenchCandidate) else list(models)
+    return [item for one in given for item in _candidates(one, list(variants))]
+
+
+def bench_report(rows: Sequence[BenchRow], notes: Sequence[str], *, isa: str, threads: int, seed: int) -> BenchReport:
+    """Rows with the environment and the command that was typed."""
     return BenchReport(
         environment=read_environment(isa=isa, threads=threads, seed=seed), rows=tuple(rows),
         command=" ".join(["trilemma", *sys.argv[1:]]) if "trilemma" in Path(sys.argv[0]).name else "",
         notes=tuple(notes),
     )  # fmt: skip
+
+
+def bench_row(item: BenchCandidate, name: str, found: dict[str, Measurement]) -> BenchRow:
+    """One line of a report; `name` says the form, and in sweeps the place."""
+    return BenchRow(
+        model=item.name,
+        parameters=parameter_count(item.model.config),
+        random_weights=bool(getattr(item.model.source, "random", False)),
+        trial=Trial(name=name, recipe=item.recipe, status="measured", measurements=found),
+    )
 
 
 def decode_bytes(model: Model, kv_cache: str, context: int) -> int:
@@ -188,13 +210,4 @@ def _add_roofline(
         found[metric] = old.model_copy(update={"conditions": {**old.conditions, **stated}})
 
 
-def _row(item: BenchCandidate, found: dict[str, Measurement]) -> BenchRow:
-    return BenchRow(
-        model=item.name,
-        parameters=parameter_count(item.model.config),
-        random_weights=bool(getattr(item.model.source, "random", False)),
-        trial=Trial(name=item.form, recipe=item.recipe, status="measured", measurements=found),
-    )
-
-
-__all__: Sequence[str] = ["BenchCandidate", "bench", "decode_bytes"]
+__all__: Sequence[str] = ["BenchCandidate", "bench", "bench_report", "bench_row", "candidates_of", "decode_bytes"]

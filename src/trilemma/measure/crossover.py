@@ -35,8 +35,7 @@ class Crossing:
 
     def sentence(self, unit: str = "tokens") -> str:
         """One line in words."""
-        ends = f"{_num(self.first_x)} {unit} (x{significant(self.ratio_first)}) and {_num(self.last_x)} "
-        ends += f"(x{significant(self.ratio_last)})"
+        ends = f"{_num(self.first_x)} and {_num(self.last_x)} {unit}"
         if self.at is not None and self.before != self.after:
             low = f"below {_num(self.first_x)}" if self.low is None else _num(self.low)
             high = f"above {_num(self.last_x)}" if self.high is None else _num(self.high)
@@ -46,12 +45,29 @@ class Crossing:
                 ", ".join(cheaper) or "too close to tell them apart at either end"
             )
         if self.before is not None and self.before == self.after:
-            other = self.b if self.before == self.a else self.a
-            return f"{self.before} is faster than {other} throughout; {self.a} over {self.b} between {ends}"
+            other, ratios = self.b, (1 / self.ratio_first, 1 / self.ratio_last)
+            if self.before == self.b:
+                other, ratios = self.a, (self.ratio_first, self.ratio_last)
+            return (
+                f"{self.before} is faster than {other} throughout: {significant(ratios[0])} times at "
+                f"{_num(self.first_x)} {unit}, {significant(ratios[1])} times at {_num(self.last_x)}"
+            )
         if self.before is None and self.after is None:
             return f"{self.a} and {self.b} can not be told apart between {ends}"
-        winner, where = (self.after, "the far end") if self.after else (self.before, "the near end")
-        return f"{winner} is faster at {where} only; {self.a} over {self.b} between {ends}"
+        if self.after is not None:
+            edge = _num(self.first_x if self.high is None else self.high)
+            other, ratio = (self.b, 1 / self.ratio_last) if self.after == self.a else (self.a, self.ratio_last)
+            return (
+                f"{self.after} is faster than {other} above {edge} {unit}, {significant(ratio)} times at "
+                f"{_num(self.last_x)}; below, neither is known to be"
+            )
+        assert self.before is not None
+        edge = _num(self.last_x if self.low is None else self.low)
+        other, ratio = (self.b, 1 / self.ratio_first) if self.before == self.a else (self.a, self.ratio_first)
+        return (
+            f"{self.before} is faster than {other} below {edge} {unit}, {significant(ratio)} times at "
+            f"{_num(self.first_x)}; above, neither is known to be"
+        )
 
 
 def crossover(a: str, b: str, xs: Sequence[float], ratios: Sequence[Interval]) -> Crossing:

@@ -11,7 +11,7 @@ from pathlib import Path
 from trilemma.core.errors import EngineError, InputError
 from trilemma.core.measurement import Measurement
 from trilemma.model.cost import kv_bytes_per_token
-from trilemma.runtime.engine import Engine, EngineOptions
+from trilemma.runtime.engine import Engine, EngineMemory, EngineOptions
 
 PROCESS_LIMIT_S = 600.0
 
@@ -22,10 +22,19 @@ def engine_memory(engine: Engine) -> dict[str, Measurement]:
     The total is weights + KV cache (whole blocks, reserved in full) + scratch; its parts stand in the conditions.
     kv_bytes_per_token is by arithmetic: what one more position needs.
     """
-    held = engine.memory()
     conditions: dict[str, str | int | float] = {
         "context": engine.max_context, "kv_cache": engine.kv_cache, "threads": engine.threads, "isa": engine.isa,
-        "weights_bytes": held.weights_bytes, "kv_bytes": held.kv_bytes, "scratch_bytes": held.scratch_bytes,
+    }  # fmt: skip
+    return memory_measurements(engine, engine.memory(), conditions)
+
+
+def memory_measurements(
+    engine: Engine, held: EngineMemory, conditions: dict[str, str | int | float]
+) -> dict[str, Measurement]:
+    """The same three figures of what is held, by the engine or by sequences opened over it."""
+    stated = {
+        **conditions, "weights_bytes": held.weights_bytes, "kv_bytes": held.kv_bytes,
+        "scratch_bytes": held.scratch_bytes,
     }  # fmt: skip
     method = f"counted by the engine '{engine.name}'"
     values = {
@@ -34,7 +43,7 @@ def engine_memory(engine: Engine) -> dict[str, Measurement]:
         "kv_bytes_per_token": kv_bytes_per_token(engine.config, engine.kv_cache),
     }
     return {
-        metric: Measurement.of(metric, value, method=method, ci95=(value, value), conditions=conditions)
+        metric: Measurement.of(metric, value, method=method, ci95=(value, value), conditions=stated)
         for metric, value in values.items()
     }
 

@@ -132,7 +132,8 @@ class SpeedRun:
             "decode_tokens_per_s": [1 / seconds for seconds in kept.tpot_s],
         }
         found = {
-            metric: _timed(metric, samples, method, bool(reason), conditions) for metric, samples in series.items()
+            metric: timed_measurement(metric, samples, method, bool(reason), conditions)
+            for metric, samples in series.items()
         }
         gaps = median_interval(kept.gaps_s)
         spread = {f"p{q}_itl_s": float(np.percentile(kept.gaps_s, q)) for q in (50, 90, 99)}
@@ -207,9 +208,10 @@ def _require_samples(measurement: Measurement) -> Sequence[float]:
     return measurement.samples
 
 
-def _timed(
-    metric: str, samples: list[float], method: str, noisy: bool, conditions: dict[str, str | int | float]
+def timed_measurement(
+    metric: str, samples: Sequence[float], method: str, noisy: bool, conditions: dict[str, str | int | float]
 ) -> Measurement:
+    """The median of repetitions with its interval and the samples themselves."""
     found = median_interval(samples)
     return Measurement.of(
         metric, found.value, method=method, ci95=found.ci95, n=len(samples), samples=tuple(samples),
