@@ -65,16 +65,53 @@ AttentionSpec read_attention(const nb::dict& d) {
   a.window = field<std::optional<int>>(d, "window").value_or(0);
   a.qkv_bias = field<bool>(d, "qkv_bias");
   a.o_bias = field<bool>(d, "o_bias");
+  a.qk_norm = field<bool>(d, "qk_norm");
   if (const auto rope = part(d, "rope"))
     a.rope = RopeSpec{field<std::vector<float>>(*rope, "inverse_frequencies"), field<float>(*rope, "attention_factor")};
   return a;
 }
 
-FfnSpec read_ffn(const nb::dict& d) {
-  const auto activation =
-      named<Nonlinearity>(field<std::string>(d, "activation"), "ffn activation",
-                          {{"silu", kSilu}, {"gelu", kGelu}, {"gelu_tanh", kGeluTanh}, {"relu", kRelu}});
-  return {field<int>(d, "hidden"), activation, field<bool>(d, "gated"), field<bool>(d, "bias")};
+Nonlinearity read_nonlinearity(const nb::dict& d) {
+  return named<Nonlinearity>(field<std::string>(d, "activation"), "ffn activation",
+                             {{"silu", kSilu}, {"gelu", kGelu}, {"gelu_tanh", kGeluTanh}, {"relu", kRelu}});
+}
+
+FfnSpec read_dense(const nb::dict& d) {
+  return {field<int>(d, "hidden"), read_nonlinearity(d), field<bool>(d, "gated"), field<bool>(d, "bias"),
+          field<bool>(d, "down_bias")};
+}
+
+ExpertsSpec read_experts(const nb::dict& d) {
+  ExpertsSpec e;
+  e.count = field<int>(d, "count");
+  e.active = field<int>(d, "active");
+  e.hidden = field<int>(d, "hidden");
+  e.activation = read_nonlinearity(d);
+  e.router = named<RouterKind>(field<std::string>(d, "router"), "router",
+                               {{"linear", RouterKind::kLinear}, {"glu", RouterKind::kGlu}});
+  e.gates = named<GateKind>(
+      field<std::string>(d, "gates"), "gates",
+      {{"normalized", GateKind::kNormalized}, {"softmax", GateKind::kSoftmax}, {"one", GateKind::kOne}});
+  e.shared_hidden = field<int>(d, "shared_hidden");
+  e.down_bias = field<bool>(d, "down_bias");
+  return e;
+}
+
+LayerConfig read_layer(const nb::dict& d) {
+  LayerConfig layer;
+  if (const auto attention = part(d, "attention")) layer.attention = read_attention(*attention);
+  if (const auto ffn = part(d, "ffn")) {
+    enum class Kind { kDense, kExperts };
+    const auto kind = named<Kind>(field<std::string>(*ffn, "kind"), "ffn kind",
+                                  {{"dense", Kind::kDense}, {"experts", Kind::kExperts}});
+    if (kind == Kind::kDense)
+      layer.ffn = read_dense(*ffn);
+    else
+      layer.experts = read_experts(*ffn);
+  }
+  layer.parallel = field<bool>(d, "parallel");
+  layer.post_norms = field<bool>(d, "post_norms");
+  return layer;
 }
 
 // `d` is DecoderConfig.model_dump().
@@ -85,13 +122,11 @@ DecoderConfig read_config(const nb::dict& d) {
   c.max_context = field<int>(d, "max_context");
   c.norm_eps = field<float>(d, "norm_eps");
   c.tied = field<bool>(d, "tied");
-  for (const nb::handle item : field<nb::sequence>(d, "layers")) {
-    const auto layer = nb::cast<nb::dict>(item);
-    LayerConfig spec;
-    if (const auto attention = part(layer, "attention")) spec.attention = read_attention(*attention);
-    if (const auto ffn = part(layer, "ffn")) spec.ffn = read_ffn(*ffn);
-    c.layers.push_back(std::move(spec));
-  }
+  c.norm = named<NormKind>(field<std::string>(d, "norm"), "norm", {{"rms", NormKind::kRms}, {"layer", NormKind::kLayer}});
+  c.norm_bias = field<bool>(d, "norm_bias");
+  c.embedding_scale = field<float>(d, "embedding_scale");
+  c.learned_positions = field<bool>(d, "learned_positions");
+  for (const nb::handle item : field<nb::sequence>(d, "layers")) c.layers.push_back(read_layer(nb::cast<nb::dict>(item)));
   return c;
 }
 

@@ -20,6 +20,13 @@ void validate_attention(const AttentionSpec& a, const std::string& where) {
                 " inverse frequencies; 1 to head_dim/2 are possible.");
 }
 
+void validate_experts(const ExpertsSpec& e, const std::string& where) {
+  require(e.count > 0 && e.hidden > 0, where + "experts need a positive count and hidden width.");
+  require(e.active > 0 && e.active <= e.count, where + "active=" + std::to_string(e.active) + " must be in 1.." +
+                                                   std::to_string(e.count) + ", the number of experts.");
+  require(e.shared_hidden >= 0, where + "shared_hidden must not be negative.");
+}
+
 }  // namespace
 
 void DecoderConfig::validate() const {
@@ -30,6 +37,8 @@ void DecoderConfig::validate() const {
     const std::string where = "layer " + std::to_string(i) + ": ";
     if (layers[i].attention) validate_attention(*layers[i].attention, where);
     if (layers[i].ffn) require(layers[i].ffn->hidden > 0, where + "ffn.hidden must be positive.");
+    if (layers[i].experts) validate_experts(*layers[i].experts, where);
+    require(!(layers[i].ffn && layers[i].experts), where + "a layer has a dense block or experts, not both.");
   }
 }
 

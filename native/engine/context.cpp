@@ -42,41 +42,64 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
 
 void Context::reserve() {
   const DecoderConfig& c = model_->config();
-  size_t q = 0, kv = 0, hidden = 0, columns = size_t(c.dim);
+  const size_t dim = size_t(c.dim);
+  size_t q = 0, kv = 0, hidden = 0;
+  bool apart = false, both_apart = false, split = false;
   InputForms forms;
   forms.add(model_->head());
+  Scratch& s = scratch_;
+  s.rows = s.chunk;
   for (size_t i = 0; i < c.layers.size(); ++i) {
-    const LayerWeights& w = model_->layers()[i];
-    if (const auto& a = c.layers[i].attention) {
+    const LayerConfig& layer = c.layers[i];
+    forms.add(model_->layers()[i]);
+    apart |= layer.parallel || layer.post_norms;
+    both_apart |= layer.parallel && layer.post_norms;
+    if (const auto& a = layer.attention) {
       q = std::max(q, size_t(a->q_dim()));
       kv = std::max(kv, size_t(a->kv_dim()));
-      for (const Linear* l : {&w.attention.q, &w.attention.k, &w.attention.v, &w.attention.o}) forms.add(*l);
     }
-    if (const auto& f = c.layers[i].ffn) {
-      hidden = std::max(hidden, size_t(f->hidden));
-      if (f->gated) forms.add(w.ffn.gate);
-      forms.add(w.ffn.up);
-      forms.add(w.ffn.down);
+    if (layer.ffn) hidden = std::max(hidden, size_t(layer.ffn->hidden));
+    if (const auto& e = layer.experts) {
+      hidden = std::max({hidden, size_t(e->hidden), size_t(e->shared_hidden)});
+      s.rows = std::max(s.rows, e->active);
+      split = true;
     }
   }
-  columns = std::max({columns, q, hidden});
   const auto rows = [](int tokens, size_t width) { return AlignedBuffer(size_t(tokens) * width * sizeof(float)); };
-  Scratch& s = scratch_;
-  s.x = rows(s.pass, size_t(c.dim));
-  s.normed = rows(s.chunk, round_up(size_t(c.dim), kBlock));
+  s.x = rows(s.pass, dim);
+  s.normed = rows(s.chunk, round_up(dim, kBlock));
   s.q = rows(s.chunk, q);
   s.k = rows(s.chunk, kv);
   s.v = rows(s.chunk, kv);
   s.attended = rows(s.chunk, round_up(q, kBlock));
-  s.gate = rows(s.chunk, round_up(hidden, kBlock));
-  s.up = rows(s.chunk, hidden);
-  s.input.reserve(forms, int(columns), s.chunk);
+  s.gate = rows(s.rows, round_up(hidden, kBlock));
+  s.up = rows(s.rows, hidden);
+  if (apart) s.part[0] = rows(s.chunk, dim);
+  if (both_apart) s.part[1] = rows(s.chunk, dim);
+  if (split) reserve_experts();
+  s.input.reserve(forms, int(std::max({dim, q, hidden})), s.rows, split);
+}
+
+void Context::reserve_experts() {
+  Scratch& s = scratch_;
+  const size_t dim = size_t(model_->config().dim), size = sizeof(float);
+  size_t scores = 0;
+  for (const LayerConfig& layer : model_->config().layers) {
+    if (!layer.experts) continue;
+    scores = std::max(scores, size_t(layer.experts->router_rows()));
+    s.routing.reserve(*layer.experts, s.chunk);
+  }
+  s.scores = AlignedBuffer(size_t(s.chunk) * scores * size);
+  s.gathered = AlignedBuffer(size_t(s.rows) * round_up(dim, kBlock) * size);
+  s.routed = AlignedBuffer(size_t(s.rows) * dim * size);
 }
 
 MemoryUse Context::memory() const {
-  std::size_t scratch = rope_.bytes() + scratch_.input.bytes();
   const Scratch& s = scratch_;
-  for (const AlignedBuffer* b : {&s.x, &s.normed, &s.q, &s.k, &s.v, &s.attended, &s.gate, &s.up}) scratch += b->bytes();
+  std::size_t scratch = rope_.bytes() + s.input.bytes() + s.routing.bytes();
+  for (const AlignedBuffer* b : {&s.x, &s.normed, &s.q, &s.k, &s.v, &s.attended, &s.gate, &s.up, &s.part[0], &s.part[1],
+                                 &s.scores, &s.gathered, &s.routed})
+    scratch += b->bytes();
   return {model_->weights_bytes(), kv_.bytes(), scratch};
 }
 

@@ -13,6 +13,8 @@
 #include "kv_pool.h"
 #include "product.h"
 #include "rope_table.h"
+#include "routing.h"
+#include "thread_pool.h"
 
 namespace trilemma {
 
@@ -67,8 +69,12 @@ class Context {
   struct Scratch {
     AlignedBuffer x;  // residual stream, (pass, dim)
     AlignedBuffer normed, q, k, v, attended, gate, up;
+    AlignedBuffer part[2];  // outputs that wait for their norm or for the other part of a parallel layer
+    AlignedBuffer scores, gathered, routed;  // experts: (chunk, router rows); (rows, dim) going in and coming out
+    Routing routing;
     ProductInput input;
     int pass = 0, chunk = 0;
+    int rows = 0;  // of gate, up and the product input: a chunk, or the experts of one token
   };
   struct Pass;
 
@@ -78,13 +84,25 @@ class Context {
   void run_uncached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted);
   float* run_pass(Pass& pass, float* logits, const InterruptCheck& interrupted);
   void embed(const Pass& pass);
-  void attention(const Pass& pass, int layer, int first, int count);
+  void run_layer(const Pass& pass, int layer, int first, int count);
+  // These add a part's output for rows [first, first + count) to `out`, (count, dim).
+  void attention(const Pass& pass, int layer, int first, int count, float* out);
+  void feed_forward(int layer, int first, int count, float* out);
+  void dense(const FfnSpec& spec, const FfnWeights& w, int count, float* out);
+  void experts(const ExpertsSpec& spec, const ExpertsWeights& w, int count, float* out);
+  void run_experts(const ExpertsSpec& spec, const ExpertsWeights& w, int begin, int end, int count, float* out);
+  void activate(const FfnSpec& spec, const InputForms& forms, std::span<const int> rows_of_parts);
   void attend(const Pass& pass, int layer, int first, int count);
-  void feed_forward(int layer, int first, int count);
+  void add_part(const Norm& post_norm, float* rows, float* x, int count);
   float* write_logits(const Pass& pass, float* logits);
-  void norm(const InputForms& forms, const float* weight, int first, int count);
+  void norm(const InputForms& forms, const Norm& norm, int first, int count);
+  void norm_row(const Norm& norm, const float* x, float* out) const;
+  void reserve_experts();
+  // Row-wise work, of about `floats` a row.
   template <class Task>
-  void each_token(int count, double work, const Task& task);
+  void each_token(int count, double floats, const Task& task) const {
+    ThreadPool::instance().run(count * floats < ThreadPool::kSerialFloats ? 1 : threads_, count, task);
+  }
 
   std::shared_ptr<const Model> model_;
   const Kernels& kernels_;

@@ -5,15 +5,12 @@
 #include <vector>
 
 #include "context.h"
-#include "thread_pool.h"
 
 namespace trilemma {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kInterruptInterval = std::chrono::milliseconds(50);
-// Floats of row-wise work below which one thread is faster.
-constexpr double kSerialFloats = 8e3;
 // (token, head) rows of one attention work item: four register blocks.
 constexpr int kAttentionRows = 32;
 
@@ -25,6 +22,11 @@ struct Context::Pass {
   std::vector<Segment> segments;
   std::vector<int> wanted;  // rows whose logits are asked for, ascending
 
+  int position(int row) const {
+    for (const Segment& s : segments)
+      if (row < s.first + s.count) return s.position + row - s.first;
+    return 0;
+  }
   void add(const Slice& slice, int from, int count, int position, bool all, bool last) {
     segments.push_back({slice.sequence, int(tokens.size()), count, position});
     for (int i = 0; i < count; ++i) {
@@ -33,11 +35,6 @@ struct Context::Pass {
     }
   }
 };
-
-template <class Task>
-void Context::each_token(int count, double work, const Task& task) {
-  ThreadPool::instance().run(count * work < kSerialFloats ? 1 : threads_, count, task);
-}
 
 void Context::run_cached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted) {
   Pass pass;
@@ -80,8 +77,7 @@ float* Context::run_pass(Pass& pass, float* logits, const InterruptCheck& interr
   for (int layer = 0; layer < int(model_->layers().size()); ++layer) {
     for (int first = 0; first < total; first += scratch_.chunk) {
       const int count = std::min(scratch_.chunk, total - first);
-      attention(pass, layer, first, count);
-      feed_forward(layer, first, count);
+      run_layer(pass, layer, first, count);
     }
     if (interrupted && Clock::now() - checked > kInterruptInterval) {
       if (interrupted()) throw Interrupted{};
@@ -92,33 +88,84 @@ float* Context::run_pass(Pass& pass, float* logits, const InterruptCheck& interr
 }
 
 void Context::embed(const Pass& pass) {
-  const size_t dim = size_t(model_->config().dim);
-  const Matrix& table = model_->embedding();
-  each_token(int(pass.tokens.size()), double(dim),
-             [&](int i) { table.read_row(pass.tokens[size_t(i)], scratch_.x.as<float>() + size_t(i) * dim); });
+  const DecoderConfig& c = model_->config();
+  const size_t dim = size_t(c.dim);
+  const bool plain = c.embedding_scale == 1.0f && !c.learned_positions;
+  each_token(int(pass.tokens.size()), double(dim), [&](int i) {
+    float* x = scratch_.x.as<float>() + size_t(i) * dim;
+    if (plain) return model_->embedding().read_row(pass.tokens[size_t(i)], x);
+    std::vector<float> row(dim);
+    model_->embedding().read_row(pass.tokens[size_t(i)], row.data());
+    if (c.learned_positions)
+      model_->positions()->read_row(pass.position(i), x);
+    else
+      std::memset(x, 0, dim * sizeof(float));
+    kernels_.add_scaled(x, row.data(), c.embedding_scale, c.dim);
+  });
 }
 
-void Context::norm(const InputForms& forms, const float* weight, int first, int count) {
+void Context::norm_row(const Norm& norm, const float* x, float* out) const {
+  const DecoderConfig& c = model_->config();
+  const auto kernel = c.norm == NormKind::kLayer ? kernels_.layer_norm : kernels_.rms_norm;
+  kernel(x, norm.weight, norm.bias, c.dim, c.norm_eps, out);
+}
+
+void Context::norm(const InputForms& forms, const Norm& norm, int first, int count) {
   const int dim = model_->config().dim;
   const size_t ld = round_up(size_t(dim), kBlock);
   float* normed = scratch_.normed.as<float>();
   scratch_.input.begin(forms, normed, dim, count);
   each_token(count, 2.0 * dim, [&](int i) {
-    const float* x = scratch_.x.as<float>() + size_t(first + i) * size_t(dim);
-    kernels_.rms_norm(x, weight, dim, model_->config().norm_eps, normed + size_t(i) * ld);
+    norm_row(norm, scratch_.x.as<float>() + size_t(first + i) * size_t(dim), normed + size_t(i) * ld);
     scratch_.input.prepare(kernels_, i);
   });
 }
 
-void Context::attention(const Pass& pass, int layer, int first, int count) {
-  const auto& spec = model_->config().layers[size_t(layer)].attention;
-  if (!spec) return;
-  const AttentionWeights& w = model_->layers()[size_t(layer)].attention;
-  const size_t dim = size_t(model_->config().dim), q_dim = size_t(spec->q_dim()), kv_dim = size_t(spec->kv_dim());
+// x + attention, then x + ffn of that; in a parallel layer the ffn reads x first and waits apart.
+void Context::run_layer(const Pass& pass, int layer, int first, int count) {
+  const LayerConfig& spec = model_->config().layers[size_t(layer)];
+  const LayerWeights& w = model_->layers()[size_t(layer)];
+  const size_t size = size_t(count) * size_t(model_->config().dim);
+  float* x = scratch_.x.as<float>() + size_t(first) * size_t(model_->config().dim);
+  const auto destination = [&](bool apart, const AlignedBuffer& buffer) {
+    if (apart) std::memset(buffer.data(), 0, size * sizeof(float));
+    return apart ? buffer.as<float>() : x;
+  };
+  const bool ffn = spec.ffn || spec.experts;
+  float* late = nullptr;
+  if (ffn && spec.parallel) feed_forward(layer, first, count, late = destination(true, scratch_.part[0]));
+  if (spec.attention) {
+    float* out = destination(spec.post_norms, scratch_.part[late ? 1 : 0]);
+    attention(pass, layer, first, count, out);
+    if (out != x) add_part(w.attention_post_norm, out, x, count);
+  }
+  if (ffn && !spec.parallel) {
+    float* out = destination(spec.post_norms, scratch_.part[0]);
+    feed_forward(layer, first, count, out);
+    if (out != x) late = out;
+  }
+  if (late) add_part(w.ffn_post_norm, late, x, count);
+}
+
+// x += rows, normed before where the layer has post norms.
+void Context::add_part(const Norm& post_norm, float* rows, float* x, int count) {
+  const int dim = model_->config().dim;
+  each_token(count, 2.0 * dim, [&](int i) {
+    float* row = rows + size_t(i) * size_t(dim);
+    if (post_norm.weight) norm_row(post_norm, row, row);
+    kernels_.add_scaled(x + size_t(i) * size_t(dim), row, 1.0f, dim);
+  });
+}
+
+void Context::attention(const Pass& pass, int layer, int first, int count, float* out) {
+  const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
+  const LayerWeights& weights = model_->layers()[size_t(layer)];
+  const AttentionWeights& w = weights.attention;
+  const size_t q_dim = size_t(spec.q_dim()), kv_dim = size_t(spec.kv_dim());
   Scratch& s = scratch_;
   InputForms forms;
   for (const Linear* l : {&w.q, &w.k, &w.v}) forms.add(*l);
-  norm(forms, w.norm, first, count);
+  norm(forms, weights.attention_norm, first, count);
   multiply(kernels_, threads_, s.input,
            {{&w.q, s.q.as<float>(), q_dim}, {&w.k, s.k.as<float>(), kv_dim}, {&w.v, s.v.as<float>(), kv_dim}});
   attend(pass, layer, first, count);
@@ -126,10 +173,10 @@ void Context::attention(const Pass& pass, int layer, int first, int count) {
   out_forms.add(w.o);
   s.input.begin(out_forms, s.attended.as<float>(), int(q_dim), count);
   each_token(count, double(q_dim), [&](int i) { s.input.prepare(kernels_, i); });
-  multiply(kernels_, threads_, s.input, {{&w.o, s.x.as<float>() + size_t(first) * dim, dim, true}});
+  multiply(kernels_, threads_, s.input, {{&w.o, out, size_t(model_->config().dim), true}});
 }
 
-// Rotates q and k, stores k and v, and mixes values: for the part of each segment inside [first, first + count).
+// Norms (where asked) and rotates q and k, stores k and v, and mixes values: for the part of each segment inside [first, first + count).
 void Context::attend(const Pass& pass, int layer, int first, int count) {
   struct Part {
     KvView kv;
@@ -151,11 +198,19 @@ void Context::attend(const Pass& pass, int layer, int first, int count) {
     items += blocks * spec.kv_heads;
     work += double(position + end - begin) * (end - begin) * double(q_dim);
   }
+  const AttentionWeights& w = model_->layers()[size_t(layer)].attention;
+  const auto norm_head = [&](const float* weight, float* head) {
+    kernels_.rms_norm(head, weight, nullptr, spec.head_dim, model_->config().norm_eps, head);
+  };
   const auto part_of = [&](auto matches) { return *std::find_if(parts.begin(), parts.end(), matches); };
   each_token(count, 2.0 * double(q_dim + 2 * kv_dim), [&](int i) {
     const Part part = part_of([&](const Part& p) { return i < p.row + p.count; });
     const int position = part.position + i - part.row;
     float *qi = q + size_t(i) * q_dim, *ki = k + size_t(i) * kv_dim, *vi = v + size_t(i) * kv_dim;
+    if (w.q_norm)
+      for (int h = 0; h < spec.heads; ++h) norm_head(w.q_norm, qi + h * spec.head_dim);
+    if (w.k_norm)
+      for (int h = 0; h < spec.kv_heads; ++h) norm_head(w.k_norm, ki + h * spec.head_dim);
     const float* cos = half ? rope_.cos(layer, position) : nullptr;
     const float* sin = half ? rope_.sin(layer, position) : nullptr;
     kernels_.rope(qi, spec.heads, spec.head_dim, half, cos, sin, spec.scale);
@@ -163,7 +218,7 @@ void Context::attend(const Pass& pass, int layer, int first, int count) {
     kernels_.kv_store(part.kv, ki, vi, spec.kv_heads, position);
   });
   const size_t ld_out = round_up(q_dim, kBlock);
-  ThreadPool::instance().run(work < 2 * kSerialFloats ? 1 : threads_, items, [&](int item) {
+  ThreadPool::instance().run(work < 2 * ThreadPool::kSerialFloats ? 1 : threads_, items, [&](int item) {
     const Part part = part_of([&](const Part& p) { return item < p.first_item + p.blocks * spec.kv_heads; });
     const int head = (item - part.first_item) / part.blocks, block = (item - part.first_item) % part.blocks;
     const size_t column = size_t(head * group) * size_t(spec.head_dim);
@@ -173,32 +228,6 @@ void Context::attend(const Pass& pass, int layer, int first, int count) {
                   scratch_.attended.as<float>() + size_t(part.row) * ld_out + column, q_dim, ld_out, group, head,
                   block * kAttentionRows, std::min(rows, (block + 1) * kAttentionRows), part.position, spec.window});
   });
-}
-
-void Context::feed_forward(int layer, int first, int count) {
-  const auto& spec = model_->config().layers[size_t(layer)].ffn;
-  if (!spec) return;
-  const FfnWeights& w = model_->layers()[size_t(layer)].ffn;
-  const size_t dim = size_t(model_->config().dim), hidden = size_t(spec->hidden), ld = round_up(hidden, kBlock);
-  Scratch& s = scratch_;
-  float *gate = s.gate.as<float>(), *up = s.up.as<float>();
-  InputForms forms;
-  forms.add(w.up);
-  if (spec->gated) forms.add(w.gate);
-  norm(forms, w.norm, first, count);
-  if (spec->gated)
-    multiply(kernels_, threads_, s.input, {{&w.gate, gate, ld}, {&w.up, up, hidden}});
-  else
-    multiply(kernels_, threads_, s.input, {{&w.up, gate, ld}});
-  InputForms down_forms;
-  down_forms.add(w.down);
-  s.input.begin(down_forms, gate, int(hidden), count);
-  each_token(count, 4.0 * double(hidden), [&](int i) {
-    const float* other = spec->gated ? up + size_t(i) * hidden : nullptr;
-    kernels_.glu(gate + size_t(i) * ld, other, int(hidden), spec->activation);
-    s.input.prepare(kernels_, i);
-  });
-  multiply(kernels_, threads_, s.input, {{&w.down, s.x.as<float>() + size_t(first) * dim, dim, true}});
 }
 
 float* Context::write_logits(const Pass& pass, float* logits) {
@@ -212,7 +241,7 @@ float* Context::write_logits(const Pass& pass, float* logits) {
     scratch_.input.begin(forms, normed, dim, count);
     each_token(count, 2.0 * dim, [&](int i) {
       const float* x = scratch_.x.as<float>() + size_t(pass.wanted[done + size_t(i)]) * size_t(dim);
-      kernels_.rms_norm(x, model_->final_norm(), dim, model_->config().norm_eps, normed + size_t(i) * ld);
+      norm_row(model_->final_norm(), x, normed + size_t(i) * ld);
       scratch_.input.prepare(kernels_, i);
     });
     multiply(kernels_, threads_, scratch_.input, {{&model_->head(), logits, vocab}});

@@ -7,6 +7,10 @@ namespace {
 
 std::string prefix_of(int layer) { return "layers." + std::to_string(layer) + "."; }
 
+std::string expert_prefix(const std::string& ffn, int expert) {
+  return ffn + "experts." + std::to_string(expert) + ".";
+}
+
 std::string shape_text(std::pair<int, int> shape) {
   if (shape.second == 0) return "(" + std::to_string(shape.first) + ",)";
   return "(" + std::to_string(shape.first) + ", " + std::to_string(shape.second) + ")";
@@ -17,32 +21,53 @@ std::string shape_text(std::pair<int, int> shape) {
 Model::Model(DecoderConfig config) : config_(std::move(config)) {
   config_.validate();
   expected_["embedding.weight"] = {config_.vocab_size, config_.dim};
-  expected_["final_norm.weight"] = {config_.dim, 0};
+  if (config_.learned_positions) expected_["position.weight"] = {config_.max_context, config_.dim};
+  expect_norm("final_norm");
   if (!config_.tied) expected_["head.weight"] = {config_.vocab_size, config_.dim};
-  for (size_t i = 0; i < config_.layers.size(); ++i) expect_layer(int(i), config_.layers[i]);
+  for (size_t i = 0; i < config_.layers.size(); ++i) expect_layer(prefix_of(int(i)), config_.layers[i]);
 }
 
-void Model::expect_layer(int index, const LayerConfig& layer) {
-  const std::string prefix = prefix_of(index);
-  const auto expect = [&](const std::string& part, int rows, int cols, bool bias) {
-    expected_[prefix + part + ".weight"] = {rows, cols};
-    if (bias) expected_[prefix + part + ".bias"] = {rows, 0};
-  };
+void Model::expect(const std::string& part, int rows, int cols, bool bias) {
+  expected_[part + ".weight"] = {rows, cols};
+  if (bias) expected_[part + ".bias"] = {rows, 0};
+}
+
+void Model::expect_norm(const std::string& part) { expect(part, config_.dim, 0, config_.norm_bias); }
+
+void Model::expect_attention(const std::string& prefix, const AttentionSpec& a) {
+  expect(prefix + "q", a.q_dim(), config_.dim, a.qkv_bias);
+  expect(prefix + "k", a.kv_dim(), config_.dim, a.qkv_bias);
+  expect(prefix + "v", a.kv_dim(), config_.dim, a.qkv_bias);
+  expect(prefix + "o", config_.dim, a.q_dim(), a.o_bias);
+  if (!a.qk_norm) return;
+  expect(prefix + "q_norm", a.head_dim, 0, false);
+  expect(prefix + "k_norm", a.head_dim, 0, false);
+}
+
+void Model::expect_ffn(const std::string& prefix, const FfnSpec& f) {
+  if (f.gated) expect(prefix + "gate", f.hidden, config_.dim, f.bias);
+  expect(prefix + "up", f.hidden, config_.dim, f.bias);
+  expect(prefix + "down", config_.dim, f.hidden, f.bias || f.down_bias);
+}
+
+void Model::expect_experts(const std::string& prefix, const ExpertsSpec& e) {
+  expect(prefix + "router", e.router_rows(), config_.dim, false);
+  if (e.shared_hidden) expect_ffn(prefix + "shared.", e.shared());
+  for (int i = 0; i < e.count; ++i) expect_ffn(expert_prefix(prefix, i), e.one());
+  if (e.down_bias) expected_[prefix + "down.bias"] = {config_.dim, 0};
+}
+
+void Model::expect_layer(const std::string& prefix, const LayerConfig& layer) {
   if (layer.attention) {
-    const AttentionSpec& a = *layer.attention;
-    expect("attention_norm", config_.dim, 0, false);
-    expect("attention.q", a.q_dim(), config_.dim, a.qkv_bias);
-    expect("attention.k", a.kv_dim(), config_.dim, a.qkv_bias);
-    expect("attention.v", a.kv_dim(), config_.dim, a.qkv_bias);
-    expect("attention.o", config_.dim, a.q_dim(), a.o_bias);
+    expect_norm(prefix + "attention_norm");
+    if (layer.post_norms) expect_norm(prefix + "attention_post_norm");
+    expect_attention(prefix + "attention.", *layer.attention);
   }
-  if (layer.ffn) {
-    const FfnSpec& f = *layer.ffn;
-    expect("ffn_norm", config_.dim, 0, false);
-    if (f.gated) expect("ffn.gate", f.hidden, config_.dim, f.bias);
-    expect("ffn.up", f.hidden, config_.dim, f.bias);
-    expect("ffn.down", config_.dim, f.hidden, f.bias);
-  }
+  if (!layer.ffn && !layer.experts) return;
+  expect_norm(prefix + "ffn_norm");
+  if (layer.post_norms) expect_norm(prefix + "ffn_post_norm");
+  if (layer.ffn) expect_ffn(prefix + "ffn.", *layer.ffn);
+  if (layer.experts) expect_experts(prefix + "ffn.", *layer.experts);
 }
 
 void Model::add_matrix(const std::string& name, Matrix matrix) {
@@ -76,25 +101,57 @@ Linear Model::linear(const std::string& prefix, bool bias) const {
   return {&matrices_.at(prefix + ".weight"), bias ? vector(prefix + ".bias") : nullptr};
 }
 
+Norm Model::norm(const std::string& prefix) const {
+  return {vector(prefix + ".weight"), config_.norm_bias ? vector(prefix + ".bias") : nullptr};
+}
+
+AttentionWeights Model::attention(const std::string& prefix, const AttentionSpec& a) const {
+  return {linear(prefix + "q", a.qkv_bias),
+          linear(prefix + "k", a.qkv_bias),
+          linear(prefix + "v", a.qkv_bias),
+          linear(prefix + "o", a.o_bias),
+          a.qk_norm ? vector(prefix + "q_norm.weight") : nullptr,
+          a.qk_norm ? vector(prefix + "k_norm.weight") : nullptr};
+}
+
+FfnWeights Model::ffn(const std::string& prefix, const FfnSpec& f) const {
+  return {f.gated ? linear(prefix + "gate", f.bias) : Linear{}, linear(prefix + "up", f.bias),
+          linear(prefix + "down", f.bias || f.down_bias)};
+}
+
+ExpertsWeights Model::experts(const std::string& prefix, const ExpertsSpec& e) const {
+  ExpertsWeights w;
+  w.router = linear(prefix + "router", false);
+  if (e.shared_hidden) w.shared = ffn(prefix + "shared.", e.shared());
+  for (int i = 0; i < e.count; ++i) w.experts.push_back(ffn(expert_prefix(prefix, i), e.one()));
+  if (e.down_bias) w.bias = vector(prefix + "down.bias");
+  return w;
+}
+
+LayerWeights Model::layer(const std::string& prefix, const LayerConfig& layer) const {
+  LayerWeights w;
+  if (layer.attention) {
+    w.attention_norm = norm(prefix + "attention_norm");
+    if (layer.post_norms) w.attention_post_norm = norm(prefix + "attention_post_norm");
+    w.attention = attention(prefix + "attention.", *layer.attention);
+  }
+  if (!layer.ffn && !layer.experts) return w;
+  w.ffn_norm = norm(prefix + "ffn_norm");
+  if (layer.post_norms) w.ffn_post_norm = norm(prefix + "ffn_post_norm");
+  if (layer.ffn) w.ffn = ffn(prefix + "ffn.", *layer.ffn);
+  if (layer.experts) w.experts = experts(prefix + "ffn.", *layer.experts);
+  return w;
+}
+
 void Model::finalize() {
   for (const auto& [name, shape] : expected_)
     if (!matrices_.contains(name) && !vectors_.contains(name))
       throw EngineFault("Tensor '" + name + "' of shape " + shape_text(shape) + " is missing.");
   layers_.clear();
-  for (size_t i = 0; i < config_.layers.size(); ++i) {
-    const std::string prefix = prefix_of(int(i));
-    LayerWeights w;
-    if (const auto& a = config_.layers[i].attention)
-      w.attention = {vector(prefix + "attention_norm.weight"), linear(prefix + "attention.q", a->qkv_bias),
-                     linear(prefix + "attention.k", a->qkv_bias), linear(prefix + "attention.v", a->qkv_bias),
-                     linear(prefix + "attention.o", a->o_bias)};
-    if (const auto& f = config_.layers[i].ffn)
-      w.ffn = {vector(prefix + "ffn_norm.weight"), f->gated ? linear(prefix + "ffn.gate", f->bias) : Linear{},
-               linear(prefix + "ffn.up", f->bias), linear(prefix + "ffn.down", f->bias)};
-    layers_.push_back(w);
-  }
+  for (size_t i = 0; i < config_.layers.size(); ++i) layers_.push_back(layer(prefix_of(int(i)), config_.layers[i]));
   embedding_ = &matrices_.at("embedding.weight");
-  final_norm_ = vector("final_norm.weight");
+  if (config_.learned_positions) positions_ = &matrices_.at("position.weight");
+  final_norm_ = norm("final_norm");
   head_ = linear(config_.tied ? "embedding" : "head", false);
   finalized_ = true;
 }

@@ -15,19 +15,32 @@ struct Linear {
   const float* bias = nullptr;
 };
 
+struct Norm {
+  const float* weight = nullptr;
+  const float* bias = nullptr;
+};
+
 struct AttentionWeights {
-  const float* norm = nullptr;
   Linear q, k, v, o;
+  const float *q_norm = nullptr, *k_norm = nullptr;
 };
 
 struct FfnWeights {
-  const float* norm = nullptr;
   Linear gate, up, down;
 };
 
+struct ExpertsWeights {
+  Linear router;
+  FfnWeights shared;
+  std::vector<FfnWeights> experts;
+  const float* bias = nullptr;
+};
+
 struct LayerWeights {
+  Norm attention_norm, attention_post_norm, ffn_norm, ffn_post_norm;
   AttentionWeights attention;
   FfnWeights ffn;
+  ExpertsWeights experts;
 };
 
 class Model {
@@ -45,15 +58,28 @@ class Model {
   const DecoderConfig& config() const { return config_; }
   const std::vector<LayerWeights>& layers() const { return layers_; }
   const Matrix& embedding() const { return *embedding_; }
-  const float* final_norm() const { return final_norm_; }
+  // Null without learned positions.
+  const Matrix* positions() const { return positions_; }
+  const Norm& final_norm() const { return final_norm_; }
   const Linear& head() const { return head_; }
   bool finalized() const { return finalized_; }
   std::size_t weights_bytes() const;
 
  private:
+  void expect(const std::string& part, int rows, int cols, bool bias);
+  void expect_norm(const std::string& part);
+  void expect_attention(const std::string& prefix, const AttentionSpec& a);
+  void expect_ffn(const std::string& prefix, const FfnSpec& f);
+  void expect_experts(const std::string& prefix, const ExpertsSpec& e);
+  void expect_layer(const std::string& prefix, const LayerConfig& layer);
+
   const float* vector(const std::string& name) const;
+  Norm norm(const std::string& prefix) const;
   Linear linear(const std::string& prefix, bool bias) const;
-  void expect_layer(int index, const LayerConfig& layer);
+  AttentionWeights attention(const std::string& prefix, const AttentionSpec& a) const;
+  FfnWeights ffn(const std::string& prefix, const FfnSpec& f) const;
+  ExpertsWeights experts(const std::string& prefix, const ExpertsSpec& e) const;
+  LayerWeights layer(const std::string& prefix, const LayerConfig& layer) const;
 
   DecoderConfig config_;
   Arena arena_;
@@ -62,7 +88,8 @@ class Model {
   std::map<std::string, AlignedBuffer> vectors_;
   std::vector<LayerWeights> layers_;
   const Matrix* embedding_ = nullptr;
-  const float* final_norm_ = nullptr;
+  const Matrix* positions_ = nullptr;
+  Norm final_norm_;
   Linear head_;
   bool finalized_ = false;
 };

@@ -16,12 +16,13 @@ void run_panels(const Kernels& kernels, const ProductInput& input, const Product
   const Matrix& w = *p.linear->weight;
   const Output out{p.y, p.ld, p.linear->bias, p.accumulate};
   const bool bf16 = w.activation() == Activation::kBf16;
+  const int rows = input.rows(p.part);
   if (!w.is_packed())
-    kernels.matmul_plain(w.plain_view(), input.floats(bf16), input.tokens(), begin, end, out);
+    kernels.matmul_plain(w.plain_view(), input.floats(p.part, bf16), rows, begin, end, out);
   else if (w.activation() == Activation::kInt8)
-    kernels.matmul_int8(w.packed_view(), input.int8(), input.tokens(), begin, end, out);
+    kernels.matmul_int8(w.packed_view(), input.int8(p.part), rows, begin, end, out);
   else
-    kernels.matmul_float(w.packed_view(), input.floats(bf16), input.tokens(), begin, end, out);
+    kernels.matmul_float(w.packed_view(), input.floats(p.part, bf16), rows, begin, end, out);
 }
 
 // Panels per work item: enough items to balance, large enough to stream, small enough to stay in cache.
@@ -34,9 +35,13 @@ int chunk_panels(const Matrix& w, int threads, int tokens, int all_panels) {
   return std::min(panels, w.panels());
 }
 
+// Rows of the int8 form: above one tile the last one is as wide as the others.
+size_t int8_rows(int rows) { return rows > kTokenTile ? round_up(size_t(rows), kTokenTile) : size_t(rows); }
+
 }  // namespace
 
 void InputForms::add(const Linear& linear) {
+  if (!linear.weight) return;
   const Matrix& w = *linear.weight;
   const bool b = w.activation() == Activation::kBf16;
   int8 |= w.activation() == Activation::kInt8;
@@ -44,21 +49,26 @@ void InputForms::add(const Linear& linear) {
   if (w.asymmetric() && w.activation() != Activation::kInt8) (b ? bf16_sums : sums) = true;
 }
 
-void InputForms::add(const InputForms& other) {
-  sums |= other.sums;
-  bf16 |= other.bf16;
-  bf16_sums |= other.bf16_sums;
-  int8 |= other.int8;
+void InputForms::add(const FfnWeights& ffn) {
+  for (const Linear* l : {&ffn.gate, &ffn.up, &ffn.down}) add(*l);
 }
 
-void ProductInput::reserve(const InputForms& forms, int columns, int tokens) {
-  const size_t blocks = round_up(size_t(columns), kBlock) / kBlock, n = size_t(tokens);
+void InputForms::add(const LayerWeights& layer) {
+  const AttentionWeights& a = layer.attention;
+  for (const Linear* l : {&a.q, &a.k, &a.v, &a.o, &layer.experts.router}) add(*l);
+  add(layer.ffn);
+  add(layer.experts.shared);
+  for (const FfnWeights& expert : layer.experts.experts) add(expert);
+}
+
+void ProductInput::reserve(const InputForms& forms, int columns, int rows, bool split) {
+  const size_t blocks = round_up(size_t(columns), kBlock) / kBlock, n = size_t(rows);
   if (forms.bf16) bf16_ = AlignedBuffer(n * blocks * kBlock * 4);
   if (forms.sums) sums_ = AlignedBuffer(n * blocks * 4);
   if (forms.bf16_sums) bf16_sums_ = AlignedBuffer(n * blocks * 4);
   if (!forms.int8) return;
-  // Above one tile the last one is as wide as the others.
-  const size_t cells = (n > kTokenTile ? round_up(n, kTokenTile) : n) * blocks;
+  // Parts of 17 rows and more are rounded up to whole tiles: at worst nearly twice the rows.
+  const size_t cells = (split ? 2 * n : int8_rows(rows)) * blocks;
   codes_ = AlignedBuffer(cells * kBlock);
   scale_ = AlignedBuffer(cells * 4);
   bias8_ = AlignedBuffer(cells * 4);
@@ -73,59 +83,71 @@ std::size_t ProductInput::bytes() const {
   return total;
 }
 
-void ProductInput::begin(const InputForms& forms, float* x, int columns, int tokens) {
+void ProductInput::begin(const InputForms& forms, float* x, int columns, std::span<const int> rows_of_parts) {
   forms_ = forms;
   x_ = x;
   columns_ = columns;
-  tokens_ = tokens;
   ld_ = int(round_up(size_t(columns), kBlock));
-  int8_ = {codes_.as<int8_t>(),
-           scale_.as<float>(),
-           bias8_.as<int32_t>(),
-           bias128_.as<int32_t>(),
-           code_sums_.as<float>(),
-           std::min(tokens, int(kTokenTile)),
-           ld_ / kBlock};
+  parts_.clear();
+  const size_t blocks = size_t(ld_ / kBlock);
+  size_t cell = 0;
+  int first = 0;
+  for (const int rows : rows_of_parts) {
+    const Int8Input int8{codes_.as<int8_t>() + cell * kBlock, scale_.as<float>() + cell,
+                         bias8_.as<int32_t>() + cell,         bias128_.as<int32_t>() + cell,
+                         code_sums_.as<float>() + cell,       std::min(rows, int(kTokenTile)),
+                         int(blocks)};
+    parts_.push_back({first, rows, forms.int8 ? int8 : Int8Input{}});
+    first += rows;
+    cell += int8_rows(rows) * blocks;
+  }
 }
 
-void ProductInput::prepare(const Kernels& kernels, int token) const {
-  const size_t at = size_t(token) * size_t(ld_), blocks = size_t(ld_ / kBlock);
-  float* row = x_ + at;
-  kernels.pad_row(row, columns_);
-  if (forms_.sums) kernels.block_sums(row, int(blocks), sums_.as<float>() + size_t(token) * blocks);
-  if (forms_.bf16) kernels.round_bf16(row, ld_, bf16_.as<float>() + at);
+void ProductInput::prepare(const Kernels& kernels, int row) const {
+  const size_t at = size_t(row) * size_t(ld_), blocks = size_t(ld_ / kBlock);
+  float* x = x_ + at;
+  kernels.pad_row(x, columns_);
+  if (forms_.sums) kernels.block_sums(x, int(blocks), sums_.as<float>() + size_t(row) * blocks);
+  if (forms_.bf16) kernels.round_bf16(x, ld_, bf16_.as<float>() + at);
   if (forms_.bf16_sums)
-    kernels.block_sums(bf16_.as<float>() + at, int(blocks), bf16_sums_.as<float>() + size_t(token) * blocks);
-  if (forms_.int8) kernels.quantize_int8(row, token, int8_);
+    kernels.block_sums(bf16_.as<float>() + at, int(blocks), bf16_sums_.as<float>() + size_t(row) * blocks);
+  if (!forms_.int8) return;
+  const auto after = std::upper_bound(parts_.begin(), parts_.end(), row, [](int r, const Part& p) { return r < p.first; });
+  const Part& part = *(after - 1);
+  kernels.quantize_int8(x, row - part.first, part.int8);
 }
 
-FloatInput ProductInput::floats(bool bf16) const {
-  if (bf16) return {bf16_.as<float>(), size_t(ld_), bf16_sums_.as<float>()};
-  return {x_, size_t(ld_), sums_.as<float>()};
+FloatInput ProductInput::floats(int part, bool bf16) const {
+  const size_t first = size_t(parts_[size_t(part)].first), at = first * size_t(ld_);
+  const size_t block = first * size_t(ld_ / kBlock);
+  const auto from = [](const AlignedBuffer& b, size_t i) { return b.data() ? b.as<float>() + i : nullptr; };
+  if (bf16) return {from(bf16_, at), size_t(ld_), from(bf16_sums_, block)};
+  return {x_ + at, size_t(ld_), from(sums_, block)};
 }
 
-void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::initializer_list<Product> products) {
-  struct Part {
+void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::span<const Product> products) {
+  struct Share {
     const Product* product;
-    int panels, chunk, first, items;
+    int panels, chunk, first;
   };
-  Part parts[4];
-  int count = 0, all_panels = 0, items = 0;
+  std::vector<Share> shares;
+  shares.reserve(products.size());
+  int all_panels = 0, items = 0;
   double macs = 0;
   for (const Product& p : products) all_panels += p.linear->weight->panels();
   for (const Product& p : products) {
     const Matrix& w = *p.linear->weight;
-    const int chunk = chunk_panels(w, threads, input.tokens(), all_panels);
-    const int n = (w.panels() + chunk - 1) / chunk;
-    parts[count++] = {&p, w.panels(), chunk, items, n};
-    items += n;
-    macs += double(w.rows()) * w.cols() * input.tokens();
+    const int chunk = chunk_panels(w, threads, input.rows(p.part), all_panels);
+    shares.push_back({&p, w.panels(), chunk, items});
+    items += (w.panels() + chunk - 1) / chunk;
+    macs += double(w.rows()) * w.cols() * input.rows(p.part);
   }
   const auto task = [&](int item) {
-    int i = 0;
-    while (item >= parts[i].first + parts[i].items) ++i;
-    const int begin = (item - parts[i].first) * parts[i].chunk;
-    run_panels(kernels, input, *parts[i].product, begin, std::min(begin + parts[i].chunk, parts[i].panels));
+    const auto after =
+        std::upper_bound(shares.begin(), shares.end(), item, [](int i, const Share& s) { return i < s.first; });
+    const Share& s = *(after - 1);
+    const int begin = (item - s.first) * s.chunk;
+    run_panels(kernels, input, *s.product, begin, std::min(begin + s.chunk, s.panels));
   };
   ThreadPool::instance().run(macs < kSerialMacs ? 1 : threads, items, task);
 }

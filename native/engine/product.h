@@ -3,6 +3,8 @@
 #pragma once
 
 #include <initializer_list>
+#include <span>
+#include <vector>
 
 #include "aligned.h"
 #include "model.h"
@@ -14,29 +16,37 @@ struct InputForms {
   bool sums = false, bf16 = false, bf16_sums = false, int8 = false;
 
   void add(const Linear& linear);
-  void add(const InputForms& other);
+  void add(const FfnWeights& ffn);
+  void add(const LayerWeights& layer);
 };
 
-// Owns the derived forms of one input at a time; the f32 rows belong to the caller.
+// Owns the derived forms of one input at a time; the f32 rows belong to the caller. An input is one part, or several
+// (consecutive rows that different matrices multiply: one part an expert).
 class ProductInput {
  public:
-  void reserve(const InputForms& forms, int columns, int tokens);
+  // For up to `rows` rows, in several parts where `split`.
+  void reserve(const InputForms& forms, int columns, int rows, bool split);
   std::size_t bytes() const;
 
   // Rows of `x` are `ld` floats apart, ld = columns rounded up to 32.
-  void begin(const InputForms& forms, float* x, int columns, int tokens);
-  // Pads and derives one row; safe to call for different tokens at once.
-  void prepare(const Kernels& kernels, int token) const;
+  void begin(const InputForms& forms, float* x, int columns, int rows) { begin(forms, x, columns, {&rows, 1}); }
+  void begin(const InputForms& forms, float* x, int columns, std::span<const int> rows_of_parts);
+  // Pads and derives one row; safe to call for different rows at once.
+  void prepare(const Kernels& kernels, int row) const;
 
-  FloatInput floats(bool bf16) const;
-  const Int8Input& int8() const { return int8_; }
-  int tokens() const { return tokens_; }
+  FloatInput floats(int part, bool bf16) const;
+  const Int8Input& int8(int part) const { return parts_[size_t(part)].int8; }
+  int rows(int part) const { return parts_[size_t(part)].rows; }
 
  private:
+  struct Part {
+    int first, rows;
+    Int8Input int8;
+  };
   InputForms forms_;
   float* x_ = nullptr;
-  int columns_ = 0, tokens_ = 0, ld_ = 0;
-  Int8Input int8_{};
+  int columns_ = 0, ld_ = 0;
+  std::vector<Part> parts_;
   AlignedBuffer bf16_, sums_, bf16_sums_;
   AlignedBuffer codes_, scale_, bias8_, bias128_, code_sums_;
 };
@@ -46,9 +56,14 @@ struct Product {
   float* y;
   std::size_t ld;
   bool accumulate = false;
+  int part = 0;  // of the input; `y` is the first row of this part's output
 };
 
 // Runs the products (all of the same input) as one parallel job.
-void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::initializer_list<Product> products);
+void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::span<const Product> products);
+inline void multiply(const Kernels& kernels, int threads, const ProductInput& input,
+                     std::initializer_list<Product> products) {
+  multiply(kernels, threads, input, std::span(products.begin(), products.size()));
+}
 
 }  // namespace trilemma

@@ -14,6 +14,9 @@ namespace trilemma {
 
 class ThreadPool {
  public:
+  // Floats of row-wise work below which one thread is faster.
+  static constexpr double kSerialFloats = 8e3;
+
   static ThreadPool& instance();
 
   // Calls task(item) for each item in [0, items), on the caller and at most threads - 1 workers. Does not throw.

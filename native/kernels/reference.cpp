@@ -82,6 +82,19 @@ double nonlinear(double x, Nonlinearity kind) {
   return std::max(x, 0.0);
 }
 
+std::vector<double> norm(const std::vector<float>& x, const std::vector<float>& weight, const std::vector<float>& bias,
+                         double eps, bool centred) {
+  const double n = double(x.size());
+  double mean = 0, squares = 0;
+  for (const float v : x) mean += centred ? double(v) / n : 0;
+  for (const float v : x) squares += (double(v) - mean) * (double(v) - mean);
+  std::vector<double> out;
+  for (std::size_t i = 0; i < x.size(); ++i)
+    out.push_back((double(x[i]) - mean) / std::sqrt(squares / n + eps) * double(weight[i]) +
+                  (bias.empty() ? 0 : double(bias[i])));
+  return out;
+}
+
 std::vector<double> attention(const std::vector<double>& q, const std::vector<std::vector<double>>& k,
                               const std::vector<std::vector<double>>& v) {
   std::vector<double> scores;

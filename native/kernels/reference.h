@@ -38,6 +38,10 @@ Sum product(const Grid& grid, int row, const std::vector<double>& x);
 
 double nonlinear(double x, Nonlinearity kind);
 
+// (x - mean) / rms * weight + bias; without `centred` the mean is not taken off. An empty bias is none.
+std::vector<double> norm(const std::vector<float>& x, const std::vector<float>& weight, const std::vector<float>& bias,
+                         double eps, bool centred);
+
 // Attention of one query over keys and values (positions, dim), all of them visible.
 std::vector<double> attention(const std::vector<double>& q, const std::vector<std::vector<double>>& k,
                               const std::vector<std::vector<double>>& v);

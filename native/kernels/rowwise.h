@@ -1,4 +1,4 @@
-// Operations on one row of activations: RMS norm, rotary embedding, gated nonlinearity.
+// Operations on one row of activations: norms, rotary embedding, gated nonlinearity, sums.
 #pragma once
 
 #include "table.h"
@@ -7,21 +7,56 @@
 namespace trilemma {
 namespace {
 
-// out = x / sqrt(mean(x^2) + eps) * weight
-void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
-  V16f squares = zero();
+// body(i, lanes) for every vector of a row.
+template <class Body>
+inline void each_vector(int n, const Body& body) {
   int i = 0;
-  for (; i + 16 <= n; i += 16) {
-    const V16f v = load(x + i);
+  for (; i + 16 <= n; i += 16) body(i, 16);
+  if (i < n) body(i, n - i);
+}
+
+// out = (x - mean) * inverse * weight (+ bias)
+inline void scale_row(const float* x, const float* weight, const float* bias, int n, V16f mean, V16f inverse,
+                      float* out) {
+  each_vector(n, [&](int i, int lanes) {
+    V16f y = mul(mul(sub(load_n(x + i, lanes), mean), inverse), load_n(weight + i, lanes));
+    if (bias) y = add(y, load_n(bias + i, lanes));
+    store_n(out + i, y, lanes);
+  });
+}
+
+inline V16f inverse_root(V16f squares, int n, float eps) {
+  return set1(1.0f / __builtin_sqrtf(reduce_add(squares) / float(n) + eps));
+}
+
+void rms_norm(const float* x, const float* weight, const float* bias, int n, float eps, float* out) {
+  V16f squares = zero();
+  each_vector(n, [&](int i, int lanes) {
+    const V16f v = load_n(x + i, lanes);
     squares = fma(v, v, squares);
-  }
-  if (i < n) {
-    const V16f v = load_n(x + i, n - i);
+  });
+  scale_row(x, weight, bias, n, zero(), inverse_root(squares, n, eps), out);
+}
+
+void layer_norm(const float* x, const float* weight, const float* bias, int n, float eps, float* out) {
+  V16f sum = zero(), squares = zero();
+  each_vector(n, [&](int i, int lanes) { sum = add(sum, load_n(x + i, lanes)); });
+  const V16f mean = set1(reduce_add(sum) / float(n));
+  each_vector(n, [&](int i, int lanes) {
+    const V16f v = keep_range(sub(load_n(x + i, lanes), mean), 0, lanes, 0.0f);
     squares = fma(v, v, squares);
-  }
-  const V16f inverse = set1(1.0f / __builtin_sqrtf(reduce_add(squares) / float(n) + eps));
-  for (i = 0; i + 16 <= n; i += 16) store(out + i, mul(mul(load(x + i), inverse), load(weight + i)));
-  if (i < n) store_n(out + i, mul(mul(load_n(x + i, n - i), inverse), load_n(weight + i, n - i)), n - i);
+  });
+  scale_row(x, weight, bias, n, mean, inverse_root(squares, n, eps), out);
+}
+
+void add_scaled(float* x, const float* y, float scale, int n) {
+  each_vector(n, [&](int i, int lanes) {
+    store_n(x + i, fma(set1(scale), load_n(y + i, lanes), load_n(x + i, lanes)), lanes);
+  });
+}
+
+void exp_row(float* x, int n, float shift) {
+  each_vector(n, [&](int i, int lanes) { store_n(x + i, exp(sub(load_n(x + i, lanes), set1(shift))), lanes); });
 }
 
 inline void rotate(float* low, float* high, const float* cos, const float* sin, V16f scale, int n) {

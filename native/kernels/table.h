@@ -88,7 +88,11 @@ struct AttentionTask {
 
 struct Kernels {
   const char* name;
-  void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
+  // (x - mean) / rms * weight + bias, without the mean for rms_norm. `bias` may be null; `out` may be `x`.
+  void (*rms_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* out);
+  void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* out);
+  void (*add_scaled)(float* x, const float* y, float scale, int n);  // x += scale * y, one fma each
+  void (*exp_row)(float* x, int n, float shift);                     // x = e^(x - shift)
   // Zeroes row[k, ceil32(k)): every kernel may read whole blocks.
   void (*pad_row)(float* row, int k);
   void (*round_bf16)(const float* x, int padded_k, float* out);

@@ -165,20 +165,46 @@ void test_plain(int rows, int cols, Dtype dtype) {
   }
 }
 
+void test_norm(const std::vector<float>& x, const std::vector<float>& w, const std::vector<float>& bias, bool centred) {
+  const int n = int(x.size());
+  const float* b = bias.empty() ? nullptr : bias.data();
+  const std::vector<float> apart = everywhere(centred ? "layer_norm" : "rms_norm", [&](const Kernels& k) {
+    std::vector<float> out(x.size());
+    (centred ? k.layer_norm : k.rms_norm)(x.data(), w.data(), b, n, 1e-5f, out.data());
+    return out;
+  });
+  const std::vector<float> in_place = everywhere("norm in place", [&](const Kernels& k) {
+    std::vector<float> out = x;
+    (centred ? k.layer_norm : k.rms_norm)(out.data(), w.data(), b, n, 1e-5f, out.data());
+    return out;
+  });
+  CHECK(same_bits(apart, in_place), "a norm in place differs");
+  const std::vector<double> wanted = ref::norm(x, w, bias, 1e-5, centred);
+  for (size_t i = 0; i < x.size(); ++i)
+    check_close("norm", apart[i], wanted[i], 4 * kFunctionTolerance * (std::fabs(wanted[i]) + std::fabs(w[i]) + 1e-3));
+}
+
 void test_rowwise(int n) {
   std::vector<float> x = random_values(size_t(n), 5), w = random_values(size_t(n)), up = random_values(size_t(n));
   x[0] = 100;
   if (n > 1) x[1] = -100;  // both ends of exp
-  const std::vector<float> normed = everywhere("rms_norm", [&](const Kernels& k) {
-    std::vector<float> out(x.size());
-    k.rms_norm(x.data(), w.data(), n, 1e-5f, out.data());
+  for (const bool biased : {false, true})
+    for (const bool centred : {false, true}) test_norm(x, w, biased ? up : std::vector<float>{}, centred);
+  const std::vector<float> sums = everywhere("add_scaled", [&](const Kernels& k) {
+    std::vector<float> out = x;
+    k.add_scaled(out.data(), up.data(), 0.37f, n);
     return out;
   });
-  double squares = 0;
-  for (const float v : x) squares += double(v) * double(v);
+  for (int i = 0; i < n; ++i)
+    CHECK(sums[size_t(i)] == std::fma(0.37f, up[size_t(i)], x[size_t(i)]), "add_scaled is one fma");
+  const std::vector<float> powers = everywhere("exp_row", [&](const Kernels& k) {
+    std::vector<float> out = x;
+    k.exp_row(out.data(), n, 30.0f);
+    return out;
+  });
   for (int i = 0; i < n; ++i) {
-    const double wanted = double(x[size_t(i)]) / std::sqrt(squares / n + 1e-5) * double(w[size_t(i)]);
-    check_close("rms_norm", normed[size_t(i)], wanted, kFunctionTolerance * (std::fabs(wanted) + 1e-3));
+    const double wanted = std::exp(double(x[size_t(i)] - 30.0f));
+    check_close("exp_row", powers[size_t(i)], wanted, 4e-7 * wanted + 1e-37);
   }
   for (const Nonlinearity kind : {kSilu, kGelu, kGeluTanh, kRelu}) {
     const std::vector<float> y = everywhere("glu", [&](const Kernels& k) {
