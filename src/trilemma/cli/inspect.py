@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,17 +16,71 @@ if TYPE_CHECKING:
 WOULD_BE = ("f32", "bf16", "int8-channel", "int8-g32", "int4-g128", "int4-g64", "int4-g32", "int4-g32-asym")
 
 
-def inspect(model: options.Model, json: options.Json = False) -> None:
+def inspect(
+    model: options.Model,
+    device: options.OtherDevice = None,
+    scheme: Annotated[
+        list[str] | None,
+        typer.Option("--scheme", help="With --device: schemes to compare, 'as it is' among them; comma-separated."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option("--context", min=2, help="With --device: prompt and answer together; 512 or the model's own."),
+    ] = None,
+    duty_cycle: options.Duty = None,
+    diagnose: Annotated[
+        bool,
+        typer.Option("--diagnose", help="Measure what binds it: memory, compute or overhead; also a GGUF. A minute."),
+    ] = False,
+    complaint: Annotated[
+        Literal["slow", "large", "hungry"] | None,
+        typer.Option("--complaint", help="With --diagnose: orders the remedies by time, by memory or by energy."),
+    ] = None,
+    waterfall: Annotated[
+        str | None,
+        typer.Option("--waterfall", help="Recipe file, artifact or scheme: what each of its steps gains, in order."),
+    ] = None,
+    data: options.Data = None,
+    prepare: options.PrepareText = "none",
+    plot: Annotated[Path | None, typer.Option("--plot", help="With --waterfall: SVG file to write.")] = None,
+    prompt: Annotated[int, typer.Option("--prompt", min=8, help="Prompt tokens that are timed.")] = 128,
+    output: Annotated[int, typer.Option("--output", min=4, help="Output tokens that are timed.")] = 32,
+    threads: options.Threads = None,
+    kv: options.KvCache = None,
+    json: options.Json = False,
+) -> None:
     """Parameters, bytes by format, KV cache and work per token, from the headers alone."""
-    from trilemma.cli import console
+    if diagnose or waterfall is not None:
+        from trilemma.cli import diagnose as measured
+
+        if device is not None or (diagnose and waterfall is not None):
+            raise typer.BadParameter("give one of --device, --diagnose and --waterfall")
+        if waterfall is not None:
+            measured.waterfall(
+                model, waterfall, data=data, prepare=prepare, plot=plot, prompt=prompt, output=output, threads=threads,
+                kv=kv, json=json,
+            )  # fmt: skip
+        else:
+            measured.diagnose(
+                model, complaint=complaint, prompt=prompt, output=output, threads=threads, kv=kv, json=json
+            )
+        return
+    from trilemma.cli import console, device_view
     from trilemma.formats.artifact import load_any
     from trilemma.model.cost import inspect_model
 
+    schemes = device_view.split_names(scheme)
+    device_view.require_device(device, schemes=schemes, context=context, duty_cycle=duty_cycle)
     opened = load_any(model)
     found = inspect_model(opened)
     would_weigh = {name: _weight_in(opened, name) for name in WOULD_BE}
     if json:
-        console.print_json({**found.model_dump(mode="json"), "weights_bytes_in": would_weigh})
+        there = {} if device is None else device_view.device_json(opened, device, schemes, context, duty_cycle)
+        document = {**found.model_dump(mode="json"), "weights_bytes_in": would_weigh}
+        console.print_json(document | ({"on_device": there} if there else {}))
+        return
+    if device is not None:
+        device_view.show_device(model, opened, device, schemes, context, duty_cycle)
         return
     _show_facts(model, found)
     _show_tables(found, would_weigh)

@@ -60,9 +60,11 @@ def _names(kind: Kind) -> dict[str, str]:
 
             return dict.fromkeys(EXPORTERS, "")
         case "devices":
+            from trilemma.core.device import DEVICES, load_device
             from trilemma.core.environment import cpu_name, total_memory_bytes, usable_cores
 
-            return {"host": f"{cpu_name()}, {usable_cores()} cores, {total_memory_bytes() / 1e9:.1f} GB"}
+            host = f"{cpu_name()}, {usable_cores()} cores, {total_memory_bytes() / 1e9:.1f} GB"
+            return {"host": host, **{name: load_device(name).title for name in DEVICES}}
 
 
 def _technique_line(name: str) -> str:

@@ -42,3 +42,13 @@ PrepareText = Annotated[
 _NAMED = typer.Option("--data", help="Text file, or name=file for a domain of its own. May be repeated.")
 NamedData = Annotated[list[str], _NAMED]
 SomeNamedData = Annotated[list[str] | None, _NAMED]
+OtherDevice = Annotated[
+    str | None,
+    typer.Option("--device", help="Predict for a device that is not here: phone, raspberry-pi-5, laptop, or a .yaml."),
+]
+Duty = Annotated[
+    str | None,
+    typer.Option(
+        "--duty-cycle", help="With --device: how often it answers, '200 tokens/h' or '5%', for battery hours."
+    ),
+]

@@ -46,14 +46,28 @@ def recipe_formats(model: Model, recipe: Recipe) -> tuple[dict[str, str], str]:
         RecipeError: wrong settings, or a step whose result is not known before it is done.
         UnsupportedModelError: a technique that can not work on this model.
     """
+    formats, _, kv = recipe_runs(model, recipe)
+    return formats, kv
+
+
+def recipe_runs(model: Model, recipe: Recipe) -> tuple[dict[str, str], dict[str, Activation], str]:
+    """As `recipe_formats`, with the input precision of every product between: formats, activations, KV cache.
+
+    Raises:
+        RecipeError: wrong settings, or a step whose result is not known before it is done.
+        UnsupportedModelError: a technique that can not work on this model.
+    """
     formats: dict[str, str] = {}
-    kv = model.run.kv_cache
+    activations: dict[str, Activation] = {}
+    kv: str = model.run.kv_cache
     for step, (_, settings) in zip(recipe.steps, check_recipe(recipe, model.config), strict=True):
         if isinstance(settings, KvCacheSettings):
             kv = settings.precision
-        else:
-            formats |= {name: spec.name for name, spec in _formats(model, step.technique, settings)[0].items()}
-    return formats, kv
+            continue
+        chosen, inputs = _formats(model, step.technique, settings)
+        formats |= {name: spec.name for name, spec in chosen.items()}
+        activations |= {name: run.activation for name, run in assign_runs(model.config, chosen, inputs).items()}
+    return formats, activations, kv
 
 
 def _formats(model: Model, technique: str, settings: TechniqueSettings) -> tuple[dict[str, Format], Activation]:

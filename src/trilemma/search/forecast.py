@@ -1,0 +1,145 @@
+"""From a model and a scheme to what it would cost on a device: counts of bytes and products, then the roofline.
+
+No weight is read and nothing is built. Schemes whose result is not known before the work is done (some
+restructuring) are refused; build the model and ask about the artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from trilemma.core.device import Arithmetic, Device
+from trilemma.core.duty import DutyCycle
+from trilemma.core.errors import InputError
+from trilemma.formats import FORMATS
+from trilemma.formats.pack import packed_bytes
+from trilemma.measure.device_model import Demand, Forecast, forecast
+from trilemma.model.cost import (
+    attention_macs_per_token,
+    decode_bytes_per_token,
+    kv_bytes,
+    matrix_macs_per_token,
+    weights_bytes,
+)
+from trilemma.model.model import Activation, Model
+from trilemma.techniques.cost_twin import recipe_runs
+from trilemma.techniques.schemes import scheme_to_recipe
+
+AS_IT_IS = "as it is"
+SCHEMES = (AS_IT_IS, "W8A8-g32", "W4A8-g32", "W4A8-g128")
+_ARITHMETIC: dict[Activation, Arithmetic] = {"f32": "f32", "bf16": "bf16", "int8-g32": "int8"}
+
+
+@dataclass(frozen=True)
+class Form:
+    """A model in one form, by arithmetic: format and input precision of every matrix, and the cache."""
+
+    format_of: Callable[[str], str]
+    activation_of: Callable[[str], Activation]
+    kv_cache: str
+
+
+def forecast_schemes(
+    model: Model,
+    device: Device,
+    *,
+    schemes: Sequence[str] = SCHEMES,
+    context: int | None = None,
+    output_tokens: int = 64,
+    duty: DutyCycle | None = None,
+) -> dict[str, Forecast]:
+    """A forecast of the model on the device in each scheme.
+
+    Args:
+        schemes: names as `trilemma list schemes` has them; 'as it is' is the model's own form.
+        context: prompt and answer together; by default 512 or the model's own.
+        output_tokens: of the answer.
+        duty: how often it answers, for battery hours.
+
+    Raises:
+        RecipeError: a scheme that can not be read, or whose result can not be known beforehand.
+        InputError: lengths that the model's context does not hold.
+    """
+    length = context or min(512, model.config.max_context)
+    if not output_tokens + 1 <= length <= model.config.max_context:
+        raise InputError(
+            f"A context of {length} does not fit: it must hold a prompt and {output_tokens} output tokens, and the "
+            f"model takes {model.config.max_context}."
+        )
+    return {
+        scheme: forecast(device, demand_of(model, form_of(model, scheme), length - output_tokens, output_tokens), duty)
+        for scheme in schemes
+    }
+
+
+def forecast_model(
+    model: Model, device: Device, *, prompt_tokens: int, output_tokens: int, duty: DutyCycle | None = None
+) -> Forecast:
+    """The forecast of a model in its own form: a built artifact, or the original."""
+    return forecast(device, demand_of(model, form_of(model, AS_IT_IS), prompt_tokens, output_tokens), duty)
+
+
+def form_of(model: Model, scheme: str) -> Form:
+    """Formats, input precisions and cache that a scheme leaves."""
+    if scheme == AS_IT_IS:
+        return Form(model.format_of, lambda name: model.linear(name).activation, model.run.kv_cache)
+    formats, activations, kv = recipe_runs(model, scheme_to_recipe(scheme))
+    return Form(
+        lambda name: formats.get(name, model.format_of(name)),
+        lambda name: activations.get(name, model.linear(name).activation),
+        kv,
+    )
+
+
+def demand_of(model: Model, form: Form, prompt_tokens: int, output_tokens: int) -> Demand:
+    """Bytes and multiply-accumulates of a request of the stated lengths."""
+    config = model.config
+    length, middle = prompt_tokens + output_tokens, prompt_tokens + output_tokens // 2
+    resident = weights_bytes(config, form.format_of, _format_bytes)
+    products = _matrix_macs(model, form)
+    head: dict[Arithmetic, float] = {_head_precision(model, form): float(config.vocab_size * config.dim)}
+    layers = {p: prompt_tokens * (count - head.get(p, 0.0)) for p, count in products.items()}
+    return Demand(
+        prompt_tokens=prompt_tokens, output_tokens=output_tokens, weights_bytes=resident,
+        kv_bytes=kv_bytes(config, form.kv_cache, length),
+        read_bytes=decode_bytes_per_token(config, form.format_of, form.kv_cache, middle, _format_bytes),
+        macs=_plus(products, {"f32": attention_macs_per_token(config, middle)}),
+        prefill_bytes=resident,
+        prefill_macs=_plus(
+            layers, head, {"f32": prompt_tokens * attention_macs_per_token(config, max(1, prompt_tokens // 2))}
+        ),
+    )  # fmt: skip
+
+
+def _matrix_macs(model: Model, form: Form) -> dict[Arithmetic, float]:
+    """Products of one token by precision: all of them as `model.cost` counts, shared out as the matrices' sizes say."""
+    config = model.config
+    head = config.vocab_size * config.dim
+    sizes: dict[Arithmetic, float] = {}
+    for name, shape in config.tensor_shapes().items():
+        if len(shape) == 2 and name.startswith("layers."):
+            precision = _ARITHMETIC[form.activation_of(name)]
+            sizes[precision] = sizes.get(precision, 0.0) + shape[0] * shape[1]
+    whole, layers = sum(sizes.values()), matrix_macs_per_token(config) - head
+    shared = {precision: layers * size / whole for precision, size in sizes.items()} if whole else {}
+    return _plus(shared, {_head_precision(model, form): head})
+
+
+def _head_precision(model: Model, form: Form) -> Arithmetic:
+    return _ARITHMETIC[form.activation_of("embedding.weight" if model.config.tied else "head.weight")]
+
+
+def _plus(*counts: dict[Arithmetic, float]) -> dict[Arithmetic, float]:
+    total: dict[Arithmetic, float] = {}
+    for each in counts:
+        for precision, count in each.items():
+            total[precision] = total.get(precision, 0.0) + count
+    return total
+
+
+def _format_bytes(name: str, shape: tuple[int, int]) -> int:
+    return packed_bytes(FORMATS.get(name), shape)
+
+
+__all__ = ["AS_IT_IS", "SCHEMES", "Form", "demand_of", "forecast_model", "forecast_schemes", "form_of"]
