@@ -56,6 +56,8 @@ class Model {
   void finalize();
 
   const DecoderConfig& config() const { return config_; }
+  // (rows, cols) of every tensor of the config by name; cols 0: a vector.
+  const std::map<std::string, std::pair<int, int>>& expected() const { return expected_; }
   const std::vector<LayerWeights>& layers() const { return layers_; }
   const Matrix& embedding() const { return *embedding_; }
   // Null without learned positions.
@@ -83,7 +85,7 @@ class Model {
 
   DecoderConfig config_;
   Arena arena_;
-  std::map<std::string, std::pair<int, int>> expected_;  // (rows, cols); cols 0: a vector
+  std::map<std::string, std::pair<int, int>> expected_;
   std::map<std::string, Matrix> matrices_;
   std::map<std::string, AlignedBuffer> vectors_;
   std::vector<LayerWeights> layers_;

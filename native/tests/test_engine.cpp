@@ -12,16 +12,22 @@ using namespace trilemma;
 
 namespace {
 
+// Every option of the schema somewhere.
 DecoderConfig small_config() {
   DecoderConfig c;
   c.dim = 60;
   c.vocab_size = 211;
   c.max_context = 160;
-  RopeSpec rope{{1.0f, 0.1f, 0.01f, 0.001f}, 1.0f};
-  for (int i = 0; i < 2; ++i)
-    c.layers.push_back(
-        {AttentionSpec{6, 2, 8, rope, 0.35f, i ? 40 : 0, true, false}, FfnSpec{172, kSilu, true, false}});
-  c.layers.push_back({std::nullopt, FfnSpec{50, kGelu, false, true}});
+  c.norm_bias = true;
+  c.embedding_scale = 2.5f;
+  c.learned_positions = true;
+  const RopeSpec rope{{1.0f, 0.1f, 0.01f, 0.001f}, 1.0f}, partial{{1.0f, 0.2f, 0.03f}, 1.1f};
+  c.layers.push_back({AttentionSpec{6, 2, 8, rope, 0.35f, 0, true, false}, FfnSpec{172}, {}});
+  c.layers.push_back({AttentionSpec{3, 3, 11, partial, 0.35f, 40, false, true, true}, FfnSpec{33}, {}, true});
+  c.layers.push_back({std::nullopt, FfnSpec{50, kGelu, false, true}, {}, false, true});
+  c.layers.push_back({AttentionSpec{4, 1, 8, rope, 0.35f}, {}, ExpertsSpec{5, 2, 44, kSilu}, false, true});
+  ExpertsSpec shared{7, 3, 21, kGeluTanh, RouterKind::kGlu, GateKind::kOne, 39, true};
+  c.layers.push_back({AttentionSpec{2, 2, 8, std::nullopt, 0.35f}, {}, shared, true, true});
   return c;
 }
 
@@ -39,39 +45,20 @@ Matrix random_matrix(Arena& arena, const std::string& name, int rows, int cols, 
                         {scales.data(), scales.size() * 2}, {nullptr, 0});
 }
 
-std::shared_ptr<Model> small_model(bool packed) {
-  auto model = std::make_shared<Model>(small_config());
-  const DecoderConfig& c = model->config();
-  const auto matrix = [&](const std::string& name, int rows, int cols) {
-    model->add_matrix(name, random_matrix(model->arena(), name, rows, cols, packed));
-  };
-  const auto vector = [&](const std::string& name, int n, float base) {
-    std::vector<float> values(static_cast<size_t>(n));
-    for (float& v : values) v = base + check::normal() * 0.1f;
+std::shared_ptr<Model> small_model(bool packed, NormKind norm) {
+  DecoderConfig config = small_config();
+  config.norm = norm;
+  auto model = std::make_shared<Model>(config);
+  const auto expected = model->expected();
+  for (const auto& [name, shape] : expected) {
+    if (shape.second) {
+      const bool plain = !packed || name == "position.weight" || name.find("router") != std::string::npos;
+      model->add_matrix(name, random_matrix(model->arena(), name, shape.first, shape.second, !plain));
+      continue;
+    }
+    std::vector<float> values(static_cast<size_t>(shape.first));
+    for (float& v : values) v = float(name.ends_with("norm.weight")) + check::normal() * 0.1f;
     model->add_vector(name, values.data(), values.size());
-  };
-  matrix("embedding.weight", c.vocab_size, c.dim);
-  matrix("head.weight", c.vocab_size, c.dim);
-  vector("final_norm.weight", c.dim, 1);
-  for (size_t i = 0; i < c.layers.size(); ++i) {
-    const std::string p = "layers." + std::to_string(i) + ".";
-    if (c.layers[i].attention) {
-      vector(p + "attention_norm.weight", c.dim, 1);
-      for (const auto& [role, rows] : {std::pair{"q", 48}, std::pair{"k", 16}, std::pair{"v", 16}}) {
-        matrix(p + "attention." + role + ".weight", rows, c.dim);
-        vector(p + "attention." + role + ".bias", rows, 0);
-      }
-      matrix(p + "attention.o.weight", c.dim, 48);
-    }
-    const FfnSpec& f = *c.layers[i].ffn;
-    vector(p + "ffn_norm.weight", c.dim, 1);
-    if (f.gated) matrix(p + "ffn.gate.weight", f.hidden, c.dim);
-    matrix(p + "ffn.up.weight", f.hidden, c.dim);
-    matrix(p + "ffn.down.weight", c.dim, f.hidden);
-    if (f.bias) {
-      vector(p + "ffn.up.bias", f.hidden, 0);
-      vector(p + "ffn.down.bias", c.dim, 0);
-    }
   }
   model->finalize();
   return model;
@@ -173,7 +160,7 @@ void test_pool() {
 int main() {
   test_pool();
   for (const bool packed : {false, true}) {
-    const auto model = small_model(packed);
+    const auto model = small_model(packed, packed ? NormKind::kRms : NormKind::kLayer);
     for (const KvMode kv : {KvMode::kNone, KvMode::kF32, KvMode::kBf16, KvMode::kInt8}) test_one_answer(model, kv);
     test_refusals(model);
     test_interruption(model);

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from trilemma import _native
+from trilemma.model.config import DecoderConfig
 
 ISAS = _native.supported_isas()
 SHAPES = [(511, 172), (16, 32), (3, 8), (40, 576), (33, 130), (100, 257)]  # rows, columns
@@ -70,10 +71,17 @@ def pack_panels(c: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     return np.frombuffer(bytes(out), np.uint8), by_panel(c.scales), minima
 
 
+def config_of(rows: int, cols: int, *, tied: bool) -> dict:
+    """A decoder without layers."""
+    config = DecoderConfig(
+        family="llama", dim=cols, vocab_size=rows, max_context=64, layers=(), norm_eps=1e-5, tied=tied
+    )
+    return config.model_dump()
+
+
 def layerless(rows: int, cols: int, embedding: np.ndarray, add_head) -> _native.Model:
     """vocab must cover embedding rows and head rows alike: the larger is padded with zeros."""
-    config = {"dim": cols, "vocab_size": rows, "max_context": 64, "norm_eps": 1e-5, "tied": False, "layers": ()}
-    model = _native.Model(config)
+    model = _native.Model(config_of(rows, cols, tied=False))
     table = np.zeros((rows, cols), np.float32)
     table[: len(embedding)] = embedding[:rows]
     model.add_plain("embedding.weight", "f32", rows, cols, table.reshape(-1).view(np.uint8))
@@ -187,8 +195,7 @@ def test_rows_of_a_tied_embedding(random_generator, bits, group, symmetric):
     rows, cols = 37, 72
     c = random_codes(random_generator, rows, cols, bits, group, symmetric)
     codes, scales, minima = pack_panels(c)
-    config = {"dim": cols, "vocab_size": rows, "max_context": 64, "norm_eps": 1e-5, "tied": True, "layers": ()}
-    model = _native.Model(config)
+    model = _native.Model(config_of(rows, cols, tied=True))
     model.add_packed("embedding.weight", bits, symmetric, group, rows, cols, "f32", codes, scales, minima)
     model.add_vector("final_norm.weight", np.ones(cols, np.float32))
     model.finalize()
@@ -222,7 +229,7 @@ def test_a_nan_is_not_swallowed_by_int8_activations():
 )
 def test_wrong_buffers_are_refused(arguments, message):
     bits, symmetric, group, rows, cols, activation, codes, scales = arguments
-    model = _native.Model({"dim": 64, "vocab_size": 16, "max_context": 8, "norm_eps": 1e-5, "tied": True, "layers": ()})
+    model = _native.Model(config_of(16, 64, tied=True))
     with pytest.raises(_native.NativeError, match=message):
         model.add_packed(
             "embedding.weight", bits, symmetric, group, rows, cols, activation,
