@@ -55,6 +55,8 @@ METRICS: dict[str, Metric] = _table(
     ("kl_p99", "nats", "lower", None, "99th percentile of the per-token KL"),
     ("kl_p999", "nats", "lower", None, "99.9th percentile of the per-token KL"),
     ("top1_agreement", "ratio", "higher", "agreement", "share of tokens whose most likely next token is the reference's"),
+    ("answer_s", "s", "lower", None, "request in to the whole answer out"),
+    ("energy_j_per_answer", "J", "lower", None, "gross energy of a request with its whole answer"),
     ("build_s", "s", "lower", None, "time that building the model took"),
     ("build_energy_j", "J", "lower", None, "energy that building the model took"),
 )  # fmt: skip
