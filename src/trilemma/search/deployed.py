@@ -27,12 +27,16 @@ _BITS = {"int8-g32": 8.5, "int8-g128": 8.125, "int4-g32-asym": 5.0, "int4-g32": 
 
 @dataclass(frozen=True)
 class Deployed:
-    """`model` runs in the engine; `what` says in words what it is; a `twin` has random weights and no quality."""
+    """`model` runs in the engine; `what` says in words what it is; a `twin` has random weights and no quality.
+
+    foreign: the file is another runtime's, so that the commands here do not take it.
+    """
 
     name: str
     model: Model
     twin: bool
     what: str
+    foreign: bool = False
 
 
 def open_deployed(path: str | Path) -> Deployed:
@@ -72,9 +76,9 @@ def _open_gguf(file: Path) -> Deployed:
     what = (
         f"a twin of random weights with the GGUF file's structure in the nearest formats here ({said}): "
         f"{weights_bytes(model) / 1e6:.2f} MB for the file's {header.weights_bytes / 1e6:.2f} MB; "
-        "it shows what binds in this engine, and nothing of quality"
+        "it shows what binds on this machine in this engine"
     )
-    return Deployed(file.name, model, True, what)
+    return Deployed(file.name, model, True, what, foreign=True)
 
 
 def restructured(model: Model, config: DecoderConfig) -> Model:

@@ -85,6 +85,8 @@ def diagnose(
         base = desk.base
         plan = desk.plan()
         notes = desk.notes
+        if opened.foreign:
+            notes.append("MODEL in the commands is the checkpoint that the GGUF file was made from.")
         if progress is not None:
             progress(0, rounds, f"{len(plan)} interventions")
         run = interleave(plan, threads=base.threads, rounds=rounds, time_limit_s=time_limit_s, progress=progress)
@@ -100,7 +102,7 @@ def diagnose(
             deployed=opened, run=run, phases={phase.phase: phase for phase in phases}, twins=desk.twins,
             bytes_of=desk.bytes_of, threads=base.threads, other_threads=desk.other_threads, kv_cache=base.kv_cache,
             kv_share=held / reads, context=lengths.context,
-            given=opened.name if isinstance(model, Deployed) else str(model),
+            given="MODEL" if isinstance(model, Deployed) or opened.foreign else str(model),
         )  # fmt: skip
         return Diagnosis(
             model=opened.name, architecture=describe(opened.model.config), deployed=opened.what,
@@ -271,7 +273,7 @@ def _probes(run: Rounds, desk: _Desk) -> list[Probe]:
     ]  # fmt: skip
     for phase in PHASES:
         changed = "a twin with hardly any weights"
-        found.append(_probe(run, phase, "hollow", "base", changed, "number of layers", "what remains is overhead"))
+        found.append(_probe(run, phase, "hollow", "base", changed, "number of layers", "the rest is overhead"))
     for name in ("W8A8-g32", "W4A8-g32"):
         if name in run.samples:
             share = desk.bytes_of[name] / desk.bytes_of["base"]

@@ -87,7 +87,7 @@ def candidates(model: Model, kv_cache: str) -> list[Candidate]:
     attention = [layer.attention for layer in config.layers if layer.attention is not None]
     if kv_cache in ("f32", "bf16") and attention:
         found.append(Candidate(
-            "KV cache in int8", "keys and values in 8 bits", "trilemma compress {model} -o OUT --scheme W8A8-g32-kv8",
+            "KV cache in int8", "keys and values in 8 bits", "trilemma run {model} PROMPT --kv int8",
             lambda: model, kv="int8", note="more to gain the longer the context",
         ))  # fmt: skip
     return found
@@ -191,15 +191,15 @@ def break_even(cost: float, drafted: int) -> float | None:
 def _decoding(m: Measured) -> list[Remedy]:
     verify = _paired(m.run, f"verify {DRAFTED + 1}", "decode", before="batch 1").value
     found = [
-        _speculation("prompt look-up", "guess the next tokens from the prompt: for answers that repeat it",
+        _speculation("prompt look-up", "guesses from the prompt, for answers that repeat it",
                      f"trilemma run {m.given} PROMPT --lookup", verify),
-        _speculation("draft model", f"a small model guesses {DRAFTED} tokens, this one verifies them in one pass",
+        _speculation("draft model", f"a small model guesses {DRAFTED} tokens, one pass verifies them",
                      f"trilemma run {m.given} PROMPT --draft SMALL", verify + DRAFTED * DRAFT_COST,
-                     f"; the draft is taken to cost {DRAFT_COST:.0%} of a token"),
+                     f"; a draft of {DRAFT_COST:.0%} of the time"),
     ]  # fmt: skip
     half = _paired(m.run, "half prompt", "prefill")
     found.append(Remedy(
-        kind="decoding", name="half the prompt", what="a shorter system prompt, fewer examples, less retrieved text",
+        kind="decoding", name="half the prompt", what="shorter instructions, fewer examples, less retrieved text",
         command=f"trilemma inspect {m.given} --diagnose --prompt N", quality=_CHANGES, gains={"ttft": half},
     ))  # fmt: skip
     return found
@@ -209,7 +209,7 @@ def _speculation(name: str, what: str, command: str, cost: float, more: str = ""
     least = break_even(cost, DRAFTED)
     gain = Ratio(value=cost / tokens_per_pass(ACCEPTED, DRAFTED), source="predicted")
     begins = "never gains here" if least is None else f"gains from {least:.0%} on"
-    note = f"at {ACCEPTED:.0%} of guesses accepted; {begins}{more}"
+    note = f"at {ACCEPTED:.0%} accepted; {begins}{more}"
     return Remedy(
         kind="decoding", name=name, what=what, command=command, quality="unchanged", gains={"tpot": gain}, note=note
     )
@@ -223,9 +223,8 @@ def _system(m: Measured) -> list[Remedy]:
     )  # fmt: skip
     found = [Remedy(
         kind="system", name="batches of 4",
-        what="answer four requests in one pass: more tokens a second, each a little later",
+        what="four requests in one pass; cost/token is that of all together",
         command=f"trilemma bench {m.given} --batch 1,2,4,8", quality="unchanged", gains={"tpot": batch, "cost": share},
-        note="cost is time a token of all requests together",
     )]  # fmt: skip
     if "threads" in m.run.samples:
         gains = {"tpot": _paired(m.run, "threads", "decode"), "ttft": _paired(m.run, "threads", "prefill")}
@@ -240,7 +239,7 @@ def _system(m: Measured) -> list[Remedy]:
     faster = {"memory": (0.5, 1.0), "compute": (1.0, 0.5)}[cause]
     found.append(Remedy(
         kind="system", name=f"a device with twice the {'bandwidth' if cause == 'memory' else 'arithmetic'}",
-        what="the share of time that answers to it halves", command=f"trilemma inspect {m.given} --device NAME",
+        what="the time that answers to it halves", command=f"trilemma inspect {m.given} --device NAME",
         quality="unchanged",
         gains={"tpot": _predicted(decode, *faster), "ttft": _predicted(m.phases["prefill"], *faster)},
     ))  # fmt: skip
