@@ -39,7 +39,7 @@ def bench(
     *,
     schemes: Sequence[str] = (),
     runtime: str = "native",
-    options: EngineOptions | None = None,
+    options: EngineOptions | Sequence[EngineOptions] | None = None,
     prompt_tokens: int = 128,
     output_tokens: int = 32,
     repetitions: int = 5,
@@ -51,7 +51,7 @@ def bench(
     Args:
         models: checkpoints, artifacts or bare config.json files (random weights: cost only).
         schemes: such as 'bf16' or 'W4A8-g32'; rounding to nearest, since codes do not change the cost.
-        options: threads, KV precision, instruction set.
+        options: threads, KV precision, instruction set; several make several rows of each.
         prompt_tokens, output_tokens: lengths of each request.
         repetitions: timed ones, after a discarded round.
 
@@ -60,15 +60,110 @@ def bench(
         InputError: lengths that a model's context does not hold.
     """
     from trilemma.measure.bench import bench as measure
+
+    candidates = _bench_candidates(models, schemes, options)
+    return measure(
+        candidates, runtime=runtime, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
+        repetitions=repetitions, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def bench_batches(
+    models: str | Path | Sequence[str | Path],
+    *,
+    batches: Sequence[int] = (1, 2, 4, 8, 16),
+    schemes: Sequence[str] = (),
+    runtime: str = "native",
+    options: EngineOptions | Sequence[EngineOptions] | None = None,
+    prompt_tokens: int = 128,
+    output_tokens: int = 32,
+    repetitions: int = 5,
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> BenchReport:
+    """Throughput against latency: how much more a machine does with several sequences in each step.
+
+    Args:
+        models, schemes, options: as for `bench`.
+        batches: numbers of sequences.
+        prompt_tokens, output_tokens: of each sequence.
+
+    Returns:
+        A row for each model, form and batch; see `measure.batch_sweep`.
+
+    Raises:
+        InputError: a batch below 1, or lengths that a model's context does not hold.
+    """
+    from trilemma.measure.batch_sweep import batch_sweep
+
+    return batch_sweep(
+        _bench_candidates(models, schemes, options), batches=batches, prompt_tokens=prompt_tokens,
+        output_tokens=output_tokens, runtime=runtime, repetitions=repetitions, seed=seed, progress=progress,
+    )  # fmt: skip
+
+
+def bench_contexts(
+    models: str | Path | Sequence[str | Path],
+    *,
+    contexts: Sequence[int] = (32, 64, 128, 256, 512),
+    kv: Sequence[str] = ("none", "bf16", "int8"),
+    schemes: Sequence[str] = (),
+    runtime: str = "native",
+    options: EngineOptions | None = None,
+    repetitions: int = 7,
+    point_time_s: float = 20.0,
+    memory_bytes: float | None = None,
+    devices: Sequence[str | Path] = (),
+    seed: int = 0,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> BenchReport:
+    """Recompute the history, or cache keys and values: time and memory by cache policy and depth.
+
+    Args:
+        models, schemes, options: as for `bench`.
+        contexts: depths in tokens.
+        kv: cache policies; 'none' computes the history again at every step.
+        point_time_s: a point whose step would take longer is skipped, with the reason in its row.
+        memory_bytes: a memory limit; a note says how many positions each policy holds within it.
+        devices: profiles (names of `trilemma list devices`, or files); a note estimates the same there.
+
+    Returns:
+        A row for each model, form, policy and depth; the notes say where the lines cross. See `measure.kv_sweep`.
+
+    Raises:
+        InputError: depths that a model's context does not hold, an unknown policy or device.
+    """
+    from trilemma.core.device import load_device
+    from trilemma.measure.kv_sweep import kv_sweep
+    from trilemma.search.kv_outlook import kv_outlook
+
+    profiles = [load_device(device) for device in devices]
+    candidates = _bench_candidates(models, schemes, options)
+    report = kv_sweep(
+        candidates, policies=kv, contexts=contexts, runtime=runtime, repetitions=repetitions,
+        point_time_s=point_time_s, memory_bytes=memory_bytes, seed=seed, progress=progress,
+    )  # fmt: skip
+    outlooks = [
+        f"{item.name} {item.form} on {kv_outlook(item.model, profile, policies=kv, depth=max(contexts)).sentence()}"
+        for item in candidates for profile in profiles
+    ]  # fmt: skip
+    return report.model_copy(update={"notes": (*report.notes, *outlooks)})
+
+
+def _bench_candidates(
+    models: str | Path | Sequence[str | Path],
+    schemes: Sequence[str],
+    options: EngineOptions | Sequence[EngineOptions] | None,
+) -> list[BenchCandidate]:
+    """Each model as it is, or in every scheme, in every variant of options."""
+    from trilemma.measure.bench import candidates_of
     from trilemma.runtime.engine import EngineOptions
 
     given = [models] if isinstance(models, str | Path) else list(models)
-    opened = options or EngineOptions()
-    candidates = [_candidate(model, scheme, opened) for model in given for scheme in schemes] or given
-    return measure(
-        candidates, runtime=runtime, options=opened, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
-        repetitions=repetitions, seed=seed, progress=progress,
-    )  # fmt: skip
+    variants = [options or EngineOptions()] if options is None or isinstance(options, EngineOptions) else list(options)
+    if not schemes:
+        return candidates_of(given, variants)
+    return [_candidate(model, scheme, variant) for model in given for scheme in schemes for variant in variants]
 
 
 def _candidate(path: str | Path, scheme: str, options: EngineOptions) -> BenchCandidate:
@@ -85,7 +180,8 @@ def _candidate(path: str | Path, scheme: str, options: EngineOptions) -> BenchCa
     made = cost_twin(model, recipe) if random else apply_recipe(model, recipe, Build())
     place = Path(path)
     name = place.parent.name if place.name == "config.json" else place.name or str(path)
-    return BenchCandidate(name, scheme, made, options, recipe)
+    form = f"{scheme} kv-{options.kv_cache}" if options.kv_cache else scheme
+    return BenchCandidate(name, form, made, options, recipe)
 
 
 def optimize(
@@ -102,6 +198,8 @@ def optimize(
     seed: int = 0,
     threads: int | None = None,
     accept_estimates: bool = False,
+    device: str | Path | None = None,
+    duty_cycle: str | None = None,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
     command: str = "",
@@ -119,6 +217,8 @@ def optimize(
         context: tokens of the quality windows; 512 or the model's own by default.
         prepare: 'book' joins hard line breaks and drops underscores.
         accept_estimates: let an estimate PASS a limit.
+        device: a name of `trilemma list devices` or a profile's path, for limits on `battery`: predicted for it.
+        duty_cycle: how often that device answers, such as '200 tokens/h' or '5%'.
         force: replace an artifact that is at `output` already.
         progress: called with `search.progress.Progress`.
 
@@ -134,7 +234,7 @@ def optimize(
     return search(
         model, limits=limits, data=data, output=output, time=time, minimize=minimize, runtime=runtime,
         context=context, prepare=prepare, seed=seed, threads=threads, accept_estimates=accept_estimates,
-        force=force, progress=progress, render=render, command=command,
+        device=device, duty_cycle=duty_cycle, force=force, progress=progress, render=render, command=command,
     )  # fmt: skip
 
 

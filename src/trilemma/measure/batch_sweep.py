@@ -72,7 +72,7 @@ def batch_sweep(
     prompt_tokens: int = 128,
     output_tokens: int = 32,
     runtime: str = "native",
-    options: EngineOptions | None = None,
+    options: EngineOptions | Sequence[EngineOptions] | None = None,
     repetitions: int = 5,
     seed: int = 0,
     progress: Progress | None = None,
@@ -95,7 +95,8 @@ def batch_sweep(
             an engine that runs one sequence at a time.
     """
     sizes = _checked(batches, prompt_tokens, output_tokens)
-    candidates = candidates_of(models, [options or EngineOptions()])
+    variants = list(options) if isinstance(options, Sequence) else [options or EngineOptions()]
+    candidates = candidates_of(models, variants)
     context = prompt_tokens + output_tokens
     for item in candidates:
         _check_room(item, context, sizes)
@@ -158,7 +159,8 @@ def _open(
 
 def _row(one: _Batch, prompt_tokens: int, output_tokens: int, loop: ReferenceLoop) -> BenchRow:
     conditions: dict[str, str | int | float] = {
-        "sweep": SWEEP, "batch": one.size, "prompt_tokens": prompt_tokens, "output_tokens": output_tokens,
+        "sweep": SWEEP, "form": one.candidate.form, "batch": one.size,
+        "prompt_tokens": prompt_tokens, "output_tokens": output_tokens,
         "context": prompt_tokens + output_tokens, "kv_cache": one.engine.kv_cache, "threads": one.engine.threads,
         "isa": one.engine.isa, "drift": round(loop.drift, 4),
     }  # fmt: skip

@@ -23,6 +23,7 @@ from trilemma.core.measurement import Measurement
 from trilemma.core.results import BenchReport, BenchRow
 from trilemma.measure.bench import BenchCandidate, bench_report, bench_row, candidates_of
 from trilemma.measure.crossover import Crossing, crossover
+from trilemma.measure.kv_memory import longest_context, memory_sentence
 from trilemma.measure.memory import memory_measurements
 from trilemma.measure.noise import ReferenceLoop
 from trilemma.measure.speed import Progress, timed_measurement
@@ -79,6 +80,7 @@ def kv_sweep(
     options: EngineOptions | None = None,
     repetitions: int = 7,
     point_time_s: float = POINT_TIME_S,
+    memory_bytes: float | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> BenchReport:
@@ -91,6 +93,7 @@ def kv_sweep(
         repetitions: interleaved over the policies at each depth.
         point_time_s: a point whose repetitions would take longer gets fewer of them; one whose single step
             would take longer is skipped, with the estimate in its reason.
+        memory_bytes: a memory limit; a note says how many positions each policy holds within it.
 
     Returns:
         A BenchReport with a row for each model, policy and depth ('int8 at 512'): tpot_s, engine_memory_bytes
@@ -121,6 +124,10 @@ def kv_sweep(
                 loop.probe()
             rows += [_row(one, depth, loop) for one in held for depth in depths]
             notes += [f"{item.name} {item.form}: {line.sentence('positions')}" for line in _crossings(held, depths)]
+            if memory_bytes is not None:
+                longest = {_label(one.kv): longest_context(one.engine, memory_bytes) for one in held}
+                words = memory_sentence(longest, memory_bytes, item.model.config.max_context)
+                notes.append(f"{item.name} {item.form}: {words}")
             isa, threads = held[0].engine.isa, held[0].engine.threads
     return bench_report(rows, notes, isa=isa, threads=threads, seed=seed)
 
@@ -202,7 +209,8 @@ def recompute_macs(model: Model, depth: int) -> int:
 
 def _row(one: _Policy, depth: int, loop: ReferenceLoop) -> BenchRow:
     conditions: dict[str, str | int | float] = {
-        "sweep": SWEEP, "context": depth, "kv_cache": one.kv, "threads": one.engine.threads, "isa": one.engine.isa,
+        "sweep": SWEEP, "form": one.candidate.form,
+        "context": depth, "kv_cache": one.kv, "threads": one.engine.threads, "isa": one.engine.isa,
         "batch": 1, "drift": round(loop.drift, 4),
     }  # fmt: skip
     with_room = one.engine.open_sequences(1, max_context=depth)

@@ -1,0 +1,106 @@
+"""Bench results as Markdown, CSV or JSON lines: plain rows, or the rows of a sweep."""
+
+from __future__ import annotations
+
+import csv
+import io
+
+from trilemma.cli.console import show
+from trilemma.core.quantity import format_quantity
+from trilemma.core.results import BenchReport, BenchRow
+from trilemma.report.sweep_charts import place_of, sweep_of
+
+METRICS = (
+    "weights_bytes", "engine_memory_bytes", "ttft_s", "tpot_s", "prefill_tokens_per_s", "decode_tokens_per_s",
+)  # fmt: skip
+BATCH_METRICS = ("throughput_tokens_per_s", "itl_s", "ttft_s", "engine_memory_bytes")
+COLUMNS = (
+    "model", "form", "parameters", "random_weights", "metric", "value", "unit", "low", "high", "noisy",
+    "context", "batch", "kv_cache", "reason",
+)  # fmt: skip
+
+
+def markdown(report: BenchReport) -> str:
+    """A table for people, with the machine and the notes under it."""
+    sweep = sweep_of(report.rows[0]) if report.rows else ""
+    lines = {"kv": _kv_table, "batch": _batch_table}.get(sweep, _plain_table)(report)
+    here = report.environment
+    lines += ["", f"{here.cpu}, {here.isa}, {here.threads} threads; 95% intervals; ! marks a noisy run."]
+    if any(row.random_weights for row in report.rows):
+        lines.append("* random weights: cost only, nothing is said about quality.")
+    skipped = [(row, row.trial.measurements.get("tpot_s")) for row in report.rows]
+    lines += [f"{row.trial.name}: {found.reason}" for row, found in skipped if found is not None and found.reason]
+    lines += report.notes
+    return "\n".join(lines) + "\n"
+
+
+def csv_text(report: BenchReport) -> str:
+    """One line a model, form and metric."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for row in report.rows:
+        about = [row.model, row.trial.name, row.parameters, row.random_weights]
+        place = place_of(row)
+        where = [place.get("context", ""), place.get("batch", ""), place.get("kv_cache", "")]
+        for name, found in row.trial.measurements.items():
+            value = "" if found.value is None else found.value
+            edges = found.interval or ("", "")
+            writer.writerow([*about, name, value, found.unit, *edges, found.noisy, *where, found.reason or ""])
+    return out.getvalue()
+
+
+def json_lines(report: BenchReport) -> str:
+    """One row a line."""
+    return "".join(row.model_dump_json() + "\n" for row in report.rows)
+
+
+def _plain_table(report: BenchReport) -> list[str]:
+    rows = [
+        [_name(row), row.trial.name, *(_short(row, metric) for metric in METRICS), _share(row)] for row in report.rows
+    ]
+    return _table(["model", "form", *METRICS, "of bandwidth"], 2, rows)
+
+
+def _kv_table(report: BenchReport) -> list[str]:
+    rows = []
+    for row in report.rows:
+        place = place_of(row)
+        policy = "none (recompute)" if place["kv_cache"] == "none" else str(place["kv_cache"])
+        memory = [format_quantity(float(place[part]), "bytes") for part in ("kv_bytes", "scratch_bytes")]
+        time = row.trial.measurements["tpot_s"]
+        shown = "skipped" if time.value is None else show(time)
+        total = show(row.trial.measurements["engine_memory_bytes"])
+        rows.append([_name(row), str(place["form"]), policy, f"{place['context']:,}", shown, *memory, total])
+    return _table(
+        ["model", "form", "KV cache", "positions", "time per token", "KV", "scratch", "engine memory"], 3, rows
+    )
+
+
+def _batch_table(report: BenchReport) -> list[str]:
+    rows = [
+        [_name(row), str(place_of(row)["form"]), str(place_of(row)["batch"]),
+         *(_short(row, metric) for metric in BATCH_METRICS)]
+        for row in report.rows
+    ]  # fmt: skip
+    return _table(["model", "form", "sequences", *BATCH_METRICS], 2, rows)
+
+
+def _table(headers: list[str], texts: int, rows: list[list[str]]) -> list[str]:
+    """Markdown lines; the first `texts` columns are words, the others numbers."""
+    lines = [f"| {' | '.join(headers)} |", "|" + "---|" * texts + "---:|" * (len(headers) - texts)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+def _short(row: BenchRow, metric: str) -> str:
+    return show(row.trial.measurements.get(metric)).replace(" tokens/s", "")
+
+
+def _name(row: BenchRow) -> str:
+    return f"{row.model} ({row.parameters / 1e6:.1f}M{', *' if row.random_weights else ''})"
+
+
+def _share(row: BenchRow) -> str:
+    measured = row.trial.measurements.get("decode_tokens_per_s")
+    share = None if measured is None else measured.conditions.get("roofline_share")
+    return f"{share:.0%}" if isinstance(share, float) else "—"

@@ -1,0 +1,126 @@
+"""Pictures of the bench sweeps, from their records alone: cache policies over depth, throughput against latency."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from textwrap import wrap
+
+from trilemma.core.errors import InputError
+from trilemma.core.measurement import Measurement
+from trilemma.core.results import BenchReport, BenchRow
+from trilemma.report.plot import Axis, Chart, Point, Series, chart_row
+
+NOTE_CHARACTERS = 170
+
+Points = Callable[[BenchRow], Point | None]
+
+
+def sweep_chart(report: BenchReport) -> str:
+    """The picture of a sweep as a stand-alone SVG document.
+
+    Raises:
+        InputError: the report is of no sweep.
+    """
+    sweep = next((sweep_of(row) for row in report.rows), "")
+    if sweep == "kv":
+        return kv_chart(report)
+    if sweep == "batch":
+        return batch_chart(report)
+    raise InputError("A plot needs a sweep: ask for one with --batch 1,2,4,8 or with --context 32,64,128.")
+
+
+def sweep_of(row: BenchRow) -> str:
+    """'kv', 'batch', or '' where a row stands alone."""
+    found = row.trial.measurements.get("engine_memory_bytes")
+    return str(found.conditions.get("sweep", "")) if found is not None else ""
+
+
+def place_of(row: BenchRow) -> dict[str, str | int | float]:
+    """Where in its sweep a row lies: context, kv_cache, batch, form."""
+    return row.trial.measurements["engine_memory_bytes"].conditions
+
+
+def kv_chart(report: BenchReport) -> str:
+    """Time of a decode step, and memory beside the weights, over the depth; a line a policy."""
+    depths = sorted({float(place_of(row)["context"]) for row in report.rows})
+
+    def time(row: BenchRow) -> Point | None:
+        return _timed(float(place_of(row)["context"]), row.trial.measurements["tpot_s"])
+
+    def memory(row: BenchRow) -> Point | None:
+        place = place_of(row)
+        return Point(float(place["context"]), float(place["kv_bytes"]) + float(place["scratch_bytes"]))
+
+    def name(row: BenchRow) -> str:
+        policy = str(place_of(row)["kv_cache"])
+        return "recompute" if policy == "none" else f"cache, {policy}"
+
+    x = Axis("tokens so far", log=True, ticks=depths)
+    charts = [
+        Chart(_lines(report, name, time), x, Axis("time per token", "s", log=True), "Time"),
+        Chart(_lines(report, name, memory), x, Axis("cache and scratch", "bytes", log=True),
+              "Memory beside the weights", notes=_notes(report)),
+    ]  # fmt: skip
+    return chart_row(charts, title="Recompute the history, or cache keys and values?")
+
+
+def batch_chart(report: BenchReport) -> str:
+    """Gap between tokens against throughput, and the wait for the first token, by number of sequences."""
+    sizes = sorted({float(place_of(row)["batch"]) for row in report.rows})
+
+    def speed(row: BenchRow) -> Point | None:
+        rate, gap = row.trial.measurements["throughput_tokens_per_s"], row.trial.measurements["itl_s"]
+        if rate.value is None or gap.value is None:
+            return None
+        return Point(rate.value, gap.value, gap.ci95, rate.ci95, str(place_of(row)["batch"]))
+
+    def first(row: BenchRow) -> Point | None:
+        return _timed(float(place_of(row)["batch"]), row.trial.measurements["ttft_s"])
+
+    def name(row: BenchRow) -> str:
+        return str(place_of(row)["form"])
+
+    charts = [
+        Chart(_lines(report, name, speed), Axis("throughput of all sequences, tokens/s"),
+              Axis("gap between tokens", "s"), "Throughput against latency, by number of sequences"),
+        Chart(_lines(report, name, first), Axis("sequences that come at once", log=True, ticks=sizes),
+              Axis("time to first token", "s", log=True), "The wait for the first token", notes=_notes(report)),
+    ]  # fmt: skip
+    return chart_row(charts, title="Several sequences in each step")
+
+
+def _timed(x: float, found: Measurement) -> Point | None:
+    return None if found.value is None else Point(x, found.value, found.ci95)
+
+
+def _lines(report: BenchReport, name: Callable[[BenchRow], str], point: Points) -> list[Series]:
+    """One line for each model and name; the model and its form are said where they differ."""
+    models = {(row.model, str(place_of(row)["form"])) for row in report.rows}
+    several_models = len({model for model, _ in models}) > 1
+    found: dict[str, list[Point]] = {}
+    for row in report.rows:
+        words = [name(row)]
+        form = str(place_of(row)["form"])
+        if len({f for _, f in models}) > 1 and form != words[0]:
+            words.insert(0, form)
+        if several_models:
+            words.insert(0, row.model)
+        here = found.setdefault(" ".join(words), [])
+        spot = point(row)
+        if spot is not None:
+            here.append(spot)
+    return [Series(words, points) for words, points in found.items() if points]
+
+
+def _notes(report: BenchReport) -> list[str]:
+    here = report.environment
+    names = ", ".join(dict.fromkeys(f"{row.model} {place_of(row)['form']}" for row in report.rows))
+    noisy = any(found.noisy for row in report.rows for found in row.trial.measurements.values())
+    about = f"{names}; {here.cpu}, {here.isa}, {here.threads} threads. Bars are 95% intervals of the median."
+    lines = [about + (" The machine was not quiet." if noisy else "")]
+    left_out = [(row, row.trial.measurements.get("tpot_s")) for row in report.rows]
+    lines += [f"{row.trial.name}: {found.reason}." for row, found in left_out if found is not None and found.reason]
+    return [part for line in lines for part in wrap(line, NOTE_CHARACTERS)]
+
+
+__all__ = ["batch_chart", "kv_chart", "place_of", "sweep_chart", "sweep_of"]
