@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ def save_hf(tmp_path: Path, random_generator: np.random.Generator) -> Callable[.
     """`save_hf("Llama", **options)` -> (the transformers model, its folder); every parameter is random."""
 
     def save(kind: str, *, dtype: torch.dtype = torch.float32, shard: str = "5GB", **options: Any) -> tuple[Any, Path]:
-        config = getattr(transformers, f"{kind}Config")(**options)
-        model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+        config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(options))  # it changes what it is given
+        model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
         torch.manual_seed(int(random_generator.integers(2**31)))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "norm" in name:
+                if "Gemma" in kind and "norm" in name:
+                    parameter.copy_(0.2 * torch.randn_like(parameter))  # stored less 1
+                elif ("norm" in name or "ln_" in name) and name.endswith("weight"):
                     parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
                 else:
                     parameter.copy_(0.3 * torch.randn_like(parameter))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from trilemma.core.errors import CheckpointError, MissingExtraError
 from trilemma.model.config import DecoderConfig
 from trilemma.model.families import Family, family_of
 from trilemma.model.families.fields import token_ids
+from trilemma.model.families.place import Place
 from trilemma.model.model import Model
 from trilemma.model.plain import PlainDtype
 from trilemma.model.safetensors import SafetensorsFile
@@ -140,25 +142,35 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _open_tensors(folder: Path, family: Family, config: DecoderConfig) -> CheckpointSource:
     holders = _tensor_files(folder)
-    places: dict[str, tuple[SafetensorsFile, str]] = {}
+    aliases = family.aliases
+    places: dict[str, tuple[SafetensorsFile, Place]] = {}
     missing = []
     for name, shape in config.tensor_shapes().items():
-        stored_name = family.tensor_name(name)
-        if stored_name not in holders:
-            missing.append(stored_name)
+        place = family.place(name, config)
+        stored_name = next((other for other in _spellings(place.name, aliases) if other in holders), None)
+        if stored_name is None:
+            missing.append(place.name)
             continue
-        file = holders[stored_name]
-        if file.entries[stored_name].shape != shape:
+        file, wanted = holders[stored_name], place.stored_shape(shape)
+        if file.entries[stored_name].shape != wanted:
             raise CheckpointError(
                 f"Tensor '{stored_name}' in {file.path} has shape {file.entries[stored_name].shape}; "
-                f"config.json says {shape}. Config and weights belong to different models."
+                f"config.json says {wanted}. Config and weights belong to different models."
             )
-        places[name] = (file, stored_name)
+        places[name] = (file, replace(place, name=stored_name))
     if missing:
         raise CheckpointError(_missing_message(folder, missing))
-    read = {stored_name for _, stored_name in places.values()}
+    read = {place.name for _, place in places.values()}
     unknown = [name for name in holders if name not in read and not family.is_harmless(name, config)]
     return CheckpointSource(places, tuple(sorted(unknown)))
+
+
+def _spellings(name: str, aliases: tuple[tuple[str, str], ...]) -> Iterator[str]:
+    """The name itself, then with each other beginning that published files use."""
+    yield name
+    for ours, theirs in aliases:
+        if name.startswith(ours):
+            yield theirs + name.removeprefix(ours)
 
 
 def _missing_message(folder: Path, missing: list[str]) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from trilemma.core.errors import CheckpointError
 from trilemma.model.config import DecoderConfig
+from trilemma.model.families.place import Place
 from trilemma.model.model import Float32, StoredMatrix
 from trilemma.model.plain import PlainDtype, PlainMatrix, bf16_to_f32, f32_to_bf16
 from trilemma.model.safetensors import SafetensorsFile
@@ -25,13 +26,13 @@ class CheckpointSource:
     """Tensors of safetensors files under Hugging Face's names.
 
     Args:
-        places: canonical name -> (file, name in it); shapes were checked by `read_checkpoint`.
+        places: canonical name -> (file, place in it); shapes were checked by `read_checkpoint`.
         unknown: tensors that are in the files, are not read, and may matter.
     """
 
     random = False
 
-    def __init__(self, places: Mapping[str, tuple[SafetensorsFile, str]], unknown: tuple[str, ...] = ()) -> None:
+    def __init__(self, places: Mapping[str, tuple[SafetensorsFile, Place]], unknown: tuple[str, ...] = ()) -> None:
         self._places = dict(places)
         self.unknown = unknown
 
@@ -40,10 +41,10 @@ class CheckpointSource:
         return sorted({file.path for file, _ in self._places.values()})
 
     def stored_dtype(self, name: str) -> str:
-        file, stored_name = self._place(name)
-        dtype = file.entries[stored_name].dtype
+        file, place = self._place(name)
+        dtype = file.entries[place.name].dtype
         if dtype not in PLAIN_OF:
-            file.read(stored_name)  # raises with the reason
+            file.read(place.name)  # raises with the reason
         return PLAIN_OF[dtype]
 
     def read(self, name: str) -> Float32 | StoredMatrix:
@@ -52,15 +53,17 @@ class CheckpointSource:
         Raises:
             CheckpointError: the tensor has NaN or infinite values, or its file can not be read.
         """
-        file, stored_name = self._place(name)
-        raw = file.read(stored_name)
-        _refuse_not_finite(raw, stored_name, file.path)
-        dtype = PLAIN_OF[file.entries[stored_name].dtype]
+        file, place = self._place(name)
+        raw = file.read(place.name)
+        _refuse_not_finite(raw, place.name, file.path)
+        raw = place.take(raw)
+        dtype = PLAIN_OF[file.entries[place.name].dtype]
         if raw.ndim == 2 and dtype != "f32":
             return PlainMatrix(dtype, raw)
-        return bf16_to_f32(raw) if dtype == "bf16" else raw.astype(np.float32, copy=False)
+        values = bf16_to_f32(raw) if dtype == "bf16" else raw.astype(np.float32, copy=False)
+        return values + np.float32(place.add) if place.add else values
 
-    def _place(self, name: str) -> tuple[SafetensorsFile, str]:
+    def _place(self, name: str) -> tuple[SafetensorsFile, Place]:
         if name not in self._places:
             raise CheckpointError(f"The checkpoint has no tensor '{name}'. It has {len(self._places)} others.")
         return self._places[name]

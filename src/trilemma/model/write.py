@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from trilemma.core.errors import CheckpointError, OutputError
 from trilemma.model.families import FAMILIES
+from trilemma.model.families.place import Place
 from trilemma.model.model import Model
 from trilemma.model.plain import PlainDtype, PlainMatrix, f32_to_bf16
 from trilemma.model.safetensors import Planned, write_safetensors
@@ -75,22 +76,41 @@ def _fill(model: Model, config: dict[str, Any], folder: Path, dtype: PlainDtype 
 
 
 def _plan(model: Model, dtype: PlainDtype | None) -> Iterator[Planned]:
-    family = FAMILIES.get(model.config.family)
-    for name, shape in model.config.tensor_shapes().items():
-        chosen = dtype or _plain_dtype(model, name)
+    """What to write: the parts of a fused tensor come together, in the widest of their dtypes."""
+    family, shapes = FAMILIES.get(model.config.family), model.config.tensor_shapes()
+    together: dict[str, dict[str, Place]] = {}
+    for name in shapes:
+        place = family.place(name, model.config)
+        together.setdefault(place.name, {})[name] = place
+    for stored_name, places in together.items():
+        found = {dtype or _plain_dtype(model, name) for name in places}
+        chosen = found.pop() if len(found) == 1 else "f32"
+        name, place = next(iter(places.items()))
+        shape = place.stored_shape(shapes[name])
         yield Planned(
-            family.tensor_name(name),
-            _SAFETENSORS_DTYPE[chosen],
-            shape,
-            lambda name=name, chosen=chosen: _values(model, name, chosen),  # type: ignore[misc]
-        )
+            stored_name, _SAFETENSORS_DTYPE[chosen], shape,
+            lambda places=places, shape=shape, chosen=chosen: _fused(model, places, shape, chosen),  # type: ignore[misc]
+        )  # fmt: skip
 
 
-def _values(model: Model, name: str, dtype: PlainDtype) -> NDArray[Any]:
+def _fused(model: Model, places: Mapping[str, Place], shape: tuple[int, ...], dtype: PlainDtype) -> NDArray[Any]:
+    """A stored tensor, put together from its parts."""
+    parts = {name: _values(model, name, place, dtype) for name, place in places.items()}
+    if len(parts) == 1 and not any(place.rows or place.transposed for place in places.values()):
+        return next(iter(parts.values()))
+    whole = np.empty(shape, dtype=next(iter(parts.values())).dtype)
+    for name, part in parts.items():
+        places[name].put(part, whole)
+    return whole
+
+
+def _values(model: Model, name: str, place: Place, dtype: PlainDtype) -> NDArray[Any]:
     stored = model.stored(name)
     if isinstance(stored, PlainMatrix) and stored.dtype == dtype:
         return stored.bits
     values = model.tensor(name)
+    if place.add:
+        values = values - np.float32(place.add)
     if dtype == "bf16":
         return f32_to_bf16(values)
     if dtype == "f16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:

@@ -12,9 +12,17 @@ from trilemma.model.families.family import Family
 FAMILIES: Registry[Family] = Registry(
     "family",
     {
+        "gemma3": "trilemma.model.families.gemma3:GEMMA3",
+        "gemma3_text": "trilemma.model.families.gemma3:GEMMA3_TEXT",
+        "gpt2": "trilemma.model.families.gpt2:GPT2",
+        "gpt_neox": "trilemma.model.families.gpt_neox:GPT_NEOX",
         "llama": "trilemma.model.families.llama:LLAMA",
         "mistral": "trilemma.model.families.mistral:MISTRAL",
+        "mixtral": "trilemma.model.families.mixtral:MIXTRAL",
+        "phi3": "trilemma.model.families.phi3:PHI3",
         "qwen2": "trilemma.model.families.qwen2:QWEN2",
+        "qwen3": "trilemma.model.families.qwen3:QWEN3",
+        "qwen3_moe": "trilemma.model.families.qwen3_moe:QWEN3_MOE",
     },
 )
 

@@ -6,13 +6,18 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
 
 from trilemma.model.config import DecoderConfig
+from trilemma.model.families.place import Place
 
 
 class Family(Protocol):
-    """Stateless; one instance a family, keyed by Hugging Face's `model_type`."""
+    """Stateless; one instance a family, keyed by Hugging Face's `model_type`.
+
+    `aliases` are other beginnings that the stored names may have in published files: (ours, theirs).
+    """
 
     model_type: ClassVar[str]
     architecture: ClassVar[str]  # the class that transformers loads it with
+    aliases: ClassVar[tuple[tuple[str, str], ...]]
 
     def read_config(self, raw: Mapping[str, Any]) -> DecoderConfig:
         """Translate the content of config.json.
@@ -31,8 +36,8 @@ class Family(Protocol):
         """
         ...
 
-    def tensor_name(self, name: str) -> str:
-        """Hugging Face's name of a canonical tensor."""
+    def place(self, name: str, config: DecoderConfig) -> Place:
+        """Where Hugging Face keeps a canonical tensor."""
         ...
 
     def is_harmless(self, name: str, config: DecoderConfig) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from trilemma.core.errors import UnsupportedModelError
-from trilemma.model.config import Attention, DecoderConfig, Dense
+from trilemma.model.config import DecoderConfig
 from trilemma.model.families import fields
 from trilemma.model.families.llama import LlamaLike
+from trilemma.model.families.translation import attentions
 
 
 class Mistral(LlamaLike):
@@ -30,8 +31,8 @@ class Mistral(LlamaLike):
         window = fields.optional_int(raw, "sliding_window") if "sliding_window" in raw else 4096
         return [window] * layers
 
-    def write_options(self, config: DecoderConfig, attention: Attention, ffn: Dense) -> dict[str, Any]:
-        return {"sliding_window": attention.window}
+    def written_options(self, config: DecoderConfig) -> dict[str, Any]:
+        return {"sliding_window": attentions(config)[0].window}
 
 
 MISTRAL = Mistral()

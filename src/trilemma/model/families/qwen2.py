@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trilemma.core.errors import CheckpointError, UnsupportedModelError
-from trilemma.model.config import Attention, DecoderConfig, Dense
+from trilemma.model.config import DecoderConfig
 from trilemma.model.families import fields
 from trilemma.model.families.llama import LlamaLike
 
@@ -44,7 +44,7 @@ class Qwen2(LlamaLike):
             )
         return window
 
-    def write_options(self, config: DecoderConfig, attention: Attention, ffn: Dense) -> dict[str, Any]:
+    def written_options(self, config: DecoderConfig) -> dict[str, Any]:
         windows = [layer.attention.window if layer.attention else None for layer in config.layers]
         used = next((window for window in windows if window is not None), None)
         return {
