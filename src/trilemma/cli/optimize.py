@@ -35,6 +35,8 @@ def optimize(
     accept_estimates: Annotated[
         bool, typer.Option("--accept-estimates", help="Let an estimate PASS a limit (energy without a counter).")
     ] = False,
+    device: options.OtherDevice = None,
+    duty_cycle: options.Duty = None,
     prepare: options.PrepareText = "none",
     force: options.Force = False,
     json: options.Json = False,
@@ -57,6 +59,8 @@ def optimize(
             seed=seed,
             threads=threads,
             accept_estimates=accept_estimates,
+            device=device,
+            duty_cycle=duty_cycle,
             force=force,
             progress=update,
             command=" ".join(["trilemma", *sys.argv[1:]]),
@@ -73,8 +77,10 @@ def show_report(report: OptimizeReport) -> None:
     from trilemma.cli import console
 
     trials = {trial.name: trial for trial in (report.baseline, *report.trials)}
-    metrics = ("weights_bytes", "tpot_s", "ttft_s", "ppl_increase", "kl_mean", "top1_agreement")
-    names = [report.baseline.name, *(name for name in report.front if name != report.baseline.name)]
+    metrics = ("weights_bytes", "tpot_s", "ttft_s", "ppl_increase", "kl_mean", "top1_agreement",
+               "energy_j_per_output_token", "build_s")  # fmt: skip
+    chosen = [report.decision.chosen] if report.decision.chosen else []
+    names = list(dict.fromkeys((report.baseline.name, *report.front, *chosen)))
     rows = [
         [("* " if name == report.decision.chosen else "  ") + name]
         + [console.show(trials[name].measurements.get(metric)) for metric in metrics]
@@ -85,6 +91,8 @@ def show_report(report: OptimizeReport) -> None:
     typer.echo("")
     show_verdicts(report.verdicts)
     typer.echo(report.decision.sentence)
+    for found in report.payback:
+        typer.echo(f"Payback: {found.text}.")
     if report.decision.alternatives:
         named = ", ".join(f"{kind} {name}" for kind, name in report.decision.alternatives.items())
         typer.echo(f"Within the limits: {named}.")

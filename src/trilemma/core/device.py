@@ -74,7 +74,7 @@ class Device(Record):
     checked_bytes a token, and what reads less than half of that has its factors doubled.
     """
 
-    version: Literal[1] = DEVICE_VERSION
+    version: Literal[1] = 1
     name: str
     title: str
     kind: Literal["phone", "board", "laptop", "server"]

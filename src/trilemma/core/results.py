@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from trilemma.core.environment import Environment
 from trilemma.core.errors import InputError
 from trilemma.core.limit import Limit
+from trilemma.core.payback import Payback
 from trilemma.core.recipe import explain
 from trilemma.core.record import Record
 from trilemma.core.trial import Trial
@@ -112,6 +113,7 @@ class OptimizeReport(Record):
     command: str = ""
     notes: tuple[str, ...] = ()
     data_files: tuple[DataFile, ...] = ()
+    payback: tuple[Payback, ...] = ()
     conditions: Conditions | None = None
 
 

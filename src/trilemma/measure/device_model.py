@@ -7,8 +7,8 @@
 
 Every prediction is an estimate with the interval that the profile's factors give: those cover all published cases
 that were found (`devices/published.yaml`), which is more than a confidence statement about other runtimes: kernels
-that dequantize, or a hot phone, can lie outside. Models far smaller than any published case get wider ones. Left out: caches that hold a whole small model, several requests
-at once, throttling, accelerators.
+that dequantize, or a hot phone, can lie outside. Models far smaller than any published case get wider ones.
+Left out: caches that hold a whole small model, several requests at once, throttling, accelerators.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _battery(
         busy_w = max(scale * energy_j / seconds_per_token, idle_w)
         return battery_hours(battery_wh=device.battery_wh.value, idle_w=idle_w, busy_w=busy_w, busy_share=share)
 
-    more = {"duty_cycle": duty.text, "busy_share": share, "idle_w": device.idle_w.value}
+    more: dict[str, str | int | float] = {"duty_cycle": duty.text, "busy_share": share, "idle_w": device.idle_w.value}
     return state.record("battery_h", hours(1.0), 1.0, interval=(hours(factor), hours(1 / factor)), more=more)
 
 

@@ -116,7 +116,7 @@ def measure_energy(
     idle_w = _idle_power(counted, idle_s, clock, sleep)
     run()  # warm-up
     parts: list[_Part] = []
-    with _Poller(active):
+    with CounterPoller(active):
         began, before = clock(), _read(active)
         while len(parts) < _PARTS or clock() - began < min_window_s or not _enough_ticks(counted, parts):
             parts.append(_part(run, counted, min_window_s / _PARTS, clock))
@@ -142,12 +142,20 @@ def estimate_energy(
 ) -> dict[str, Measurement]:
     """The formula of `energy_model` as measurements with source 'estimated'. idle_power_w is unavailable."""
     constants = DEVICES[device or device_class(cpu_name())]
-    total = constants.joules(seconds=seconds, cores=cores, read_bytes=read_bytes, macs=macs, precision=precision)
+    work = {"seconds": seconds, "read_bytes": read_bytes, "macs": macs}
+    total = constants.joules(cores=cores, precision=precision, **work)
+    terms = {
+        f"{name}_j_per_output_token": constants.joules(
+            cores=cores, precision=precision, **{key: value if key == name else 0.0 for key, value in work.items()}
+        )
+        / tokens.output_tokens
+        for name in work
+    }
     method = (
         f"estimated for the class '{constants.name}': P x t + bytes + MACs ({constants.source}), interval x/÷ "
         f"{constants.factor}. No counter was read ({reason or 'none asked'})"
     )
-    stated = {**(conditions or {}), "device_class": constants.name, "seconds": seconds}
+    stated = {**(conditions or {}), "device_class": constants.name, "seconds": seconds, **terms}
 
     def record(metric: str, value: float) -> Measurement:
         interval = (value / constants.factor, value * constants.factor)
@@ -247,7 +255,7 @@ def _request(engine: Engine, prompt_tokens: int, output_tokens: int) -> Callable
     return run
 
 
-class _Poller:
+class CounterPoller:
     """Reads the counters now and then, so that no wrap is missed in a long window."""
 
     def __init__(self, sensors: list[Sensor]) -> None:
@@ -255,7 +263,7 @@ class _Poller:
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __enter__(self) -> _Poller:
+    def __enter__(self) -> CounterPoller:
         if self._sensors:
             self._thread = threading.Thread(target=self._poll, daemon=True)
             self._thread.start()

@@ -17,6 +17,7 @@ LABELS = {
     "energy_j_per_output_token": "Energy per token", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte",
     "ppl_increase": "Perplexity increase", "kl_mean": "KL divergence", "kl_p99": "KL, 99th percentile",
     "kl_p999": "KL, 99.9th percentile", "top1_agreement": "Top-1 agreement", "build_s": "Build time",
+    "build_energy_j": "Build energy", "battery_h": "Battery",
 }  # fmt: skip
 
 

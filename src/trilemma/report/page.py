@@ -23,6 +23,7 @@ from trilemma.report import charts, numbers
 TRIAL_METRICS = (
     "weights_bytes", "engine_memory_bytes", "tpot_s", "ttft_s", "prefill_tokens_per_s",
     "ppl_increase", "kl_mean", "top1_agreement", "energy_j_per_output_token",
+    "battery_h", "build_s", "build_energy_j",
 )  # fmt: skip
 SHOWN_ANSWERS = 6
 
@@ -117,7 +118,14 @@ def _products(report: OptimizeReport) -> str:
 def _tiles(report: OptimizeReport, chosen: Trial) -> list[dict[str, str]]:
     """Before and after of what people ask first."""
     tiles = []
-    for metric in ("weights_bytes", "tpot_s", "peak_memory_bytes", "ppl_increase", "kl_mean"):
+    for metric in (
+        "weights_bytes",
+        "tpot_s",
+        "peak_memory_bytes",
+        "energy_j_per_output_token",
+        "ppl_increase",
+        "kl_mean",
+    ):
         after = chosen.measurements.get(metric)
         if after is None or after.value is None:
             continue

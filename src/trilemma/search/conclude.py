@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from trilemma.core.environment import Environment, read_environment
+from trilemma.core.measurement import Measurement
+from trilemma.core.payback import Payback, payback
 from trilemma.core.results import Answer, ByteRow, Conditions, Decision, OptimizeReport
 from trilemma.core.trial import Trial
 from trilemma.core.verdict import Verdict
+from trilemma.measure.build_cost import BUILD_METRICS
 from trilemma.model.model import Model
 from trilemma.runtime.engine import Engine
 from trilemma.search import sentence
@@ -52,7 +57,7 @@ def conclude(
         confirmed=found.confirmed, verdicts=found.verdicts, decision=found.decision, answers=found.answers,
         bytes_by_role=found.bytes_by_role, seconds=search.deadline.spent_s, command=command,
         notes=(*search.texts.parts.notes, *dict.fromkeys(search.notes)), data_files=search.texts.files,
-        conditions=_conditions(search, accept_estimates),
+        conditions=_conditions(search, accept_estimates), payback=paybacks(search, found.confirmed),
     )  # fmt: skip
     code = EXIT_CODES[found.decision.outcome]
     return OptimizeResult(found.confirmed, tuple(front), found.verdicts, report, code, unfinished=found.unfinished)
@@ -90,6 +95,8 @@ def _settle(search: Exploration, objective: Objective, choice: Choice, accept_es
         confirmed = confirm_trial(
             search.bench, choice.trial, model, engine, search.limits, search.baseline, search.deadline
         )
+        spent = {name: found for name, found in choice.trial.measurements.items() if name in BUILD_METRICS}
+        confirmed = confirmed.model_copy(update={"measurements": confirmed.measurements | spent})
         prompt_tokens = min(PROMPT_TOKENS, search.bench.lengths.prompt_tokens)
         prompts = prompts_of(search.texts.parts.confirm, search.texts.tokenizer, ANSWER_PROMPTS, prompt_tokens)
         shown = answers(search.bench.baseline, engine, search.texts.tokenizer, prompts)
@@ -136,6 +143,29 @@ def _infeasible(search: Exploration, choice: Choice, nearest: tuple[str, ...]) -
         text = sentence.infeasible(choice, tried)
     decision = Decision(sentence=text, chosen=None, outcome="FAIL", binding_limit=blocking, nearest=nearest)
     return Conclusion(decision, choice.verdicts)
+
+
+def paybacks(search: Exploration, confirmed: Trial | None) -> tuple[Payback, ...]:
+    """After how many output tokens the chosen model repays its building and the whole search, in joules and seconds."""
+    if confirmed is None or confirmed.status == "baseline":
+        return ()
+    spent: dict[Literal["build", "search"], Mapping[str, Measurement]] = {"build": confirmed.measurements}
+    if search.meter is not None:
+        spent["search"] = search.meter.results()
+    axes: tuple[tuple[Literal["energy", "time"], str, str], ...] = (
+        ("energy", "build_energy_j", "energy_j_per_output_token"), ("time", "build_s", "tpot_s"),
+    )  # fmt: skip
+    found = []
+    for what, costs in spent.items():
+        for resource, cost_name, metric in axes:
+            cost, after = costs.get(cost_name), confirmed.measurements.get(metric)
+            before = confirmed.paired_baseline.get(metric) or search.baseline.measurements.get(metric)
+            numbers = [item.value for item in (cost, before, after) if item is not None and item.value is not None]
+            if len(numbers) < 3:
+                continue
+            guessed = any(item is not None and item.source == "estimated" for item in (cost, before, after))
+            found.append(payback(resource, *numbers, what=what, source="estimated" if guessed else "measured"))
+    return tuple(found)
 
 
 def _too_short(search: Exploration, choice: Choice, why: str, needed_s: float, nearest: tuple[str, ...]) -> Conclusion:

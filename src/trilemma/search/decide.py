@@ -164,8 +164,12 @@ def _score(trial: Trial, metric: str, baseline: Trial) -> tuple[float, float, fl
 
 
 def promise(trial: Trial, metric: str, baseline: Trial) -> float:
-    """How good a trial may be at most, lower is better: its interval's near end, relative to the baseline's."""
-    return _score(trial, metric, baseline)[1]
+    """How good a trial may be at most, lower is better: its interval's near end, relative to the baseline's.
+
+    An estimate's interval is no noise of its own but the power model's doubt, so its value stands for it.
+    """
+    value, low, _ = _score(trial, metric, baseline)
+    return value if trial.measurements[metric].source == "estimated" else low
 
 
 def alternatives(feasible: Sequence[Trial], baseline: Trial) -> dict[str, str]:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 
 from trilemma.core.errors import TrilemmaError
 from trilemma.core.limit import Limit
-from trilemma.core.measurement import Measurement
 from trilemma.core.recipe import Recipe
 from trilemma.core.trial import Trial
 from trilemma.formats.artifact import read_artifact, write_artifact
+from trilemma.measure.build_cost import BuildMeter
 from trilemma.model.model import Model
 from trilemma.search.allocate import HIGH, LOW, allocation, parts_of, sensitivities
 from trilemma.search.deadline import Deadline
@@ -25,7 +25,7 @@ from trilemma.search.predict import BuildTimes, format_bytes, impossible, predic
 from trilemma.search.progress import Progress, ProgressCallback
 from trilemma.search.space import candidates
 from trilemma.search.texts import Texts
-from trilemma.search.workbench import Workbench
+from trilemma.search.workbench import Measurements, Workbench
 from trilemma.techniques.apply import apply_recipe, needs_calibration
 from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.technique import Build
@@ -54,6 +54,7 @@ class Exploration:
     tell: ProgressCallback
     seed: int = 0
     threads: int | None = None
+    meter: BuildMeter | None = None  # of the whole search
     trials: list[Trial] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     times: BuildTimes = field(init=False)
@@ -171,9 +172,9 @@ class Exploration:
             self.notes.append(f"{recipe.name} was measured before an interruption and taken over")
             return known
         try:
-            built, build_s = self.build(recipe)
+            built, spent = self.build(recipe)
             began = time.monotonic()
-            trial = self._measure(recipe, built, build_s)
+            trial = self._measure(recipe, built, spent)
             self.measure_s = max(self.measure_s, time.monotonic() - began)
         except _OutOfTimeError:
             return Trial(name=recipe.name, recipe=recipe, status="dropped", reason=NO_TIME)
@@ -182,11 +183,11 @@ class Exploration:
         self.journal.keep(trial)
         return trial
 
-    def build(self, recipe: Recipe) -> tuple[Model, float | None]:
-        """The artifact, and the seconds that building it took: None when an interrupted run left it."""
+    def build(self, recipe: Recipe) -> tuple[Model, Measurements]:
+        """The artifact, and the seconds and joules that building it took: none when it lay there already."""
         folder = self.journal.artifact_folder(recipe)
         if folder.exists():
-            return read_artifact(folder), None
+            return read_artifact(folder), {}
         may_stop = self._has_a_candidate
 
         def step(done: int, total: int, what: str) -> None:
@@ -194,14 +195,14 @@ class Exploration:
             if may_stop and not self.deadline.allows(self.measure_s, reserve_s=self.reserve_s):
                 raise _OutOfTimeError
 
-        began = time.monotonic()
         build = Build(self.texts.calibration, self.seed, self.threads, progress=step)
-        write_artifact(apply_recipe(self.model, recipe, build), folder, recipe)
-        seconds = time.monotonic() - began
-        self.times.learn(recipe, seconds)
-        return read_artifact(folder), seconds
+        with BuildMeter() as meter:
+            write_artifact(apply_recipe(self.model, recipe, build), folder, recipe)
+        spent = meter.results()
+        self.times.learn(recipe, spent["build_s"].value or 0.0)
+        return read_artifact(folder), spent
 
-    def _measure(self, recipe: Recipe, built: Model, build_s: float | None) -> Trial:
+    def _measure(self, recipe: Recipe, built: Model, spent: Measurements) -> Trial:
         assert built.path is not None
         engine = self.bench.open(built)
         try:
@@ -209,10 +210,7 @@ class Exploration:
             ours, theirs = self.bench.cost(built, engine)
         finally:
             engine.close()
-        found |= ours | self.bench.on_disk(built.path, peak=self._peak_is_limited)
-        if build_s is not None:
-            method = "wall clock of building and writing"
-            found["build_s"] = Measurement.of("build_s", build_s, method=method, scope="wall")
+        found |= ours | self.bench.on_disk(built.path, peak=self._peak_is_limited) | spent
         return Trial(name=recipe.name, recipe=recipe, status="measured", measurements=found, paired_baseline=theirs)
 
     def _allocations(self) -> list[Recipe]:

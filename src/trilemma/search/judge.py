@@ -64,7 +64,7 @@ def verdict(
         return base.model_copy(update={"reason": reason})
     ratio, spread = relative(measurement, baseline)
     spread = _widen(ratio, spread, margin)
-    judged = _judge(base, ratio, spread, limit.value, accept_estimates or baseline.source == "estimated")
+    judged = _judge(base, ratio, spread, limit.value, accept_estimates)
     return judged.model_copy(update={"relative_value": ratio, "relative_ci95": spread})
 
 
@@ -72,13 +72,16 @@ def relative(measurement: Measurement, baseline: Measurement) -> tuple[float, In
     """The candidate as a fraction of the baseline, with its 95% interval.
 
     Paired repetitions (equal numbers of samples) give the interval of the mean log ratio (Student's t), in
-    which drift that hit both cancels. Otherwise the two intervals are divided, the cautious way round.
+    which drift that hit both cancels. Energies that the same power model estimated: see `_shared_estimate`.
+    Otherwise the two intervals are divided, the cautious way round.
     """
     assert measurement.value is not None
     assert baseline.value
     ratio = measurement.value / baseline.value
     if measurement == baseline:
         return 1.0, (1.0, 1.0)
+    if (bounds := _shared_estimate(measurement, baseline)) is not None:
+        return ratio, bounds
     ours, theirs = measurement.samples, baseline.samples
     if len(ours) == len(theirs) >= 3 and min(*ours, *theirs) > 0:
         logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
@@ -91,6 +94,23 @@ def relative(measurement: Measurement, baseline: Measurement) -> tuple[float, In
     if mine is None or its is None or its[0] <= 0:
         return ratio, None
     return ratio, (mine[0] / its[1], mine[1] / its[0])
+
+
+def _shared_estimate(measurement: Measurement, baseline: Measurement) -> Interval | None:
+    """Bounds of the ratio of two energies from one power model, whatever its constants are.
+
+    Both are sums of a term for time, one for bytes and one for products, each at least 0, with the same
+    constants: however those are weighted, the ratio of the sums lies between the least and the greatest ratio
+    of the terms. What is uncertain about the constants hits both alike.
+    """
+    if measurement.source != "estimated" or baseline.source != "estimated":
+        return None
+    ours, theirs = measurement.conditions, baseline.conditions
+    terms = [key for key in ours if key.endswith("_j_per_output_token") and key in theirs]
+    if not terms or ours.get("device_class") != theirs.get("device_class"):
+        return None
+    ratios = [float(ours[key]) / float(theirs[key]) for key in terms if float(theirs[key]) > 0]
+    return (min(ratios), max(ratios)) if ratios else None
 
 
 def slack(found: Verdict) -> float | None:

@@ -78,7 +78,8 @@ def require_measurable(limits: tuple[Limit, ...], objective: Objective, measured
     for limit in limits:
         if limit.metric not in measured:
             raise LimitError(
-                f"The limit '{limit.text}' can not be checked: the search does not measure {limit.metric}. "
+                f"The limit '{limit.text}' can not be checked: the search does not measure {limit.metric}"
+                f"{' without --device' if limit.metric == 'battery_h' else ''}. "
                 f"It measures {', '.join(sorted(measured))}."
             )
     if objective.metric not in measured:

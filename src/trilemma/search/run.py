@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from trilemma.core.device import load_device
+from trilemma.core.duty import DutyCycle
 from trilemma.core.environment import cpu_name, total_memory_bytes
 from trilemma.core.errors import DataError, InputError
 from trilemma.core.limit import Limit
@@ -29,6 +31,7 @@ from trilemma.formats.artifact import (
     weights_bytes,
     write_artifact,
 )
+from trilemma.measure.build_cost import BuildMeter
 from trilemma.model.checkpoint import model_hash
 from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
@@ -62,6 +65,8 @@ def optimize(
     seed: int = 0,
     threads: int | None = None,
     accept_estimates: bool = False,
+    device: str | Path | None = None,
+    duty_cycle: str | None = None,
     force: bool = False,
     progress: ProgressCallback | None = None,
     render: Callable[[OptimizeReport], str] | None = None,
@@ -80,6 +85,8 @@ def optimize(
         context: tokens of the quality windows; 512 or the model's own by default.
         prepare: 'book' or 'none', see `data.read_documents`.
         accept_estimates: let an estimate PASS a limit.
+        device: a profile (`core.device`), for limits on `battery_h`: predicted for it, not measured here.
+        duty_cycle: how often that device answers, such as '200 tokens/h'; without a pause by default.
         force: replace an artifact that is at `output` already.
         progress: called with `search.progress.Progress`.
         render: makes report.html of the record; without it only report.json is written.
@@ -90,7 +97,9 @@ def optimize(
     wanted = tuple(limit if isinstance(limit, Limit) else Limit.parse(limit) for limit in limits)
     objective = objective_for(wanted, minimize)
     every = (*wanted, *objective.implied)
-    require_measurable(every, objective, MEASURED)
+    elsewhere = None if device is None else load_device(device)
+    duty = _duty(device, duty_cycle)
+    require_measurable(every, objective, MEASURED | ({"battery_h"} if elsewhere is not None else set()))
     deadline = Deadline(parse_time(time))
     target = None if output is None else check_output(output, force=force)
     loaded = _load(model)
@@ -108,18 +117,22 @@ def optimize(
         energy = any(
             "energy" in metric or metric == "power_w" for metric in (objective.metric, *(x.metric for x in every))
         )
-        bench = Workbench(loaded, lengths, folder / "reference", key, runtime, threads, step, energy)
-        with bench:
+        bench = Workbench(
+            loaded, lengths, folder / "reference", key, runtime, threads, step, energy, device=elsewhere, duty=duty
+        )
+        with bench, BuildMeter() as meter:
             circumstances = {
                 "model": key, "lengths": lengths, "runtime": runtime, "threads": bench.baseline.threads,
                 "isa": bench.baseline.isa, "cpu": cpu_name(), "files": texts.files, "seed": seed, "prepare": prepare,
+                "device": "" if elsewhere is None else elsewhere.model_dump_json(), "duty": duty_cycle,
+                "energy": energy,
                 "limits": sorted(limit.text for limit in every if limit.metric == "peak_memory_bytes"),
             }  # fmt: skip
             journal = Journal(
                 folder, circumstances, deadline.limit_s,
                 lambda: plan_text(prefill_rate(bench.baseline, lengths.context), deadline.limit_s, lengths.context),
             )  # fmt: skip
-            search = Exploration(loaded, every, texts, bench, journal, deadline, tell, seed, threads)
+            search = Exploration(loaded, every, texts, bench, journal, deadline, tell, seed, threads, meter)
             search.measure_baseline()
             plan_run_off(search, objective.metric)
             search.measure_candidates()
@@ -132,6 +145,14 @@ def optimize(
         if not result.unfinished:
             journal.remove()
         return result
+
+
+def _duty(device: str | Path | None, duty_cycle: str | None) -> DutyCycle | None:
+    if duty_cycle is None:
+        return None
+    if device is None:
+        raise InputError("A duty cycle is for battery hours of a device: give one with --device (or `device=`).")
+    return DutyCycle.parse(duty_cycle)
 
 
 def _load(model: Model | str | Path) -> Model:

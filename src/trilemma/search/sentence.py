@@ -29,11 +29,27 @@ def ship(trial: Trial, baseline: Trial, verdicts: Sequence[Verdict], objective: 
     if outcome == "INCONCLUSIVE":
         settle = next((f"; to settle it: {v.settle}" for v in open_ if v.settle), "")
         texts = _listed([v.limit.text for v in open_])
-        return f"{trial.name} is the best candidate ({what}), but {texts} is not settled{settle}."
+        aimed = _aimed(trial, baseline, objective)
+        return f"{trial.name} is the best candidate ({what}), but {texts} is not settled{settle}.{aimed}"
     tight = binding(verdicts)
     ending = f"; {_binding(tight)}" if tight is not None else f"; chosen for {objective.text}"
     subject = "the unmodified model" if trial.status == "baseline" else trial.name
-    return f"Ship {subject}: {what}{ending}."
+    return f"Ship {subject}: {what}{ending}.{_aimed(trial, baseline, objective)}"
+
+
+def _aimed(trial: Trial, baseline: Trial, objective: Objective) -> str:
+    """What was minimised, where the sentence does not show it yet, and whether it is only an estimate."""
+    found = trial.measurements.get(objective.metric)
+    if found is None or found.value is None or "energy" not in objective.metric:
+        return ""
+    share = _share(trial, baseline, objective.metric)
+    of = f", {format_percent(share)} of the unmodified model's" if share is not None else ""
+    text = f" Chosen for {objective.text}: {shown(found)}{of}"
+    if found.source == "estimated":
+        text += (
+            "; this objective was estimated, as no counter was read, so the choice rests on times, bytes and products"
+        )
+    return f"{text}."
 
 
 def infeasible(choice: Choice, tried: int) -> str:

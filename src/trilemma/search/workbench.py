@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
+from trilemma.core.device import Device
+from trilemma.core.duty import DutyCycle
 from trilemma.core.measurement import Measurement
 from trilemma.core.record import Record
 from trilemma.data.windows import TokenSet
@@ -20,12 +22,13 @@ from trilemma.measure.energy_model import Precision
 from trilemma.measure.evaluate import build_reference
 from trilemma.measure.memory import artifact_bytes, engine_memory, peak_memory
 from trilemma.measure.quality import Reference, evaluate
-from trilemma.measure.sensors import find_sensors
+from trilemma.measure.sensors import NoSensor, find_sensors
 from trilemma.measure.speed import SpeedRun
 from trilemma.model.cost import macs_per_token
 from trilemma.model.model import Model
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import Engine, EngineOptions
+from trilemma.search.forecast import forecast_model
 
 Measurements = dict[str, Measurement]
 Step = Callable[[int, int, str], None]
@@ -52,6 +55,7 @@ class Workbench(AbstractContextManager["Workbench"]):
         lengths: of windows and requests.
         folder: where the reference's log-probabilities are cached.
         model_key: identity of the unmodified model, under which they are found again.
+        device, duty: for battery hours of a device that is not here.
     """
 
     model: Model
@@ -62,6 +66,8 @@ class Workbench(AbstractContextManager["Workbench"]):
     threads: int | None = None
     step: Step | None = None
     with_energy_sensor: bool = False
+    device: Device | None = None
+    duty: DutyCycle | None = None
     references: dict[str, Reference] = field(default_factory=dict)
     _baseline: Engine | None = None
 
@@ -150,19 +156,30 @@ class Workbench(AbstractContextManager["Workbench"]):
         return found, theirs
 
     def energy(self, model: Model, engine: Engine, times: Mapping[str, Measurement]) -> Measurements:
-        """By counter where there is one and energy is asked for (it takes seconds), else estimated from the times."""
+        """By counter where there is one and energy is asked for (it takes seconds), else estimated from the times.
+
+        With a device that is not here, also the hours that its battery would give.
+        """
         sensors = find_sensors()
         if not self.with_energy_sensor and any(sensor.reason is None for sensor in sensors):
-            return {}
+            unread = "a counter is here; it is read when energy is limited or minimised, and for the confirm run"
+            sensors = [NoSensor("counter", "package", unread)]
         lengths = self.lengths
         position = lengths.prompt_tokens + lengths.output_tokens // 2
-        return energy_per_token(
+        found = energy_per_token(
             engine, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens,
             read_bytes_per_token=decode_bytes(model, engine.kv_cache, position),
             macs_per_token=macs_per_token(model.config, position), precision=_precision(model),
             sensors=sensors,
             tpot_s=times["tpot_s"].value, ttft_s=times["ttft_s"].value,
         )  # fmt: skip
+        if self.device is not None:
+            there = forecast_model(
+                model, self.device, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens,
+                duty=self.duty,
+            )  # fmt: skip
+            found["battery_h"] = there.measurements["battery_h"]
+        return found
 
     def on_disk(self, path: Path, *, peak: bool) -> Measurements:
         """Bytes on disk, and on request the peak of a fresh process."""
