@@ -79,7 +79,7 @@ def bench(
     _check(policies, sizes, depths, prompt, output, memory, device)
     if plot is not None and not (sizes or depths):
         raise InputError("A plot needs a sweep: ask for one with --batch 1,2,4,8 or with --context 32,64,128.")
-    _check_places(plot, save)
+    console.check_places(plot, save)
     opened = EngineOptions(threads=threads, isa=isa)
     lengths = {"prompt_tokens": prompt or PROMPT, "output_tokens": output or OUTPUT}
     with console.progress("bench") as update:
@@ -151,15 +151,6 @@ def _check(
         raise InputError("--context times single steps at each depth; --prompt and --output have no meaning with it.")
     if not depths and (memory is not None or device):
         raise InputError("--memory and --device belong to the sweep over depths; give --context 32,128,512 too.")
-
-
-def _check_places(plot: Path | None, save: Path | None) -> None:
-    from trilemma.core.errors import OutputError
-    from trilemma.report.plot import check_plot_path
-
-    check_plot_path(plot)
-    if save is not None and not save.parent.is_dir():
-        raise OutputError(f"The folder '{save.parent}' does not exist. Make it first, or give another path.")
 
 
 def _variants(opened: EngineOptions, policies: Sequence[str]) -> list[EngineOptions]:

@@ -10,12 +10,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from trilemma.core.errors import OutputError
 from trilemma.core.measurement import Measurement
 from trilemma.core.quantity import format_duration, format_quantity, significant
 
@@ -31,7 +33,25 @@ stderr = Console(stderr=True, highlight=False)
 
 def print_json(document: object) -> None:
     """One JSON document on stdout, keys in the order given."""
-    sys.stdout.write(json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json_text(document))
+
+
+def json_text(document: object) -> str:
+    """What `print_json` prints: records, dictionaries and lists as indented JSON."""
+    return json.dumps(_plain(document), indent=2, ensure_ascii=False) + "\n"
+
+
+def check_places(plot: Path | None, save: Path | None) -> None:
+    """Refuse files that could not be written, before the long work begins.
+
+    Raises:
+        OutputError: a folder that is not there, or a plot that is no SVG.
+    """
+    from trilemma.report.plot import check_plot_path
+
+    check_plot_path(plot)
+    if save is not None and not save.parent.is_dir():
+        raise OutputError(f"The folder '{save.parent}' does not exist. Make it first, or give another path.")
 
 
 def _plain(document: Any) -> Any:

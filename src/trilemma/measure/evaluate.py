@@ -56,20 +56,53 @@ def evaluate(
         DataError: texts that can not be used. CheckpointError: the model has no tokenizer.
         InputError: a context longer than the model's.
     """
-    loaded = _load(model)
-    base = None if reference is None else _load(reference)
-    length = choose_context(loaded, context)
-    token_set = read_token_set(loaded, data, length, max_tokens, prepare)
+    found = evaluate_all(
+        [model], data, reference=reference, context=context, max_tokens=max_tokens, prepare=prepare, runtime=runtime,
+        options=options, progress=progress,
+    )  # fmt: skip
+    return found[0]
+
+
+def evaluate_all(
+    models: Sequence[Model | str | Path],
+    data: Paths | Mapping[str, Paths],
+    *,
+    reference: Model | str | Path | None = None,
+    context: int | None = None,
+    max_tokens: int | None = DEFAULT_TOKENS,
+    prepare: Prepare = "none",
+    runtime: str = "native",
+    options: EngineOptions | None = None,
+    progress: Progress | None = None,
+) -> list[EvaluateResult]:
+    """`evaluate` for several models on the same text; the reference is run once.
+
+    With a reference all models are scored on the same tokens, the first one's; without, each reads the text
+    with its own tokenizer.
+
+    Raises:
+        InputError: no model. EngineError: with a reference, a model of another vocabulary. Else as `evaluate`.
+    """
+    if not models:
+        raise InputError("There is no model to evaluate. Give at least one.")
+    loaded = [_load(model) for model in models]
+    length = min(choose_context(model, context) for model in loaded)
     chosen = (options or EngineOptions()).model_copy(update={"max_context": length})
     notes: list[str] = []
-    if base is None:
-        rows, isa, threads = _alone(loaded, token_set, runtime, chosen, progress)
+    if reference is None:
+        sets = [read_token_set(model, data, length, max_tokens, prepare) for model in loaded]
+        measured = [_alone(model, texts, runtime, chosen, progress) for model, texts in zip(loaded, sets, strict=True)]
     else:
-        rows, isa, threads, notes = _paired(loaded, base, token_set, runtime, chosen, progress)
-    return EvaluateResult(
-        model=_name(model), reference=None if reference is None else _name(reference), context=length, prepare=prepare,
-        environment=read_environment(isa=isa, threads=threads), rows=tuple(rows), notes=tuple(notes),
-    )  # fmt: skip
+        token_set = read_token_set(loaded[0], data, length, max_tokens, prepare)
+        measured, notes = _paired(loaded, _load(reference), token_set, runtime, chosen, progress)
+    return [
+        EvaluateResult(
+            model=_name(model), reference=None if reference is None else _name(reference), context=length,
+            prepare=prepare, environment=read_environment(isa=isa, threads=threads), rows=tuple(rows),
+            notes=tuple(notes),
+        )
+        for model, (rows, isa, threads) in zip(models, measured, strict=True)
+    ]  # fmt: skip
 
 
 def choose_context(model: Model, asked: int | None) -> int:
@@ -90,7 +123,7 @@ def read_token_set(
         DataError: no texts. CheckpointError: no tokenizer.
     """
     if not data:
-        raise DataError("Quality needs text. Give at least one file with --data.")
+        raise DataError("Quality needs text. Give at least one file with --data, or name=file with --domain.")
     if model.path is None:
         raise InputError("This model came from no folder, so it has no tokenizer; quality of text needs one.")
     tokenizer = Tokenizer.load(model.path)
@@ -138,20 +171,25 @@ def _alone(
 
 
 def _paired(
-    model: Model, base: Model, token_set: TokenSet, runtime: str, options: EngineOptions, progress: Progress | None
-) -> tuple[list[DomainRow], str, int, list[str]]:
+    models: Sequence[Model], base: Model, token_set: TokenSet, runtime: str, options: EngineOptions,
+    progress: Progress | None,
+) -> tuple[list[tuple[list[DomainRow], str, int]], list[str]]:  # fmt: skip
+    measured = []
     with tempfile.TemporaryDirectory(prefix="trilemma-reference-") as folder:
         reference = build_reference(base, token_set, folder, runtime=runtime, options=options, progress=progress)
-        engine = open_engine(model, runtime=runtime, options=options)
-        try:
-            scores = score(engine, reference, progress)
-        finally:
-            engine.close()
-        rows = []
-        for name, part, chosen in _by_domain(reference.token_set):
-            found = summarize(scores.rows(chosen), part, reference.nll[chosen], reference.engine_name)
-            rows.append(_row(name, part, found))
-        return rows, engine.isa, engine.threads, list(reference.notes)
+        parts = _by_domain(reference.token_set)
+        for model in models:
+            engine = open_engine(model, runtime=runtime, options=options)
+            try:
+                scores = score(engine, reference, progress)
+            finally:
+                engine.close()
+            rows = [
+                _row(name, part, summarize(scores.rows(chosen), part, reference.nll[chosen], reference.engine_name))
+                for name, part, chosen in parts
+            ]
+            measured.append((rows, engine.isa, engine.threads))
+        return measured, list(reference.notes)
 
 
 def _by_domain(token_set: TokenSet) -> list[tuple[str, TokenSet, NDArray[np.bool_]]]:
