@@ -106,6 +106,8 @@ def _show_facts(name: str, found: Inspection) -> None:
     weights = "random weights: cost only, no quality" if found.random else f"stored as {found.dtype}"
     typer.echo(f"{name}: {found.architecture}")
     typer.echo(f"parameters   {found.parameters:,} ({weights}), {format_quantity(found.weights_bytes, 'bytes')}")
+    if found.active_parameters != found.parameters:
+        typer.echo(f"active       {found.active_parameters:,} for a token, its experts alone")
     parts = (f"{role} {count / found.parameters:.0%}" for role, count in found.parameters_by_role.items() if count)
     typer.echo(f"of which     {', '.join(parts)}")
     if found.unknown_tensors:

@@ -78,10 +78,8 @@ def with_random_weights(
             formats, bf16 for bf16 and f16 weights, f32 for f32.
     """
     config = model.config
-    matrices = [name for name, shape in config.tensor_shapes().items() if len(shape) == 2]
-    multiplied = [name for name in matrices if config.tied or name != "embedding.weight"]
     choose = activation_of or (lambda name: default_activation(FORMATS.get(format_of(name))))
-    linears = {name: LinearRun(activation=choose(name)) for name in multiplied}
+    linears = {name: LinearRun(activation=choose(name)) for name in config.product_names()}
     source = RandomPackedSource(config, format_of, seed)
     return Model(config, source, path=model.path, linears=linears, run=model.run)
 

@@ -167,12 +167,22 @@ class DecoderConfig(Record):
         """Names of the matrices inside layers (not embedding, not head), in order of execution."""
         return [name for name, shape in self.tensor_shapes().items() if len(shape) == 2 and name.startswith("layers.")]
 
+    def product_names(self) -> list[str]:
+        """Names of the matrices that activations are multiplied by: those inside layers, and the head's; file order."""
+        inside = self.linear_names()
+        return ["embedding.weight", *inside] if self.tied else [*inside, "head.weight"]
+
     def _norm_shapes(self, name: str) -> Shapes:
         shapes: Shapes = {f"{name}.weight": (self.dim,)}
         return shapes | {f"{name}.bias": (self.dim,)} if self.norm_bias else shapes
 
 
 NamedShapes = Iterator[tuple[str, tuple[int, ...]]]
+
+
+def is_router(name: str) -> bool:
+    """Whether a canonical tensor chooses experts: small, and a wrong choice costs much, so it stays unquantized."""
+    return name.endswith(".router.weight")
 
 
 def _attention_shapes(prefix: str, spec: Attention, dim: int) -> NamedShapes:

@@ -7,11 +7,12 @@ in (`trilemma.formats` lies above this room).
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal
 
 from trilemma.core.errors import InputError
 from trilemma.core.record import Record
-from trilemma.model.config import Attention, DecoderConfig
+from trilemma.model.config import Attention, DecoderConfig, Dense, Experts
 from trilemma.model.model import Model
 
 Role = Literal["embedding", "attention", "ffn", "head", "norms"]
@@ -31,6 +32,7 @@ class Inspection(Record):
     architecture: str
     family: str
     parameters: int
+    active_parameters: int  # that one token uses: all but the experts that it does not choose
     parameters_by_role: dict[str, int]
     dtype: str
     weights_bytes: int
@@ -66,6 +68,24 @@ def parameters_by_role(config: DecoderConfig) -> dict[Role, int]:
 
 def parameter_count(config: DecoderConfig) -> int:
     return sum(parameters_by_role(config).values())
+
+
+def active_parameter_count(config: DecoderConfig) -> int:
+    """Parameters that one token uses: all of them, but only the chosen experts of each layer."""
+    shapes = config.tensor_shapes()
+    idle = sum(shapes[name][0] * shapes[name][1] * (1 - share) for name, share in expert_shares(config).items())
+    return parameter_count(config) - int(idle)
+
+
+def expert_shares(config: DecoderConfig) -> dict[str, Fraction]:
+    """Matrices of experts -> the share of tokens that choose each, when all are chosen equally often."""
+    shares = {}
+    for name in config.linear_names():
+        _, index, *path = name.split(".")
+        ffn = config.layers[int(index)].ffn
+        if isinstance(ffn, Experts) and path[1] == "experts":
+            shares[name] = Fraction(ffn.active, ffn.count)
+    return shares
 
 
 def weights_bytes(
@@ -116,11 +136,10 @@ def kv_bytes(config: DecoderConfig, kv: str, context: int) -> int:
 
 
 def matrix_macs_per_token(config: DecoderConfig) -> int:
-    """Multiply-accumulates of one token in the matrices of all layers and the head."""
-    layers = sum(
-        shape[0] * shape[1] for name, shape in config.tensor_shapes().items() if len(shape) == 2 and "layers." in name
-    )
-    return layers + config.vocab_size * config.dim
+    """Multiply-accumulates of one token in the matrices of all layers and the head; of experts, the active ones."""
+    shapes, shares = config.tensor_shapes(), expert_shares(config)
+    layers = sum(shapes[name][0] * shapes[name][1] * shares.get(name, 1) for name in config.linear_names())
+    return int(layers) + config.vocab_size * config.dim
 
 
 def attention_macs_per_token(config: DecoderConfig, context: int) -> int:
@@ -144,11 +163,21 @@ def decode_bytes_per_token(
     context: int,
     format_bytes: FormatBytes | None = None,
 ) -> int:
-    """Bytes that one decode step reads: every matrix that is multiplied, one embedding row, the cache."""
-    by_role = bytes_by_role(config, format_of, format_bytes)
-    total = sum(by_role.values())
-    if not config.tied:
-        total -= by_role["embedding"] - by_role["embedding"] // config.vocab_size
+    """Bytes that one decode step reads: every matrix that is multiplied, one row of a table, the cache.
+
+    Of experts, only the active ones are read; where experts are stored differently, their mean counts.
+    """
+    shapes, shares = config.tensor_shapes(), expert_shares(config)
+    total = sum(bytes_by_role(config, format_of, format_bytes).values())
+    tables = {} if config.tied else {"embedding.weight": config.vocab_size}
+    if config.learned_positions:
+        tables["position.weight"] = config.max_context
+
+    def size(name: str) -> int:
+        return _matrix_bytes(format_of(name), (shapes[name][0], shapes[name][1]), format_bytes)
+
+    total -= sum(size(name) - size(name) // rows for name, rows in tables.items())
+    total -= int(sum(size(name) * (1 - share) for name, share in shares.items()))
     return total + kv_bytes(config, kv, context)
 
 
@@ -171,6 +200,7 @@ def inspect_model(
         architecture=describe(config),
         family=config.family,
         parameters=parameter_count(config),
+        active_parameters=active_parameter_count(config),
         parameters_by_role={str(role): count for role, count in parameters_by_role(config).items()},
         dtype=_dtypes(model),
         weights_bytes=sum(by_role.values()),
@@ -189,19 +219,26 @@ def inspect_model(
 def describe(config: DecoderConfig) -> str:
     """One line: 'llama, 6 layers x 256, 8 heads (4 KV) x 32, ffn 768, vocabulary 8192, tied'."""
     heads = {(a.heads, a.kv_heads, a.head_dim) for a in _attentions(config)}
-    hidden = {layer.ffn.hidden for layer in config.layers if layer.ffn is not None}
+    hidden = dict.fromkeys(_describe_ffn(layer.ffn) for layer in config.layers if layer.ffn is not None)
     windows = {a.window for a in _attentions(config)} - {None}
     parts = [
         config.family,
         f"{len(config.layers)} layers x {config.dim}",
         " / ".join(f"{h} heads ({k} KV) x {d}" for h, k, d in sorted(heads)),
-        "ffn " + " / ".join(map(str, sorted(hidden))) if hidden else "no ffn",
+        "ffn " + " / ".join(hidden) if hidden else "no ffn",
         f"vocabulary {config.vocab_size}",
         "tied" if config.tied else "untied",
     ]
     if windows:
         parts.append("window " + " / ".join(map(str, sorted(w for w in windows if w is not None))))
     return ", ".join(part for part in parts if part)
+
+
+def _describe_ffn(ffn: Dense | Experts) -> str:
+    if isinstance(ffn, Dense):
+        return str(ffn.hidden)
+    shared = f" + {ffn.shared_hidden} shared" if ffn.shared_hidden else ""
+    return f"{ffn.active} of {ffn.count} experts x {ffn.hidden}{shared}"
 
 
 def _attentions(config: DecoderConfig) -> list[Attention]:

@@ -31,6 +31,7 @@ from trilemma.techniques.technique import Build, report
 _BATCH_TOKENS = 512  # a layer's activations then stay in cache; larger batches were 3 times slower
 _MOST_SHARES = 4  # each has statistics of its own, so more would cost memory
 ACTIVATION_GROUP = 32
+_INPUTS = {**dict.fromkeys(("q", "k", "v", "gate", "up", "router"), "in"), "o": "o", "down": "down"}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -125,11 +126,20 @@ def walk_layers(
 
 
 def input_groups(config: DecoderConfig, index: int) -> list[tuple[str, ...]]:
-    """Matrices of a layer that see the same input, in order of execution: (q, k, v), (o), (gate, up), (down)."""
-    names = [name for name in config.linear_names() if name.startswith(f"layers.{index}.")]
-    together = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))
-    groups = (tuple(name for name in names if name.split(".")[-2] in roles) for roles in together)
-    return [group for group in groups if group]
+    """Matrices of a layer that see the same input, in order of execution: (q, k, v), (o), (gate, up), (down).
+
+    Of experts, (router, shared gate, shared up), (shared down), then each expert's (gate, up) and (down): its
+    inputs are those of the tokens that chose it, and may be none.
+    """
+    groups: dict[tuple[str, str], list[str]] = {}
+    for name in config.linear_names():
+        if name.startswith(f"layers.{index}."):
+            block, role = name.removesuffix(".weight").rsplit(".", 1)
+            kind = _INPUTS[role]
+            if kind == "in":
+                block = block.removesuffix(".shared")  # the shared block reads what the router reads
+            groups.setdefault((block, kind), []).append(name)
+    return [tuple(group) for group in groups.values()]
 
 
 def round_activations(x: Tensor, group: int = ACTIVATION_GROUP) -> Tensor:
@@ -212,11 +222,15 @@ def _gather(
     roles: Collection[str] | None = None,
 ) -> dict[str, Gram]:
     """The Gram of every matrix of the layer (in these roles); matrices with the same input share one."""
-    groups = [group for group in input_groups(config, index) if roles is None or group[0].split(".")[-2] in roles]
+    groups = [
+        group
+        for group in input_groups(config, index)
+        if roles is None or any(name.split(".")[-2] in roles for name in group)
+    ]
     if not groups:
         return {}
     hooks = _rounding_hooks(layer, index, runs)
-    linears = {group: _linear(layer, group[0]) for group in groups}
+    linears = {group: _linear(layer, group[-1]) for group in groups}  # the first may be a router, never rounded
     mine = threading.local()
     for group, linear in linears.items():
         hooks.append(linear.register_forward_pre_hook(lambda _, args, group=group: mine.grams[group].update(args[0])))

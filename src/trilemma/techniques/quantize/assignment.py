@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 
 from trilemma.core.errors import RecipeError
 from trilemma.formats import FORMATS, Format
-from trilemma.model.config import DecoderConfig
+from trilemma.model.config import DecoderConfig, is_router
 from trilemma.model.model import Activation, LinearRun
 from trilemma.techniques.technique import TechniqueSettings
 
@@ -51,6 +51,9 @@ def _known(name: str) -> str:
 def assign_formats(config: DecoderConfig, settings: WeightSettings) -> dict[str, Format]:
     """Format of every matrix of the model, in file order.
 
+    Routers and learned positions are never put on a grid: they are small, and errors in them go far.
+    They are bf16 beside quantized matrices.
+
     Raises:
         RecipeError: a pattern of `overrides` matches no matrix.
     """
@@ -68,15 +71,21 @@ def assign_formats(config: DecoderConfig, settings: WeightSettings) -> dict[str,
                 f"'{matrices[-1]}'; patterns like 'layers.0.*' or '*.ffn.down.weight'."
             )
         chosen |= dict.fromkeys(matched, format_name)
-    return {name: FORMATS.get(format_name) for name, format_name in chosen.items()}
+    formats = {name: FORMATS.get(format_name) for name, format_name in chosen.items()}
+    bf16 = FORMATS.get("bf16")
+    return {name: bf16 if _is_kept(name) and not spec.floating else spec for name, spec in formats.items()}
+
+
+def _is_kept(name: str) -> bool:
+    return is_router(name) or name == "position.weight"
 
 
 def assign_runs(config: DecoderConfig, formats: Mapping[str, Format], activations: Activation) -> dict[str, LinearRun]:
     """Input precision of every matrix product; a matrix kept in floating point never gets int8 inputs."""
     return {
-        name: LinearRun(activation=_activation(spec, activations))
-        for name, spec in formats.items()
-        if config.tied or name != "embedding.weight"
+        name: LinearRun(activation=_activation(formats[name], activations))
+        for name in config.product_names()
+        if name in formats
     }
 
 

@@ -74,8 +74,8 @@ class Gptq:
 
 
 def _choose(name: str, weight: Float32, gram: Gram, spec: Format, settings: GptqSettings) -> StoredMatrix:
-    if spec.floating:
-        return round_matrix(name, weight, spec)
+    if spec.floating or not gram.tokens:  # an expert that no calibration token chose is rounded to nearest
+        return round_matrix(name, weight, spec, settings.scale)
     try:
         return pack(quantize_gptq(weight, gram.hessian(), spec, settings))
     except RecipeError as error:
