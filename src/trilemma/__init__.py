@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trilemma.api import bench, export_model, inspect, optimize
+    from trilemma.api import bench, compress, export_model, inspect, optimize
     from trilemma.core.errors import TrilemmaError
     from trilemma.core.limit import Limit
     from trilemma.core.measurement import Measurement
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from trilemma.runtime.text_model import TextModel
     from trilemma.runtime.text_model import open_text_model as open
     from trilemma.search.check import check
-    from trilemma.techniques.apply import compress
 
 _WHERE = {
     "Limit": "core.limit",
@@ -32,7 +31,7 @@ _WHERE = {
     "bench": "api",
     "check": "search.check",
     "compare": "measure.compare",
-    "compress": "techniques.apply",
+    "compress": "api",
     "evaluate": "measure.evaluate",
     "export_model": "api",
     "inspect": "api",

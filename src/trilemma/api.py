@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from trilemma.core.limit import Limit
+    from trilemma.core.recipe import Recipe
     from trilemma.core.results import BenchReport
     from trilemma.export import ExportReport
     from trilemma.measure.bench import BenchCandidate
@@ -16,6 +20,7 @@ if TYPE_CHECKING:
     from trilemma.runtime.engine import EngineOptions
     from trilemma.search.progress import Progress
     from trilemma.search.result import OptimizeResult
+    from trilemma.techniques.apply import CompressResult
 
 
 def inspect(model: Model | str | Path) -> Inspection:
@@ -236,6 +241,59 @@ def optimize(
         context=context, prepare=prepare, seed=seed, threads=threads, accept_estimates=accept_estimates,
         device=device, duty_cycle=duty_cycle, force=force, progress=progress, render=render, command=command,
     )  # fmt: skip
+
+
+def compress(
+    model: Model | str | Path,
+    output: str | Path,
+    *,
+    scheme: str | None = None,
+    recipe: Recipe | str | Path | None = None,
+    calibration: NDArray[np.int32] | None = None,
+    data: str | Path | Sequence[str | Path] | None = None,
+    prepare: Literal["none", "book"] = "none",
+    seed: int = 0,
+    threads: int | None = None,
+    force: bool = False,
+    payback: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> CompressResult:
+    """Apply a scheme or a recipe to a model and write the artifact, with what that cost.
+
+    Args:
+        model: a checkpoint, an artifact or a hub id; it stays as it is.
+        output: folder for the artifact.
+        scheme, recipe: one of them: a short name, or a recipe (or its YAML file).
+        calibration, data: token windows, or text files to cut them from, for schemes that need them.
+        prepare: 'book' joins hard line breaks and drops underscores.
+        force: replace an artifact that is there already.
+        payback: also time both models side by side, for the tokens after which building is repaid.
+
+    Returns:
+        Bytes, seconds, `build` (`build_s`, `build_energy_j`) and, when asked for, `payback`.
+
+    Raises:
+        RecipeError: neither or both of scheme and recipe, or one that can not be used.
+        OutputError: the output is taken or can not be written.
+        DataError: the texts can not be used.
+    """
+    from trilemma.formats.artifact import load_any, read_artifact
+    from trilemma.measure.build_cost import BuildMeter
+    from trilemma.search.payback import time_payback
+    from trilemma.techniques.apply import compress as apply
+
+    texts = [data] if isinstance(data, str | Path) else data
+    with BuildMeter() as meter:
+        done = apply(
+            model, output, scheme=scheme, recipe=recipe, calibration=calibration, data=texts, prepare=prepare,
+            seed=seed, threads=threads, force=force, progress=progress,
+        )  # fmt: skip
+    done = done.model_copy(update={"build": meter.results()})
+    if not payback:
+        return done
+    original = load_any(model) if isinstance(model, str | Path) else model
+    repaid = time_payback(original, read_artifact(Path(output)), done.build, threads=threads)
+    return done.model_copy(update={"payback": repaid})
 
 
 def export_model(

@@ -87,7 +87,8 @@ def show_report(report: OptimizeReport) -> None:
         for name in names
         if name in trials
     ]
-    console.table("The front (* chosen)", ["trial", *metrics], rows)
+    titles = [{"energy_j_per_output_token": "energy a token"}.get(metric, metric) for metric in metrics]
+    console.table("The front (* chosen)", ["trial", *titles], rows)
     typer.echo("")
     show_verdicts(report.verdicts)
     typer.echo(report.decision.sentence)

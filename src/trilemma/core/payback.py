@@ -31,7 +31,8 @@ class Payback(Record):
         if self.resource == "energy":
             spent, saved = format_quantity(self.spent, "J"), format_quantity(abs(self.saved_per_token), "J")
         else:
-            spent, saved = format_duration(self.spent), format_quantity(abs(self.saved_per_token), "s")
+            spent = format_duration(self.spent) if self.spent >= 60 else format_quantity(self.spent, "s")
+            saved = format_quantity(abs(self.saved_per_token), "s")
         spent = f"{spent} of {self.resource}{' (estimated)' if self.source == 'estimated' else ''}"
         if self.tokens is None:
             why = f"a token costs {saved} more" if self.saved_per_token < 0 else "a token saves nothing"

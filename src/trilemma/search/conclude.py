@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from trilemma.core.environment import Environment, read_environment
-from trilemma.core.measurement import Measurement
-from trilemma.core.payback import Payback, payback
+from trilemma.core.payback import Payback
 from trilemma.core.results import Answer, ByteRow, Conditions, Decision, OptimizeReport
 from trilemma.core.trial import Trial
 from trilemma.core.verdict import Verdict
@@ -21,6 +18,7 @@ from trilemma.search.decide import Choice, Objective, choose
 from trilemma.search.explore import Exploration
 from trilemma.search.front import pareto_front
 from trilemma.search.judge import EXIT_CODES, binding, judge_trial, outcome_of
+from trilemma.search.payback import paybacks
 from trilemma.search.result import OptimizeResult
 from trilemma.search.texts import prompts_of
 
@@ -57,7 +55,7 @@ def conclude(
         confirmed=found.confirmed, verdicts=found.verdicts, decision=found.decision, answers=found.answers,
         bytes_by_role=found.bytes_by_role, seconds=search.deadline.spent_s, command=command,
         notes=(*search.texts.parts.notes, *dict.fromkeys(search.notes)), data_files=search.texts.files,
-        conditions=_conditions(search, accept_estimates), payback=paybacks(search, found.confirmed),
+        conditions=_conditions(search, accept_estimates), payback=_paybacks(search, found.confirmed),
     )  # fmt: skip
     code = EXIT_CODES[found.decision.outcome]
     return OptimizeResult(found.confirmed, tuple(front), found.verdicts, report, code, unfinished=found.unfinished)
@@ -145,27 +143,15 @@ def _infeasible(search: Exploration, choice: Choice, nearest: tuple[str, ...]) -
     return Conclusion(decision, choice.verdicts)
 
 
-def paybacks(search: Exploration, confirmed: Trial | None) -> tuple[Payback, ...]:
-    """After how many output tokens the chosen model repays its building and the whole search, in joules and seconds."""
+def _paybacks(search: Exploration, confirmed: Trial | None) -> tuple[Payback, ...]:
+    """After how many output tokens the chosen model repays its building and the whole search."""
     if confirmed is None or confirmed.status == "baseline":
         return ()
-    spent: dict[Literal["build", "search"], Mapping[str, Measurement]] = {"build": confirmed.measurements}
+    before = {**search.baseline.measurements, **confirmed.paired_baseline}
+    found = paybacks(confirmed.measurements, before, confirmed.measurements)
     if search.meter is not None:
-        spent["search"] = search.meter.results()
-    axes: tuple[tuple[Literal["energy", "time"], str, str], ...] = (
-        ("energy", "build_energy_j", "energy_j_per_output_token"), ("time", "build_s", "tpot_s"),
-    )  # fmt: skip
-    found = []
-    for what, costs in spent.items():
-        for resource, cost_name, metric in axes:
-            cost, after = costs.get(cost_name), confirmed.measurements.get(metric)
-            before = confirmed.paired_baseline.get(metric) or search.baseline.measurements.get(metric)
-            numbers = [item.value for item in (cost, before, after) if item is not None and item.value is not None]
-            if len(numbers) < 3:
-                continue
-            guessed = any(item is not None and item.source == "estimated" for item in (cost, before, after))
-            found.append(payback(resource, *numbers, what=what, source="estimated" if guessed else "measured"))
-    return tuple(found)
+        found += paybacks(search.meter.results(), before, confirmed.measurements, "search")
+    return found
 
 
 def _too_short(search: Exploration, choice: Choice, why: str, needed_s: float, nearest: tuple[str, ...]) -> Conclusion:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.core.errors import RecipeError, UnsupportedModelError
+from trilemma.core.measurement import Measurement
+from trilemma.core.payback import Payback
 from trilemma.core.recipe import Recipe
 from trilemma.core.record import Record
 from trilemma.data.documents import Prepare
@@ -26,13 +28,19 @@ Progress = Callable[[int, int, str], None]
 
 
 class CompressResult(Record):
-    """What `compress` left behind."""
+    """What `compress` left behind.
+
+    build: `build_s` and `build_energy_j`; payback: after how many output tokens they are repaid, when that was
+    asked for. Both are filled in above this room, where things are measured.
+    """
 
     path: str
     recipe: Recipe
     weights_bytes: int
     original_weights_bytes: int
     seconds: float
+    build: dict[str, Measurement] = {}
+    payback: tuple[Payback, ...] = ()
 
     def __str__(self) -> str:
         share = self.weights_bytes / max(1, self.original_weights_bytes)
