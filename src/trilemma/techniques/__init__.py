@@ -11,7 +11,13 @@ TECHNIQUES: Registry[type[Technique]] = Registry(
         "plain": "trilemma.techniques.quantize.plain:Plain",
         "rtn": "trilemma.techniques.quantize.rtn:RoundToNearest",
         "gptq": "trilemma.techniques.quantize.gptq:Gptq",
+        "tune-norms": "trilemma.techniques.distill.tune_norms:TuneNorms",
         "smooth": "trilemma.techniques.quantize.smooth:Smooth",
+        "prune-width": "trilemma.techniques.prune.width:PruneWidth",
+        "magnitude": "trilemma.techniques.prune.unstructured:Magnitude",
+        "wanda": "trilemma.techniques.prune.unstructured:Wanda",
+        "heal": "trilemma.techniques.distill.heal:Heal",
+        "distill": "trilemma.techniques.distill.student:Distill",
         "kv-cache": "trilemma.techniques.quantize.kv_cache:KvCache",
     },
 )

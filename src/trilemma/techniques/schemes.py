@@ -106,6 +106,18 @@ def _quantize(match: re.Match[str]) -> list[Step]:
     return [Step(technique="gptq" if match["gptq"] else "rtn", settings=settings), *_kv_steps(match["rest"])]
 
 
+def _smooth(match: re.Match[str]) -> list[Step]:
+    return [Step(technique="smooth")]
+
+
+def _tune(match: re.Match[str]) -> list[Step]:
+    return [Step(technique="tune-norms", settings={"steps": int(match["steps"])})]
+
+
+def _heal(match: re.Match[str]) -> list[Step]:
+    return [Step(technique="heal", settings={"steps": int(match["steps"])})]
+
+
 def _weights_format(match: re.Match[str]) -> str:
     group = f"g{match['group']}" if match["group"] else "channel"
     wanted = f"int{match['weights']}-{group}{'-asym' if match['asym'] else ''}"
@@ -158,4 +170,17 @@ PARTS: tuple[Part, ...] = (
         r"(?P<rest>(?:-(?:e|kv)\d+)*)",
         _quantize,
     ),
+    Part("smooth", _smooth, "smooth+W8A8-g32", "move activation outliers into the weights first (SmoothQuant)"),
+    Part(
+        r"tune(?P<steps>\d+)",
+        _tune,
+        "W4A8-g32-gptq+tune100",
+        "then train norms and biases alone for 100 steps to answer like the original",
+    ),  # fmt: skip
+    Part(
+        r"heal(?P<steps>\d+)",
+        _heal,
+        "prune25+heal200+W4A8-g32-gptq",
+        "train for 200 steps to answer like the original, before quantization",
+    ),  # fmt: skip
 )
