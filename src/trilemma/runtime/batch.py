@@ -77,9 +77,11 @@ def generate_batch(
     if any(len(prompt) == 0 for prompt in prompts):
         raise InputError("A prompt has no tokens. Give at least one (the BOS token, say).")
     room = sequences or able.open_sequences(len(prompts))
-    requests = [_Request(room.create(), list(prompt), Generation([], "length", len(prompt))) for prompt in prompts]
+    requests: list[_Request] = []
     stops = set(settings.stop_token_ids) | (set() if settings.ignore_eos else set(engine.config.eos_token_ids))
     try:
+        for prompt in prompts:
+            requests.append(_Request(room.create(), list(prompt), Generation([], "length", len(prompt))))
         _step_until_done(room, requests, settings, frozenset(stops), engine.max_context, on_token)
     finally:
         for request in requests:
