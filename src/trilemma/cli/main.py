@@ -13,7 +13,20 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from trilemma.cli import bench, check, compare, compress, evaluate, export, inspect, list_names, optimize, report, run
+from trilemma.cli import (
+    advise,
+    bench,
+    check,
+    compare,
+    compress,
+    evaluate,
+    export,
+    inspect,
+    list_names,
+    optimize,
+    report,
+    run,
+)
 from trilemma.core.errors import TrilemmaError
 
 app = typer.Typer(
@@ -36,6 +49,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("advise")(advise.advise)
 app.command("list")(list_names.list_names)
 
 
