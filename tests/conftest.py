@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from trilemma.model.config import Attention, DecoderConfig, Dense, LayerSpec, Rope
+from trilemma.model.config import Attention, DecoderConfig, Dense, Experts, LayerSpec, Rope
 from trilemma.model.model import Model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -68,17 +68,24 @@ class RandomTensors:
 
 def tiny_config(
     *, dim: int = 48, layers: int = 2, heads: int = 4, kv_heads: int = 2, head_dim: int = 16, ffn: int = 80,
-    vocab: int = 97, context: int = 64, tied: bool = True, qkv_bias: bool = False, theta: float = 10000.0,
+    vocab: int = 97, context: int = 64, tied: bool = True, qkv_bias: bool = False, qk_norm: bool = False,
+    theta: float = 10000.0,
 ) -> DecoderConfig:  # fmt: skip
     """A small decoder whose sizes divide nothing in particular."""
     frequencies = tuple(float(theta ** (-2 * i / head_dim)) for i in range(head_dim // 2))
     rope = Rope(theta=theta, inverse_frequencies=frequencies)
     attention = Attention(
-        heads=heads, kv_heads=kv_heads, head_dim=head_dim, rope=rope, scale=head_dim**-0.5, qkv_bias=qkv_bias
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope=rope,
+        scale=head_dim**-0.5,
+        qkv_bias=qkv_bias,
+        qk_norm=qk_norm,
     )
     layer = LayerSpec(attention=attention, ffn=Dense(hidden=ffn))
     return DecoderConfig(
-        family="qwen2" if qkv_bias else "llama", dim=dim, vocab_size=vocab, max_context=context,
+        family="qwen3" if qk_norm else "qwen2" if qkv_bias else "llama", dim=dim, vocab_size=vocab, max_context=context,
         layers=(layer,) * layers, norm_eps=1e-5, tied=tied,
     )  # fmt: skip
 
@@ -90,6 +97,25 @@ def tiny_model() -> Callable[..., Model]:
     def make(seed: int = 0, **sizes: int | float | bool) -> Model:
         config = tiny_config(**sizes)  # type: ignore[arg-type]
         return Model(config, RandomTensors(config, seed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def random_model() -> Callable[[DecoderConfig, int], Model]:
+    """`random_model(config, seed)`: random f32 weights for any config."""
+    return lambda config, seed=0: Model(config, RandomTensors(config, seed))
+
+
+@pytest.fixture(scope="session")
+def experts_config() -> Callable[..., DecoderConfig]:
+    """`experts_config(shared_hidden=20, ...)`: `tiny_config` with two layers of Experts, which the options are of."""
+
+    def make(**options: int | str | bool) -> DecoderConfig:
+        config = tiny_config(context=64)
+        experts = Experts(**{"count": 5, "active": 2, "hidden": 27, **options})  # type: ignore[arg-type]
+        layers = tuple(layer.model_copy(update={"ffn": experts}) for layer in config.layers)
+        return config.model_copy(update={"layers": layers})
 
     return make
 

@@ -12,6 +12,7 @@ from trilemma.export.gguf import export_gguf, gguf_name
 from trilemma.formats import FORMATS
 from trilemma.formats.artifact import load_any
 from trilemma.formats.random_weights import with_random_weights
+from trilemma.model.config import Experts
 from trilemma.model.rope import make_rope
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
@@ -161,6 +162,11 @@ def without_attention(model):
     )
 
 
+def with_layers(model, **changes):
+    layers = tuple(layer.model_copy(update=changes) for layer in model.config.layers)
+    return model.with_config(model.config.model_copy(update={"layers": layers}))
+
+
 def with_ffn(model, **changes):
     layers = tuple(
         layer.model_copy(update={"ffn": layer.ffn.model_copy(update=changes)}) for layer in model.config.layers
@@ -172,6 +178,14 @@ def with_ffn(model, **changes):
     ("change", "why"),
     [
         (without_attention, "without attention"),
+        (lambda m: with_layers(m, parallel=True), "side by side"),
+        (lambda m: with_layers(m, post_norms=True), "norms behind"),
+        (lambda m: with_layers(m, ffn=Experts(count=2, active=1, hidden=32)), "experts"),
+        (lambda m: m.with_config(m.config.model_copy(update={"norm": "layer"})), "RMS norms"),
+        (lambda m: m.with_config(m.config.model_copy(update={"embedding_scale": 2.0})), "scaled embedding"),
+        (lambda m: m.with_config(m.config.model_copy(update={"learned_positions": True})), "learned positions"),
+        (lambda m: with_rope(m, m.config.layers[0].attention.rope, qk_norm=True), "norms of q and k in llama"),
+        (lambda m: m.with_config(m.config.model_copy(update={"family": "qwen3"})), "without norms of q and k"),
         (lambda m: with_ffn(m, activation="gelu"), "SiLU"),
         (lambda m: with_rope(m, None), "rotate"),
         (lambda m: with_rope(m, m.config.layers[0].attention.rope, scale=0.5), "scale"),

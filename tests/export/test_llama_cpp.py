@@ -122,6 +122,8 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 16.0}
     ("sizes", "kind", "parameters"),
     [
         ({"qkv_bias": True, "tied": False}, "default", {}),  # qwen2
+        ({"qk_norm": True, "head_dim": 24}, "default", {}),  # qwen3
+        ({"qk_norm": True, "tied": False}, "yarn", YARN),
         ({"head_dim": 24, "tied": False}, "default", {}),  # head_dim that is not dim / heads
         ({"theta": 5e5}, "llama3", LLAMA3),
         ({}, "linear", {"factor": 2.0}),

@@ -30,7 +30,8 @@ from trilemma.model.model import Model
 
 _ROLES = {
     "attention_norm": "attn_norm", "attention.q": "attn_q", "attention.k": "attn_k", "attention.v": "attn_v",
-    "attention.o": "attn_output", "ffn_norm": "ffn_norm", "ffn.gate": "ffn_gate", "ffn.up": "ffn_up",
+    "attention.o": "attn_output", "attention.q_norm": "attn_q_norm", "attention.k_norm": "attn_k_norm",
+    "ffn_norm": "ffn_norm", "ffn.gate": "ffn_gate", "ffn.up": "ffn_up",
     "ffn.down": "ffn_down",
 }  # fmt: skip
 _ENDS = {

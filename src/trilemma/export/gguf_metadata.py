@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from trilemma.core.errors import UnsupportedModelError
 from trilemma.export.gguf_vocabulary import Vocabulary
-from trilemma.model.config import Attention, DecoderConfig, Dense, Rope
+from trilemma.model.config import Attention, DecoderConfig, Dense, Experts, Rope
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32}
 _YARN_KEYS = {"factor", "original_max_position_embeddings"}
 
@@ -48,9 +48,12 @@ def read_shape(config: DecoderConfig) -> Shape:
         raise _refuse(f"the family '{config.family}' (known: {', '.join(ARCHITECTURES)})")
     architecture = ARCHITECTURES[config.family]
     attention = tuple(layer.attention for layer in config.layers if layer.attention is not None)
-    ffn = tuple(layer.ffn for layer in config.layers if layer.ffn is not None)
+    if any(isinstance(layer.ffn, Experts) for layer in config.layers):
+        raise _refuse("experts")
+    ffn = tuple(layer.ffn for layer in config.layers if isinstance(layer.ffn, Dense))
     if not config.layers or len(attention) != len(config.layers) or len(ffn) != len(config.layers):
         raise _refuse("layers without attention or feed-forward part")
+    _refuse_structure(config, architecture, attention, ffn)
     first = attention[0]
     if any((a.head_dim, a.rope) != (first.head_dim, first.rope) for a in attention):
         raise _refuse("layers with different head dimensions or rotary embeddings")
@@ -58,14 +61,35 @@ def read_shape(config: DecoderConfig) -> Shape:
         raise _refuse("attention whose heads do not rotate in all dimensions")
     if any(abs(a.scale * first.head_dim**0.5 - 1) > 1e-6 for a in attention):
         raise _refuse("an attention scale other than 1/sqrt(head_dim)")
-    if any(not f.gated or f.activation != "silu" for f in ffn):
-        raise _refuse("feed-forward blocks other than gated SiLU")
-    if architecture == "qwen2" and any(a.o_bias for a in attention):
-        raise _refuse("a bias of the attention output in qwen2")
     notes = []
     if any(a.window is not None and a.window < config.max_context for a in attention):
         notes.append("sliding windows are not carried over: llama.cpp attends to the whole context")
     return Shape(architecture, config, attention, ffn, first.rope, notes)
+
+
+def _refuse_structure(
+    config: DecoderConfig, architecture: str, attention: Sequence[Attention], ffn: Sequence[Dense]
+) -> None:
+    """Raise for a part that these architectures of llama.cpp lack; each would be left out in silence otherwise."""
+    wrong = {
+        "norms other than RMS norms without bias": config.norm != "rms" or config.norm_bias,
+        "a scaled embedding": config.embedding_scale != 1.0,
+        "learned positions": config.learned_positions,
+        "layers whose parts run side by side": any(layer.parallel for layer in config.layers),
+        "norms behind the parts of a layer": any(layer.post_norms for layer in config.layers),
+        "feed-forward blocks other than gated SiLU": any(not f.gated or f.activation != "silu" for f in ffn),
+        f"a bias of the attention output in {architecture}": architecture != "llama"
+        and any(a.o_bias for a in attention),
+        f"a bias of feed-forward blocks in {architecture}": architecture != "llama"
+        and any(f.bias or f.down_bias for f in ffn),
+        "biases of q, k and v in qwen3": architecture == "qwen3" and any(a.qkv_bias for a in attention),
+        f"norms of q and k in {architecture}": architecture != "qwen3" and any(a.qk_norm for a in attention),
+        "attention without norms of q and k in qwen3": architecture == "qwen3"
+        and any(not a.qk_norm for a in attention),
+    }
+    for what, found in wrong.items():
+        if found:
+            raise _refuse(what)
 
 
 def rope_factors(shape: Shape) -> NDArray[np.float32] | None:
