@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trilemma.api import bench, compress, export_model, inspect, optimize
+    from trilemma.api import bench, compress, distill, export_model, inspect, optimize
     from trilemma.core.errors import TrilemmaError
     from trilemma.core.limit import Limit
     from trilemma.core.measurement import Measurement
@@ -32,6 +32,7 @@ _WHERE = {
     "check": "search.check",
     "compare": "measure.compare",
     "compress": "api",
+    "distill": "api",
     "evaluate": "measure.evaluate",
     "export_model": "api",
     "inspect": "api",
@@ -50,6 +51,7 @@ __all__ = [
     "check",
     "compare",
     "compress",
+    "distill",
     "evaluate",
     "export_model",
     "inspect",

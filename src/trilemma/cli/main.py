@@ -19,6 +19,7 @@ from trilemma.cli import (
     check,
     compare,
     compress,
+    distill,
     evaluate,
     export,
     inspect,
@@ -44,6 +45,7 @@ app.command("optimize")(optimize.optimize)
 app.command("run")(run.run)
 app.command("check")(check.check)
 app.command("compress")(compress.compress)
+app.command("distill")(distill.distill)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate)
 app.command("compare")(compare.compare)

@@ -29,10 +29,11 @@ class Step(Record):
 class Calibration(Record):
     """Which calibration text a recipe saw, so that the same files give the same tokens again.
 
-    part: 'all' of the text, or the 'calibrate' part of its split into three; sha256: of the tokens.
+    part: 'all' of the text, the 'calibrate' part of its split into three, or 'train', all but what `distill` held
+    out; sha256: of the tokens.
     """
 
-    part: Literal["all", "calibrate"] = "all"
+    part: Literal["all", "calibrate", "train"] = "all"
     windows: int
     context: int
     seed: int = 0

@@ -72,6 +72,43 @@ def split_documents(
     return Parts(calibrate, select, confirm, tuple(notes))
 
 
+def hold_out(
+    documents: Sequence[Document], seed: int = 0, share: float = 0.05, *, most_bytes: int = 400_000
+) -> tuple[list[Document], list[Document]]:
+    """Documents to learn from and documents to measure on, which share no text.
+
+    Exact copies are dropped; what shares text with a held-out document is left out of both.
+
+    Args:
+        share: of the documents' bytes that is held out, at least three documents and at most `most_bytes`.
+
+    Raises:
+        DataError: fewer than six different documents.
+    """
+    kept = _without_copies(documents, [])
+    if len(kept) < 2 * LEAST_DOCUMENTS[2]:
+        raise DataError(
+            f"Found {len(kept)} different documents; at least {2 * LEAST_DOCUMENTS[2]} are needed, since some are held "
+            "out to measure on. Give more text; separate documents with '<|endoftext|>' or blank lines."
+        )
+    order = list(range(len(kept)))
+    random.Random(seed).shuffle(order)
+    wanted = min(most_bytes, share * sum(document.text_bytes for document in kept))
+    held: list[int] = []
+    size = 0
+    for index in order[: len(kept) // 2]:
+        if len(held) >= LEAST_DOCUMENTS[2] and size >= wanted:
+            break
+        held.append(index)
+        size += kept[index].text_bytes
+    pool = _pool([shingle_hashes(kept[index].text) for index in held])
+    rest = sorted(set(order) - set(held))
+    training = [kept[i] for i in rest if shared_fraction(shingle_hashes(kept[i].text), pool) < OVERLAP]
+    if not training:
+        raise DataError("Every document shares text with a held-out one, so nothing is left to learn from.")
+    return training, [kept[index] for index in sorted(held)]
+
+
 def require_enough(count: int) -> None:
     """Raises DataError when so few documents can not make three parts."""
     least = sum(LEAST_DOCUMENTS)

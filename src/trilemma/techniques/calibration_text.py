@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,14 +13,16 @@ from numpy.typing import NDArray
 from trilemma.core.errors import DataError, RecipeError
 from trilemma.core.recipe import Calibration
 from trilemma.data.documents import Document, Prepare, read_documents
-from trilemma.data.split import split_documents
+from trilemma.data.split import hold_out, split_documents
 from trilemma.data.windows import sample_calibration
 from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
 
 CALIBRATION_WINDOWS = 128
 CALIBRATION_CONTEXT = 512
-CALIBRATION_PART = "calibrate"
+Part = Literal["all", "calibrate", "train"]
+CALIBRATION_PART: Part = "calibrate"
+TRAINING_PART: Part = "train"
 
 
 def calibration_windows(
@@ -28,7 +31,7 @@ def calibration_windows(
     context: int,
     *,
     seed: int,
-    part: str,
+    part: Part,
     prepare: Prepare,
     windows: int = CALIBRATION_WINDOWS,
 ) -> tuple[NDArray[np.int32], Calibration]:
@@ -40,8 +43,8 @@ def calibration_windows(
     length = min(CALIBRATION_CONTEXT, context)
     found = sample_calibration(documents, tokenizer.encode, length, windows, seed)
     record = Calibration(
-        part="calibrate" if part == CALIBRATION_PART else "all", windows=windows, context=length, seed=seed,
-        prepare=prepare, sha256=hashlib.sha256(found.tobytes()).hexdigest()[:16],
+        part=part, windows=windows, context=length, seed=seed, prepare=prepare,
+        sha256=hashlib.sha256(found.tobytes()).hexdigest()[:16],
     )  # fmt: skip
     return found, record
 
@@ -74,6 +77,8 @@ def read_calibration(
         return calibration_windows(documents, tokenizer, context, seed=seed, part="all", prepare=how)
     if record.part == CALIBRATION_PART:
         documents = split_documents(documents, record.seed).calibrate
+    elif record.part == TRAINING_PART:
+        documents = hold_out(documents, record.seed)[0]
     found, made = calibration_windows(
         documents, tokenizer, record.context, seed=record.seed, part=record.part, prepare=how, windows=record.windows
     )

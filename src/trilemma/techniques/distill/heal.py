@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import Field
+from torch import nn
 
 from trilemma.core.errors import RecipeError, StoppedError
 from trilemma.model.config import DecoderConfig
@@ -23,9 +27,10 @@ from trilemma.techniques.distill.teacher import KeptTeacher, Teacher, TorchTeach
 from trilemma.techniques.distill.windows import WindowBatches, pieces
 from trilemma.techniques.stored import refuse_packed, store_like
 from trilemma.techniques.technique import Build, TechniqueSettings, report
-from trilemma.techniques.training import Progress, TrainingResult, TrainingSettings, train
+from trilemma.techniques.training import Progress, TrainingResult, TrainingSettings, mean_loss, seconds_per_step, train
 
 _PLAIN = ("f32", "f16", "bf16")
+_VALIDATIONS = 10  # points of the validation curve after the first
 
 
 class HealSettings(TechniqueSettings):
@@ -46,13 +51,13 @@ class HealSettings(TechniqueSettings):
     )
     precision: Literal["f32", "bf16"] = Field("f32", description="bf16: products in bf16, weights stay f32")
 
-    def training(self, batch_size: int, build: Build) -> TrainingSettings:
+    def training(self, batch_size: int, build: Build, *, eval_every: int = 0) -> TrainingSettings:
         """The same as settings of the training loop."""
         return TrainingSettings.model_validate({
             "steps": self.steps, "batch_size": batch_size, "context": self.context - 1, "optimizer": self.optimizer,
             "learning_rate": self.learning_rate, "schedule": "cosine", "warmup_fraction": 0.05, "final_fraction": 0.05,
             "weight_decay": 0.0, "precision": self.precision, "seed": build.seed, "threads": build.threads,
-            "device": build.device, "checkpoint_every": 50 if build.work else 0, "eval_every": 0,
+            "device": build.device, "checkpoint_every": 50 if build.work else 0, "eval_every": eval_every,
         })  # fmt: skip
 
 
@@ -84,11 +89,19 @@ class Lesson:
     Args:
         student, original: of one vocabulary; the student's matrices are floating point.
         settings: how it learns. build: text, seed, threads, device, work folder, progress.
+        held_out: windows (n, context) for the validation curve, never trained on; None draws none.
         teacher: asked instead of the original's torch module, for example an engine's logits.
     """
 
     def __init__(
-        self, student: Model, original: Model, settings: HealSettings, build: Build, teacher: WholeTeacher | None = None
+        self,
+        student: Model,
+        original: Model,
+        settings: HealSettings,
+        build: Build,
+        *,
+        held_out: NDArray[np.int32] | None = None,
+        teacher: WholeTeacher | None = None,
     ) -> None:
         if build.calibration is None or not build.calibration.size:
             raise RecipeError("Learning from the original needs text. Give some with --data (or `data=`).")
@@ -105,18 +118,26 @@ class Lesson:
         self.decoder = Decoder.from_model(student)
         for parameter in self.decoder.parameters():
             parameter.requires_grad_(settings.trained == "all" or parameter.ndim == 1)
+        self._held_out = None if held_out is None else pieces(held_out, settings.context)
         self._teacher = teacher
+        self.result: TrainingResult | None = None
+        self._folder: Path | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
 
     @property
     def training(self) -> TrainingSettings:
-        return self.settings.training(self.batches.batch_size, self.build)
+        every = 0 if self._held_out is None else max(1, self.settings.steps // _VALIDATIONS)
+        return self.settings.training(self.batches.batch_size, self.build, eval_every=every)
+
+    def seconds_per_step(self) -> float:
+        """Of a few steps on a copy, teacher included."""
+        return seconds_per_step(self.decoder, self.batches, self.loss(), self.training)
 
     def loss(self) -> DistillationLoss:
-        """The objective with its teacher, which is opened here."""
+        """The objective with its teacher."""
         if not self.settings.teacher_weight:
             return DistillationLoss(None, 0.0)
-        asked = self._teacher or TorchTeacher(Decoder.from_model(self.original).to(self.build.device))
+        asked = self._open_teacher()
         teacher: Teacher = asked
         if self.settings.keep_top:
             shape = (len(self.batches.windows), self.batches.windows.shape[1] - 1)
@@ -137,8 +158,11 @@ class Lesson:
                 self.build, state.step, state.steps, f"{name}: step {state.step}/{state.steps}, {state.loss:.3f} nats"
             )
 
-        result = train(self.decoder, self.batches, self.loss(), self.training, folder=self.folder(name), progress=tell)
-        return self.finished(result)
+        self.result = train(
+            self.decoder, self.batches, self.loss(), self.training, folder=self.folder(name),
+            validate=self._validate(), progress=tell,
+        )  # fmt: skip
+        return self.finished(self.result)
 
     def finished(self, result: TrainingResult) -> Model:
         """The student with what it learned, stored as it was before. Raises StoppedError when it is not done."""
@@ -154,10 +178,24 @@ class Lesson:
 
     def folder(self, name: str) -> Path | None:
         """Where this lesson is kept: each settings, text and student has a folder of its own."""
-        if self.build.work is None:
+        if self._folder is None and self.build.work is not None:
+            decides = f"{self.settings.model_dump_json()} {self.batches.identity} {decoder_identity(self.decoder)}"
+            self._folder = self.build.work / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
+        return self._folder
+
+    def _open_teacher(self) -> WholeTeacher:
+        if self._teacher is None:
+            self._teacher = TorchTeacher(Decoder.from_model(self.original).to(self.build.device))
+        return self._teacher
+
+    def _validate(self) -> Callable[[nn.Module], float] | None:
+        if self._held_out is None:
             return None
-        decides = f"{self.settings.model_dump_json()} {self.batches.identity} {decoder_identity(self.decoder)}"
-        return self.build.work / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
+        weight = self.settings.teacher_weight
+        loss = DistillationLoss(self._open_teacher() if weight else None, weight, self.settings.divergence)
+        batches = WindowBatches(self._held_out, self.batches.batch_size)
+        fixed = [batches(position) for position in range(len(self._held_out) // batches.batch_size)]
+        return mean_loss(loss, fixed, self.training)
 
     def _store(self) -> Path:
         if self.build.work is not None:

@@ -152,3 +152,28 @@ def keep_layers(model: Model, kept: Sequence[int]) -> Model:
 
     layers = tuple(model.config.layers[index] for index in kept)
     return model.with_config(model.config.model_copy(update={"layers": layers}), old_name)
+
+
+def describe_cut(before: DecoderConfig, after: DecoderConfig) -> str:
+    """'6 layers, FFN 768 -> 288 to 512, key-value heads 4 -> 2 to 3': what the student has of the teacher."""
+    parts = [_range("layers", [len(before.layers)], [len(after.layers)])]
+    for what, read in (("FFN channels", _hidden), ("key-value heads", _kv_heads)):
+        old, new = read(before), read(after)
+        if old and new:
+            parts.append(_range(what, old, new))
+    return ", ".join(parts)
+
+
+def _hidden(config: DecoderConfig) -> list[int]:
+    return [layer.ffn.hidden for layer in config.layers if isinstance(layer.ffn, Dense)]
+
+
+def _kv_heads(config: DecoderConfig) -> list[int]:
+    return [layer.attention.kv_heads for layer in config.layers if layer.attention is not None]
+
+
+def _range(what: str, old: list[int], new: list[int]) -> str:
+    def words(values: list[int]) -> str:
+        return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+    return f"{what} {words(old)}" if old == new else f"{what} {words(old)} -> {words(new)}"
