@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -126,3 +128,29 @@ def random_generator(request: pytest.FixtureRequest) -> np.random.Generator:
     seed = int(os.environ.get("TRILEMMA_TEST_SEED", np.random.SeedSequence().entropy % 2**32))  # type: ignore[operator]
     print(f"TRILEMMA_TEST_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture
+def save_hf(tmp_path: Path, random_generator: np.random.Generator) -> Callable[..., tuple[Any, Path]]:
+    """`save_hf("Llama", **options)` -> (the transformers model, its folder); every parameter is random."""
+
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+
+    def save(kind: str, *, dtype: Any = torch.float32, shard: str = "5GB", **options: Any) -> tuple[Any, Path]:
+        config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(options))  # it changes what it is given
+        model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+        torch.manual_seed(int(random_generator.integers(2**31)))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "Gemma" in kind and "norm" in name:
+                    parameter.copy_(0.2 * torch.randn_like(parameter))  # stored less 1
+                elif ("norm" in name or "ln_" in name) and name.endswith("weight"):
+                    parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
+                else:
+                    parameter.copy_(0.3 * torch.randn_like(parameter))
+        model = model.to(dtype)
+        folder = tmp_path / f"hf-{len(list(tmp_path.iterdir()))}"
+        model.save_pretrained(folder, max_shard_size=shard)
+        return model, folder
+
+    return save

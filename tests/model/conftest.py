@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 
 @pytest.fixture(autouse=True)
@@ -21,30 +18,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def save_hf(tmp_path: Path, random_generator: np.random.Generator) -> Callable[..., tuple[Any, Path]]:
-    """`save_hf("Llama", **options)` -> (the transformers model, its folder); every parameter is random."""
-
-    def save(kind: str, *, dtype: torch.dtype = torch.float32, shard: str = "5GB", **options: Any) -> tuple[Any, Path]:
-        config = getattr(transformers, f"{kind}Config")(**copy.deepcopy(options))  # it changes what it is given
-        model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
-        torch.manual_seed(int(random_generator.integers(2**31)))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if "Gemma" in kind and "norm" in name:
-                    parameter.copy_(0.2 * torch.randn_like(parameter))  # stored less 1
-                elif ("norm" in name or "ln_" in name) and name.endswith("weight"):
-                    parameter.copy_(1 + 0.2 * torch.randn_like(parameter))
-                else:
-                    parameter.copy_(0.3 * torch.randn_like(parameter))
-        model = model.to(dtype)
-        folder = tmp_path / f"hf-{len(list(tmp_path.iterdir()))}"
-        model.save_pretrained(folder, max_shard_size=shard)
-        return model, folder
-
-    return save
 
 
 @pytest.fixture
