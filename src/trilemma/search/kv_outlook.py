@@ -68,10 +68,9 @@ def kv_outlook(
     at = depth or config.max_context
 
     def step_s(policy: str, positions: int) -> float:
+        demand = demand_of(model, replace(form, kv_cache=policy), positions, 1)
         if policy == "none":
-            demand = demand_of(model, replace(form, kv_cache="none"), positions, 1)
             return decode_seconds(device, demand.prefill_bytes, demand.prefill_macs)[0]
-        demand = demand_of(model, replace(form, kv_cache=policy), positions - 1, 1)
         return decode_seconds(device, demand.read_bytes, demand.macs)[0]
 
     def cheaper(policy: str, positions: int) -> bool:
