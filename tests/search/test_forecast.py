@@ -59,6 +59,19 @@ def test_a_longer_context_costs_more(hearth):
     assert long > short
 
 
+def test_of_experts_only_the_active_are_read_and_multiplied(experts_config, random_model):
+    few, all_ = (random_model(experts_config(active=active)) for active in (2, 5))
+    form, full = form_of(few, AS_IT_IS), form_of(all_, AS_IT_IS)
+    some, every = demand_of(few, form, 20, 8), demand_of(all_, full, 20, 8)
+    assert some.weights_bytes == every.weights_bytes  # all of them lie in memory
+    config = few.config
+    experts = [name for name in config.linear_names() if ".experts." in name]
+    sizes = sum(config.tensor_shapes()[name][0] * config.tensor_shapes()[name][1] for name in experts)
+    assert every.macs["f32"] - some.macs["f32"] == pytest.approx(sizes * 3 / 5)
+    assert some.macs["f32"] == pytest.approx(macs_per_token(config, 24), rel=1e-3)
+    assert every.read_bytes - some.read_bytes == pytest.approx(4 * sizes * 3 / 5, rel=1e-3)
+
+
 @pytest.mark.parametrize("context", [10, 513])
 def test_lengths_that_do_not_fit(hearth, context):
     with pytest.raises(InputError, match="does not fit"):

@@ -18,8 +18,8 @@ from trilemma.measure.device_model import Demand, Forecast, forecast
 from trilemma.model.cost import (
     attention_macs_per_token,
     decode_bytes_per_token,
+    expert_shares,
     kv_bytes,
-    matrix_macs_per_token,
     weights_bytes,
 )
 from trilemma.model.model import Activation, Model
@@ -113,17 +113,14 @@ def demand_of(model: Model, form: Form, prompt_tokens: int, output_tokens: int) 
 
 
 def _matrix_macs(model: Model, form: Form) -> dict[Arithmetic, float]:
-    """Products of one token by precision: all of them as `model.cost` counts, shared out as the matrices' sizes say."""
+    """Products of one token in all matrices by precision; of experts, the share of tokens that chooses each."""
     config = model.config
-    head = config.vocab_size * config.dim
-    sizes: dict[Arithmetic, float] = {}
-    for name, shape in config.tensor_shapes().items():
-        if len(shape) == 2 and name.startswith("layers."):
-            precision = _ARITHMETIC[form.activation_of(name)]
-            sizes[precision] = sizes.get(precision, 0.0) + shape[0] * shape[1]
-    whole, layers = sum(sizes.values()), matrix_macs_per_token(config) - head
-    shared = {precision: layers * size / whole for precision, size in sizes.items()} if whole else {}
-    return _plus(shared, {_head_precision(model, form): head})
+    shapes, shares = config.tensor_shapes(), expert_shares(config)
+    counts: dict[Arithmetic, float] = {_head_precision(model, form): float(config.vocab_size * config.dim)}
+    for name in config.linear_names():
+        one = {_ARITHMETIC[form.activation_of(name)]: float(shapes[name][0] * shapes[name][1] * shares.get(name, 1))}
+        counts = _plus(counts, one)
+    return counts
 
 
 def _head_precision(model: Model, form: Form) -> Arithmetic:
