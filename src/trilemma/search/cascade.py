@@ -1,14 +1,18 @@
 """Finds the confidence from which a small model's answers are good enough, and says how that is known.
 
-Prompts are cut from the user's documents. For each one the small model answers as it would at run time,
-which gives its confidence; the text's own continuation, scored by both models, says what keeping the
-small one costs there (perplexity, and agreement with the large model's most likely tokens). So the
-decision is the real one and the quality is paired.
+Prompts are cut from the user's documents, and the small model answers each as it would at run time. Two
+figures say what keeping its answer costs, both against the large model:
+- `top1_agreement` on the answer: for which share of its tokens the large model, after the same words,
+  would have chosen the same token. An answer that the large one gives agrees wholly;
+- `ppl_increase` on the text that really follows the prompt, scored by whichever model is chosen.
+The first is what confidence can predict; the second hardly depends on it (docs/log.md has figures), so a
+limit on it makes the cascade keep about as many answers as chance would allow. Each figure is stated
+beside the one that the same share of answers, kept at random, would give.
 
-The threshold goes down from the safest while every limit PASSes with its 95% interval on the documents
-for choosing, and stops at the first that does not: fixed-sequence testing, which needs no correction for
-having tried many (Bauer 1991; Angelopoulos et al. 2021, "Learn then test", arXiv:2110.01052). The verdicts
-come from other documents. Left out: judging answers by another model.
+The threshold goes down from the safest while every limit PASSes with a widened 95% interval on the
+documents for choosing, and stops at the first that does not: fixed-sequence testing, which needs no
+correction for having tried many (Bauer 1991; Angelopoulos et al. 2021, "Learn then test",
+arXiv:2110.01052). The verdicts come from other documents. Left out: judging answers by another model.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.core.environment import read_environment
-from trilemma.core.errors import DataError, InputError, LimitError
+from trilemma.core.errors import DataError, EngineError, InputError, LimitError
 from trilemma.core.limit import Limit
 from trilemma.core.measurement import Measurement
 from trilemma.core.verdict import Verdict
@@ -42,6 +46,7 @@ from trilemma.search.texts import describe_files
 SHARES = (0.3, 0.2, 0.5)  # the first two choose the threshold together, the last one judges
 LIMITED = ("ppl_increase", "top1_agreement")
 MOST_LEVELS = 40
+MARGIN = 1.7  # of the interval while choosing: then five of six confirmations PASS, not half ((1.96 + sqrt 2) / 1.96)
 LEAST_CONTINUATION = 8  # tokens of text after a prompt
 
 Progress = Callable[[int, int, str], None]
@@ -50,22 +55,24 @@ Float64 = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Scores:
-    """What a set of prompts says; one entry each: document, predicted tokens, nats of both, agreeing tokens.
+    """What a set of prompts says, one entry each.
 
-    confidences: signal -> (prompts,) of the small model's answers.
+    documents: whose; text_tokens, small_nll, large_nll: of the text that follows, in nats; answer_tokens,
+    agreeing: of the small model's answer; confidences: signal -> (prompts,) of that answer.
     """
 
     documents: NDArray[np.int64]
-    tokens: Float64
+    text_tokens: Float64
     small_nll: Float64
     large_nll: Float64
+    answer_tokens: Float64
     agreeing: Float64
     confidences: dict[Signal, Float64]
 
     def kept(self, rule: CascadeRule | None) -> NDArray[np.bool_]:
         """Which answers stay with the small model; none without a rule."""
         if rule is None:
-            return np.zeros(len(self.tokens), np.bool_)
+            return np.zeros(len(self.documents), np.bool_)
         return self.confidences[rule.signal] >= rule.threshold
 
 
@@ -175,22 +182,22 @@ def score_requests(
     what: str = "scoring",
 ) -> Scores:
     """The small model's confidence in its own answers, and both models' likelihood of the text that follows."""
-    small_nll, large_nll, agreeing = [], [], []
+    rows: list[tuple[float, ...]] = []
     confidences: dict[Signal, list[float]] = {signal: [] for signal in SIGNALS}
     for index, request in enumerate(requests):
         answer = engine.try_small(request.prompt, settings)
+        assert answer.generation is not None
         for signal in SIGNALS:
             confidences[signal].append(confidence(answer.probabilities, signal))
-        little, its_best = _continuation(engine.small, request)
-        great, best = _continuation(engine.large, request)
-        small_nll.append(little)
-        large_nll.append(great)
-        agreeing.append(float(np.count_nonzero(its_best == best)))
+        tokens = answer.generation.tokens
+        agreeing = _agreeing(engine.large, request.prompt, tokens)
+        small_nll, large_nll = (_text_nll(one, request) for one in (engine.small, engine.large))
+        rows.append((request.document, len(request.text), small_nll, large_nll, len(tokens), agreeing))
         if progress is not None:
             progress(index + 1, len(requests), f"{what}: prompts")
+    table = np.array(rows, np.float64)  # (prompts, 6)
     return Scores(
-        np.array([one.document for one in requests]), np.array([float(len(one.text)) for one in requests]),
-        np.array(small_nll), np.array(large_nll), np.array(agreeing),
+        table[:, 0].astype(np.int64), table[:, 1], table[:, 2], table[:, 3], table[:, 4], table[:, 5],
         {signal: np.array(values) for signal, values in confidences.items()},
     )  # fmt: skip
 
@@ -204,7 +211,8 @@ def choose_rule(scores: Scores, limits: Sequence[Limit]) -> CascadeRule | None:
         for place, level in enumerate(picked):
             threshold = 0.0 if place == len(picked) - 1 else float(level)
             rule = CascadeRule(signal=signal, threshold=threshold)
-            if any(found.outcome != "PASS" for found in _judge(quality_of(scores, rule), limits)):
+            found = quality_of(scores, rule, [limit.metric for limit in limits])
+            if any(one.outcome != "PASS" for one in _judge(found, limits, MARGIN)):
                 break
             kept = int(np.count_nonzero(scores.kept(rule)))
             if best is None or kept > best[0]:
@@ -212,40 +220,54 @@ def choose_rule(scores: Scores, limits: Sequence[Limit]) -> CascadeRule | None:
     return None if best is None else best[1]
 
 
-def quality_of(scores: Scores, rule: CascadeRule | None) -> dict[str, Measurement]:
-    """ppl_increase and top1_agreement of the cascade against the large model alone, intervals over documents."""
+def quality_of(scores: Scores, rule: CascadeRule | None, metrics: Sequence[str] = LIMITED) -> dict[str, Measurement]:
+    """ppl_increase and top1_agreement against the large model alone, with intervals over documents.
+
+    Args:
+        rule: which answers stay with the small model; None keeps none.
+        metrics: those that are wanted.
+
+    Returns:
+        Measurements whose conditions hold `at_random`: the value if as many answers were kept by chance.
+    """
     kept = scores.kept(rule)
     names, owner = np.unique(scores.documents, return_inverse=True)
 
     def per_document(values: Float64) -> Float64:
         return np.bincount(owner, weights=values, minlength=len(names)).astype(np.float64)
 
-    counts = per_document(scores.tokens)
-    nats = ratio_interval(per_document(np.where(kept, scores.small_nll - scores.large_nll, 0.0)), counts)
-    agree = share_interval(per_document(np.where(kept, scores.agreeing, scores.tokens)), counts)
-    conditions: dict[str, str | int | float] = {
-        "documents": len(names), "answers": len(kept), "kept_share": float(kept.mean()), "tokens": int(counts.sum()),
-    }  # fmt: skip
-    method = "paired, against the large model on the text after each prompt; 95% interval over documents"
-    low, high = (None, None) if nats.ci95 is None else (float(np.expm1(edge)) for edge in nats.ci95)
-    return {
-        "ppl_increase": Measurement.of(
-            "ppl_increase", float(np.expm1(nats.value)), method=method, n=len(names), conditions=conditions,
-            ci95=None if low is None or high is None else (low, high),
-        ),
-        "top1_agreement": Measurement.of(
-            "top1_agreement", agree.value, method=method, n=len(names), conditions=conditions, ci95=agree.ci95
-        ),
-    }  # fmt: skip
+    share = float(kept.mean())
+    conditions: dict[str, str | int | float] = {"documents": len(names), "answers": len(kept), "kept_share": share}
+    against = "against the large model, 95% interval over documents"
+    found = {}
+    if "ppl_increase" in metrics:
+        lost = scores.small_nll - scores.large_nll
+        nats = ratio_interval(per_document(np.where(kept, lost, 0.0)), per_document(scores.text_tokens))
+        chance = float(np.expm1(share * lost.sum() / scores.text_tokens.sum()))
+        found["ppl_increase"] = Measurement.of(
+            "ppl_increase", float(np.expm1(nats.value)), method=f"on the text after each prompt, paired {against}",
+            n=len(names), conditions={**conditions, "at_random": chance},
+            ci95=None if nats.ci95 is None else (float(np.expm1(nats.ci95[0])), float(np.expm1(nats.ci95[1]))),
+        )  # fmt: skip
+    if "top1_agreement" in metrics:
+        counts = np.maximum(scores.answer_tokens, 1.0)  # an empty answer counts as one token that agrees
+        agreeing = np.where(scores.answer_tokens == 0, 1.0, scores.agreeing)
+        agree = share_interval(per_document(np.where(kept, agreeing, counts)), per_document(counts))
+        chance = 1 - share * float(1 - agreeing.sum() / counts.sum())
+        found["top1_agreement"] = Measurement.of(
+            "top1_agreement", agree.value, method=f"on the answers' tokens, {against}", ci95=agree.ci95,
+            n=len(names), conditions={**conditions, "at_random": chance},
+        )  # fmt: skip
+    return found
 
 
-def _judge(measurements: dict[str, Measurement], limits: Sequence[Limit]) -> tuple[Verdict, ...]:
-    return tuple(verdict(limit, measurements[limit.metric]) for limit in limits)
+def _judge(measurements: dict[str, Measurement], limits: Sequence[Limit], margin: float = 1.0) -> tuple[Verdict, ...]:
+    return tuple(verdict(limit, measurements[limit.metric], margin=margin) for limit in limits)
 
 
 def _require_quality(limits: Sequence[Limit]) -> None:
     if not limits:
-        raise LimitError("A cascade needs a quality limit, for example --limit 'ppl_increase<=2%'.")
+        raise LimitError("A cascade needs a quality limit, for example --limit 'agreement>=95%'.")
     for limit in limits:
         if limit.metric not in LIMITED:
             raise LimitError(
@@ -254,15 +276,21 @@ def _require_quality(limits: Sequence[Limit]) -> None:
             )
 
 
-def _continuation(engine: Engine, request: Request) -> tuple[float, NDArray[np.int64]]:
-    """Nats of the text after the prompt, and the most likely token at each of its places."""
-    tokens = [*request.prompt, *request.text]
-    logits = engine.logits(tokens[:-1])[len(request.prompt) - 1 :]
-    normalizer = log_normalizer(logits)
-    nll = token_nll(logits, np.asarray(request.text, np.int32), normalizer)
+def _text_nll(engine: Engine, request: Request) -> float:
+    """Nats of the text that follows the prompt."""
+    logits = engine.logits([*request.prompt, *request.text[:-1]])[len(request.prompt) - 1 :]
+    nll = token_nll(logits, np.asarray(request.text, np.int32), log_normalizer(logits))
     if not np.isfinite(nll).all():
-        raise InputError(f"The model in '{engine.name}' gives logits that are not finite; it can not be calibrated.")
-    return float(nll.sum()), logits.argmax(axis=1)
+        raise EngineError("A model gives logits that are not finite; it can not be part of a cascade.")
+    return float(nll.sum())
+
+
+def _agreeing(engine: Engine, prompt: list[int], answer: list[int]) -> int:
+    """Tokens of an answer that the engine would have chosen after the same words."""
+    if not answer:
+        return 0
+    best = engine.logits([*prompt, *answer[:-1]])[len(prompt) - 1 :].argmax(axis=1)
+    return int(np.count_nonzero(best == np.asarray(answer)))
 
 
 def _leading(tokenizer: Tokenizer) -> list[int]:
