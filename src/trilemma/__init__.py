@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trilemma.api import bench, compress, distill, export_model, inspect, optimize
+    from trilemma.api import bench, bench_batches, bench_contexts, compress, distill, export_model, inspect, optimize
     from trilemma.core.errors import TrilemmaError
     from trilemma.core.limit import Limit
     from trilemma.core.measurement import Measurement
@@ -29,6 +29,8 @@ _WHERE = {
     "TrilemmaError": "core.errors",
     "Verdict": "core.verdict",
     "bench": "api",
+    "bench_batches": "api",
+    "bench_contexts": "api",
     "check": "search.check",
     "compare": "measure.compare",
     "compress": "api",
@@ -48,6 +50,8 @@ __all__ = [
     "TrilemmaError",
     "Verdict",
     "bench",
+    "bench_batches",
+    "bench_contexts",
     "check",
     "compare",
     "compress",

@@ -23,6 +23,7 @@ METERS: Registry[Callable[..., Any]] = Registry(
         "itl_s": "trilemma.measure.speed:measure_speed",
         "prefill_tokens_per_s": "trilemma.measure.speed:measure_speed",
         "decode_tokens_per_s": "trilemma.measure.speed:measure_speed",
+        "throughput_tokens_per_s": "trilemma.measure.batch_sweep:batch_sweep",
         "energy_j_per_output_token": "trilemma.measure.energy:energy_per_token",
         "energy_j_per_total_token": "trilemma.measure.energy:energy_per_token",
         "power_w": "trilemma.measure.energy:energy_per_token",

@@ -82,7 +82,7 @@ def batch_chart(report: BenchReport) -> str:
 
     charts = [
         Chart(_lines(report, name, speed), Axis("throughput of all sequences, tokens/s"),
-              Axis("gap between tokens", "s"), "Throughput against latency, by number of sequences"),
+              Axis("gap between tokens", "s", log=True), "Throughput against latency, by number of sequences"),
         Chart(_lines(report, name, first), Axis("sequences that come at once", log=True, ticks=sizes),
               Axis("time to first token", "s", log=True), "The wait for the first token", notes=_notes(report)),
     ]  # fmt: skip
@@ -116,11 +116,15 @@ def _notes(report: BenchReport) -> list[str]:
     here = report.environment
     names = ", ".join(dict.fromkeys(f"{row.model} {place_of(row)['form']}" for row in report.rows))
     noisy = any(found.noisy for row in report.rows for found in row.trial.measurements.values())
-    about = f"{names}; {here.cpu}, {here.isa}, {here.threads} threads. Bars are 95% intervals of the median."
+    about = f"{names}; {here.cpu}, {here.isa}, {_threads(here.threads)}. Bars are 95% intervals of the median."
     lines = [about + (" The machine was not quiet." if noisy else "")]
     left_out = [(row, row.trial.measurements.get("tpot_s")) for row in report.rows]
     lines += [f"{row.trial.name}: {found.reason}." for row, found in left_out if found is not None and found.reason]
     return [part for line in lines for part in wrap(line, NOTE_CHARACTERS)]
+
+
+def _threads(count: int | None) -> str:
+    return "1 thread" if count == 1 else f"{count} threads"
 
 
 __all__ = ["batch_chart", "kv_chart", "place_of", "sweep_chart", "sweep_of"]
