@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from trilemma.cli import options
+from trilemma.core.errors import InputError
 
 if TYPE_CHECKING:
     from trilemma.measure.results import CompareRow
@@ -18,7 +20,9 @@ METRICS = (
 
 
 def compare(
-    models: Annotated[list[str], typer.Argument(help="Two or more models; the first is the reference.")],
+    models: Annotated[
+        list[str], typer.Argument(help="Two or more models, the first is the reference; one with --ladder.")
+    ],
     data: options.SomeNamedData = None,
     context: options.Context = None,
     max_tokens: options.TextTokens = 30_000,
@@ -30,9 +34,26 @@ def compare(
     threads: options.Threads = None,
     isa: options.IsaChoice = None,
     runtime: options.Runtime = "native",
+    ladder: Annotated[
+        bool,
+        typer.Option("--ladder", help="One model in every precision: costs, instabilities, repairs and their price."),
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="With --ladder: a triangle for each precision, as FILE.svg.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Compare models on the same text and machine, interleaved and paired; the first is the reference."""
+    if ladder:
+        from trilemma.cli import ladder as precisions
+
+        precisions.run(
+            models, data, context=context, max_tokens=max_tokens, prepare=prepare, prompt=prompt, output=output,
+            repetitions=repetitions, threads=threads, plot=plot, json=json,
+        )  # fmt: skip
+        return
+    if plot is not None:
+        raise InputError("--plot draws the precision ladder: give --ladder with it.")
     from trilemma.cli import console
     from trilemma.cli.evaluate import by_domain
     from trilemma.measure.compare import compare as measure

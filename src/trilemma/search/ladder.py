@@ -1,0 +1,246 @@
+"""The precision ladder: one model in every precision side by side, where low precision breaks, what repairs it.
+
+Repairs are built on calibrate text; quality is measured on the other two parts of the user's texts.
+Speeds of all rungs come from one interleaved run. Left out: a search for the best rung (`run.py`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from trilemma.core.environment import read_environment
+from trilemma.core.errors import EngineError, InputError, RecipeError
+from trilemma.core.ladder import Ladder, Rung
+from trilemma.core.measurement import Measurement
+from trilemma.data.documents import Prepare
+from trilemma.data.windows import TokenSet
+from trilemma.formats.artifact import load_any
+from trilemma.measure.bench import decode_bytes
+from trilemma.measure.ceilings import read_bandwidth
+from trilemma.measure.compute_ceiling import compute_rate
+from trilemma.measure.evaluate import build_reference
+from trilemma.measure.memory import engine_memory
+from trilemma.measure.quality import Reference, evaluate
+from trilemma.measure.speed import SpeedRun
+from trilemma.measure.stats import paired_ratio
+from trilemma.model.checkpoint import model_hash
+from trilemma.model.cost import attention_macs_per_token, matrix_macs_per_token
+from trilemma.model.model import Model
+from trilemma.model.tokenizer import Tokenizer
+from trilemma.runtime import open_engine
+from trilemma.runtime.engine import Engine, EngineOptions
+from trilemma.search.ladder_findings import findings
+from trilemma.search.plan import plan_lengths
+from trilemma.search.texts import Texts, read_texts
+from trilemma.search.workbench import Lengths
+from trilemma.techniques.apply import apply_recipe
+from trilemma.techniques.ranges import activation_ranges
+from trilemma.techniques.schemes import scheme_to_recipe
+from trilemma.techniques.technique import Build
+
+Step = Callable[[int, int, str], None]
+
+PRECISIONS: dict[str, str] = {
+    "f32": "32-bit weights and arithmetic: the reference",
+    "f16": "16-bit weights, f32 arithmetic",
+    "bf16": "16-bit weights and activations with the range of f32",
+    "W8A16": "8-bit weights, 16-bit activations",
+    "W8A8": "8-bit weights and activations, a scale per row",
+    "W8A8-g32": "8-bit weights and activations in groups of 32",
+    "W4A16-g32": "4-bit weights, 16-bit activations",
+    "W4A8-g32": "4-bit weights, 8-bit activations",
+}
+ARITHMETIC: dict[str, tuple[str, str]] = {  # rung -> (runtime, what); quality only, nothing runs fast this way
+    "f16 arithmetic": ("torch-f16", "everything in f16, its largest number 65,504"),
+    "bf16 arithmetic": ("torch-bf16", "everything in bf16"),
+}
+REPAIRS: dict[str, tuple[str, str]] = {  # scheme -> (the rung it repairs, what)
+    "smooth+W8A8-g32": ("W8A8-g32", "outliers moved into the weights (SmoothQuant)"),
+    "W4A8-g32-gptq": ("W4A8-g32", "codes chosen again on calibration text (GPTQ)"),
+    "smooth+W4A8-g32-gptq": ("W4A8-g32", "both"),
+    "W4A8-g32-gptq+tune40": ("W4A8-g32", "GPTQ, then 40 steps that train norms alone"),
+}
+_F16_TOKENS = 4_000  # torch computes f16 slowly on a CPU
+
+
+def measure_ladder(
+    model: Model | str | Path,
+    data: Sequence[str | Path],
+    *,
+    context: int | None = None,
+    max_tokens: int = 20_000,
+    prepare: Prepare = "none",
+    prompt_tokens: int | None = None,
+    output_tokens: int | None = None,
+    repetitions: int = 5,
+    seed: int = 0,
+    threads: int | None = None,
+    repairs: Sequence[str] | None = None,
+    progress: Step | None = None,
+) -> Ladder:
+    """Every precision and repair of one model, with costs, shares of the ceilings, quality and findings.
+
+    Args:
+        data: text files; repairs see one part of their documents, quality is measured on the rest.
+        max_tokens: of the quality text.
+        repairs: schemes of `REPAIRS` to build; all by default.
+
+    Raises:
+        InputError: random weights, lengths that do not fit. DataError: texts that can not be used.
+    """
+    loaded = model if isinstance(model, Model) else load_any(model)
+    if getattr(loaded.source, "random", False) or loaded.path is None:
+        raise InputError("The ladder needs real weights and a tokenizer. Give a checkpoint folder.")
+    lengths = plan_lengths(loaded.config, context)
+    update = {"prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "repetitions": repetitions}
+    lengths = lengths.model_copy(update={key: value for key, value in update.items() if value is not None})
+    texts = read_texts(list(data), Tokenizer.load(loaded.path), lengths.context, seed, prepare)
+    tell = progress or (lambda done, total, what: None)
+    chosen = list(REPAIRS) if repairs is None else list(repairs)
+    built, rungs = _build(loaded, texts, [*PRECISIONS, *chosen], seed, threads, tell)
+    ranges = activation_ranges(loaded, texts.calibration)
+    folder = Path(tempfile.mkdtemp(prefix="trilemma-ladder-"))
+    try:
+        reference = _reference(loaded, texts, max_tokens, threads, folder / "all", tell)
+        short = _reference(loaded, texts, _F16_TOKENS, threads, folder / "short", tell)
+        rungs, engine = _measure(built, rungs, lengths, reference, threads, tell)
+        rungs += [_arithmetic(loaded, name, lengths, short, threads) for name in ARITHMETIC]
+        notes = tuple(reference.notes)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    ladder = Ladder(
+        model=str(model.path if isinstance(model, Model) else model), rungs=tuple(rungs), notes=notes,
+        environment=read_environment(isa=engine.isa, threads=engine.threads, seed=seed),
+        context=lengths.context, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens,
+        largest_activation=ranges.largest, largest_at=ranges.largest_at,
+        outlier_ratio=ranges.outlier_ratio, outlier_at=ranges.outlier_at,
+    )  # fmt: skip
+    return ladder.model_copy(update={"findings": findings(ladder)})
+
+
+def _build(
+    model: Model, texts: Texts, schemes: Sequence[str], seed: int, threads: int | None, tell: Step
+) -> tuple[dict[str, Model], list[Rung]]:
+    """Every scheme's model, and its rung with the seconds that building took. What does not fit is a failed rung."""
+    built: dict[str, Model] = {}
+    rungs: list[Rung] = []
+    for index, scheme in enumerate(schemes):
+        repaired, what = REPAIRS.get(scheme, (None, PRECISIONS.get(scheme, "")))
+        rung = Rung(name=scheme, what=what, repairs=repaired)
+        began = time.perf_counter()
+        tell(index, len(schemes), f"building {scheme}")
+        try:
+            build = Build(calibration=texts.calibration, seed=seed, threads=threads)
+            built[scheme] = apply_recipe(model, scheme_to_recipe(scheme, seed=seed), build)
+        except RecipeError as error:
+            if scheme == "f32":
+                raise
+            rungs.append(rung.model_copy(update={"failed": str(error)}))
+            continue
+        seconds = time.perf_counter() - began
+        took = Measurement.of("build_s", seconds, method="wall clock", scope="wall", ci95=(seconds, seconds))
+        rungs.append(rung.model_copy(update={"measurements": {"build_s": took}}))
+    return built, rungs
+
+
+def _reference(model: Model, texts: Texts, tokens: int, threads: int | None, folder: Path, tell: Step) -> Reference:
+    half = tokens // 2
+    token_set = TokenSet.joined([texts.token_set("select", half), texts.token_set("confirm", tokens - half)])
+    options = EngineOptions(threads=threads)
+    return build_reference(model, token_set, folder, options=options, key=model_hash(model), progress=tell)
+
+
+def _measure(
+    built: dict[str, Model],
+    rungs: list[Rung],
+    lengths: Lengths,
+    reference: Reference,
+    threads: int | None,
+    tell: Step,
+) -> tuple[list[Rung], Engine]:
+    room = max(lengths.context, lengths.prompt_tokens + lengths.output_tokens)
+    options = EngineOptions(threads=threads, max_context=room)
+    engines = {name: open_engine(model, options=options) for name, model in built.items()}
+    first = next(iter(engines.values()))
+    try:
+        times, relative = _times(engines, lengths, tell)
+        measured: list[Rung] = []
+        for rung in rungs:
+            if rung.failed:
+                measured.append(rung)
+                continue
+            engine = engines[rung.name]
+            found = {**rung.measurements, **engine_memory(engine), **times[rung.name]}
+            found |= evaluate(engine, reference, progress=tell)
+            update = {"measurements": found, "relative": relative[rung.name]}
+            measured.append(rung.model_copy(update=update | _rates(built[rung.name], engine, found, lengths)))
+        return measured, first
+    finally:
+        for engine in engines.values():
+            engine.close()
+
+
+def _times(
+    engines: dict[str, Engine], lengths: Lengths, tell: Step
+) -> tuple[dict[str, dict[str, Measurement]], dict[str, dict[str, tuple[float, float | None, float | None]]]]:
+    run = SpeedRun(engines, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens)
+    try:
+        run.warm_up()
+        for turn in range(lengths.repetitions):
+            run.repeat()
+            tell(turn + 1, lengths.repetitions, "speed, all rungs side by side")
+        found = run.results()
+    finally:
+        run.close()
+    base = found[next(iter(engines))]
+    relative = {
+        name: {
+            metric: (pair.value, pair.low, pair.high)
+            for metric in ("ttft_s", "tpot_s")
+            for pair in [paired_ratio(base[metric].samples, mine[metric].samples)]
+        }
+        for name, mine in found.items()
+    }
+    return found, relative
+
+
+def _rates(model: Model, engine: Engine, found: dict[str, Measurement], lengths: Lengths) -> dict[str, float]:
+    """Achieved multiply-accumulates and bytes a second, and their shares of this machine's ceilings."""
+    config, prompt = model.config, lengths.prompt_tokens
+    head = config.vocab_size * config.dim  # once a prompt: only the last position needs logits
+    macs = (
+        (matrix_macs_per_token(config) - head) * prompt + head + attention_macs_per_token(config, prompt // 2) * prompt
+    )
+    read = decode_bytes(model, engine.kv_cache, prompt + lengths.output_tokens // 2)
+    inner = config.linear_names()[-1]
+    ceiling = compute_rate(model.format_of(inner), model.linear(inner).activation, engine.threads)
+    bandwidth = read_bandwidth(engine.threads, read)
+    achieved, moved = macs / _value(found, "ttft_s"), read / _value(found, "tpot_s")
+    return {
+        "prefill_macs_per_s": achieved, "compute_share": achieved / ceiling.macs_per_s,
+        "decode_bytes_per_s": moved, "bandwidth_share": moved / bandwidth.bytes_per_s,
+    }  # fmt: skip
+
+
+def _value(found: dict[str, Measurement], metric: str) -> float:
+    value = found[metric].value
+    assert value is not None
+    return value
+
+
+def _arithmetic(model: Model, name: str, lengths: Lengths, reference: Reference, threads: int | None) -> Rung:
+    """Quality alone of the checkpoint's own weights with every operation in 16 bits."""
+    runtime, what = ARITHMETIC[name]
+    options = EngineOptions(threads=threads, max_context=lengths.context, kv_cache="f32")
+    engine = open_engine(model, runtime=runtime, options=options)
+    rung = Rung(name=name, what=what, runtime=runtime)
+    try:
+        return rung.model_copy(update={"measurements": evaluate(engine, reference)})
+    except EngineError as error:
+        return rung.model_copy(update={"failed": str(error)})
+    finally:
+        engine.close()
