@@ -49,6 +49,20 @@ def test_published_configs(shapes_path):
         ("mistral", {"layer_types": ["full_attention"] * 4}, "full_attention"),
         ("qwen2", {"layer_types": ["linear_attention"] * 4}, "linear_attention"),
         ("qwen2", {"rope_scaling": {"type": "mrope"}}, "rope type 'mrope'"),
+        ("qwen3", {"rope_scaling": {"type": "longrope"}}, "rope type 'longrope'"),
+        ("qwen3", {"mlp_bias": True}, "'mlp_bias' is True"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "'final_logit_softcapping' is 30.0"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "'attn_logit_softcapping' is 50.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "'use_bidirectional_attention' is True"),
+        ("gemma3_text", {"hidden_activation": "quick_gelu"}, "'hidden_activation' is 'quick_gelu'"),
+        ("gemma3_text", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+        ("phi3", {"rope_scaling": {"type": "llama3"}}, "rope type 'llama3'"),
+        ("phi3", {"attention_bias": True}, "'attention_bias' is True"),
+        ("mixtral", {"hidden_act": "gelu", "num_local_experts": 4, "num_experts_per_tok": 2}, "'hidden_act' is 'gelu'"),
+        ("qwen3_moe", {"shared_expert_intermediate_size": 64}, "'shared_expert_intermediate_size' is 64"),
+        ("gpt_neox", {"hidden_act": "quick_gelu"}, "'hidden_act' is 'quick_gelu'"),
+        ("gpt2", {"add_cross_attention": True}, "'add_cross_attention' is True"),
+        ("gpt2", {"activation_function": "mish"}, "'activation_function' is 'mish'"),
     ],
 )
 def test_what_we_do_not_run_is_refused(kind, changes, words):
@@ -74,6 +88,49 @@ def test_what_we_do_not_run_is_refused(kind, changes, words):
 def test_senseless_values_are_refused(changes, words):
     with pytest.raises(CheckpointError, match=words):
         _read("llama", **changes)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "words"),
+    [
+        ("mixtral", {"num_local_experts": 2, "num_experts_per_tok": 3}, "'num_experts_per_tok' is 3, but there are 2"),
+        ("mixtral", {"num_experts_per_tok": 3}, "lacks 'num_local_experts'"),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2}, "lacks 'moe_intermediate_size'"),
+        ("gpt2", {}, "lacks 'n_embd'"),
+        ("gpt_neox", {"rotary_pct": 0.4}, "0.4 of a head's 8 dimensions rotate, that is 3"),
+        ("gpt_neox", {"num_attention_heads": 5}, "'hidden_size' 32 is no multiple of the number of heads, 5"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0]}}, "needs 'long_factor'"),
+        ("phi3", {"rope_scaling": {"type": "su", "short_factor": [1.0], "long_factor": [1.0]}}, "a list of 4 numbers"),
+        ("gemma3", {}, "lacks 'text_config'"),
+        ("gemma3_text", {"layer_types": ["full_attention"]}, "'layer_types' must list 4 layers"),
+    ],
+)
+def test_senseless_options_of_families_are_refused(kind, changes, words):
+    with pytest.raises(CheckpointError, match=words):
+        _read(kind, **changes)
+
+
+def test_gemma3_patterns_and_the_hubs_spelling_of_rope():
+    changes = {"num_hidden_layers": 7, "sliding_window": 9, "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+               "rope_theta": 5e5, "rope_local_base_freq": 2e4, "head_dim": 8}  # fmt: skip
+    config = _read("gemma3_text", **changes)
+    assert _windows(config) == [9] * 5 + [None, 9]
+    assert _windows(_read("gemma3_text", **changes, sliding_window_pattern=2))[:2] == [9, None]
+    ropes = [layer.attention.rope for layer in config.layers]
+    assert {(rope.theta, rope.kind) for rope in ropes[:5]} == {(2e4, "default")}
+    assert (ropes[5].theta, ropes[5].kind) == (5e5, "linear")
+    assert config.tied
+
+
+def test_sparse_steps_of_qwen3_moe():
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+
+    def kinds(**changes: Any) -> list[str]:
+        return [layer.ffn.kind for layer in _read("qwen3_moe", **experts, **changes).layers]
+
+    assert kinds() == ["experts"] * 4
+    assert kinds(decoder_sparse_step=2) == ["dense", "experts"] * 2
+    assert kinds(decoder_sparse_step=2, mlp_only_layers=[3]) == ["dense", "experts", "dense", "dense"]
 
 
 def test_unknown_architecture_lists_the_valid_ones():

@@ -22,7 +22,9 @@ A layer with `attention=None` or `ffn=None` has none of that part's tensors, nor
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from typing import Literal
 
 from pydantic import Field
@@ -119,6 +121,15 @@ class LayerSpec(Record):
     post_norms: bool = False
 
 
+# A mixture of experts has tens of thousands of tensors, whose shapes are asked for at each of them. The memory is not
+# in the config itself, where it would take part in comparison and go along with changed copies.
+_SHAPES: dict[int, tuple[weakref.ref[DecoderConfig], Shapes]] = {}
+
+
+def _forget(key: int, _: object) -> None:
+    _SHAPES.pop(key, None)
+
+
 class DecoderConfig(Record):
     """A decoder-only transformer. `family` names the file in `families/`.
 
@@ -143,6 +154,13 @@ class DecoderConfig(Record):
 
     def tensor_shapes(self) -> Shapes:
         """Canonical name -> shape of every tensor of the model, in file order."""
+        known = _SHAPES.get(id(self))
+        if known is None or known[0]() is not self:
+            known = (weakref.ref(self, partial(_forget, id(self))), self._tensor_shapes())
+            _SHAPES[id(self)] = known
+        return dict(known[1])
+
+    def _tensor_shapes(self) -> Shapes:
         shapes: Shapes = {"embedding.weight": (self.vocab_size, self.dim)}
         if self.learned_positions:
             shapes["position.weight"] = (self.max_context, self.dim)

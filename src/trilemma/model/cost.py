@@ -7,7 +7,6 @@ in (`trilemma.formats` lies above this room).
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Literal
 
 from trilemma.core.errors import InputError
@@ -73,19 +72,19 @@ def parameter_count(config: DecoderConfig) -> int:
 def active_parameter_count(config: DecoderConfig) -> int:
     """Parameters that one token uses: all of them, but only the chosen experts of each layer."""
     shapes = config.tensor_shapes()
-    idle = sum(shapes[name][0] * shapes[name][1] * (1 - share) for name, share in expert_shares(config).items())
-    return parameter_count(config) - int(idle)
+    return parameter_count(config) - _idle(config, lambda name: shapes[name][0] * shapes[name][1])
 
 
-def expert_shares(config: DecoderConfig) -> dict[str, Fraction]:
-    """Matrices of experts -> the share of tokens that choose each, when all are chosen equally often."""
-    shares = {}
+def _idle(config: DecoderConfig, size: Callable[[str], int]) -> int:
+    """Of the sizes of experts' matrices, those that one token does not choose, when all are chosen equally often."""
+    totals: dict[tuple[int, int], int] = {}
     for name in config.linear_names():
-        _, index, *path = name.split(".")
-        ffn = config.layers[int(index)].ffn
-        if isinstance(ffn, Experts) and path[1] == "experts":
-            shares[name] = Fraction(ffn.active, ffn.count)
-    return shares
+        if ".experts." in name:
+            ffn = config.layers[int(name.split(".", 2)[1])].ffn
+            assert isinstance(ffn, Experts)
+            key = (ffn.active, ffn.count)
+            totals[key] = totals.get(key, 0) + size(name)
+    return sum(total * (count - active) // count for (active, count), total in totals.items())
 
 
 def weights_bytes(
@@ -137,9 +136,12 @@ def kv_bytes(config: DecoderConfig, kv: str, context: int) -> int:
 
 def matrix_macs_per_token(config: DecoderConfig) -> int:
     """Multiply-accumulates of one token in the matrices of all layers and the head; of experts, the active ones."""
-    shapes, shares = config.tensor_shapes(), expert_shares(config)
-    layers = sum(shapes[name][0] * shapes[name][1] * shares.get(name, 1) for name in config.linear_names())
-    return int(layers) + config.vocab_size * config.dim
+    shapes = config.tensor_shapes()
+
+    def size(name: str) -> int:
+        return shapes[name][0] * shapes[name][1]
+
+    return sum(map(size, config.linear_names())) - _idle(config, size) + config.vocab_size * config.dim
 
 
 def attention_macs_per_token(config: DecoderConfig, context: int) -> int:
@@ -167,7 +169,7 @@ def decode_bytes_per_token(
 
     Of experts, only the active ones are read; where experts are stored differently, their mean counts.
     """
-    shapes, shares = config.tensor_shapes(), expert_shares(config)
+    shapes = config.tensor_shapes()
     total = sum(bytes_by_role(config, format_of, format_bytes).values())
     tables = {} if config.tied else {"embedding.weight": config.vocab_size}
     if config.learned_positions:
@@ -177,8 +179,7 @@ def decode_bytes_per_token(
         return _matrix_bytes(format_of(name), (shapes[name][0], shapes[name][1]), format_bytes)
 
     total -= sum(size(name) - size(name) // rows for name, rows in tables.items())
-    total -= int(sum(size(name) * (1 - share) for name, share in shares.items()))
-    return total + kv_bytes(config, kv, context)
+    return total - _idle(config, size) + kv_bytes(config, kv, context)
 
 
 def inspect_model(

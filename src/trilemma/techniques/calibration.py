@@ -30,6 +30,7 @@ from trilemma.techniques.technique import Build, report
 
 _BATCH_TOKENS = 512  # a layer's activations then stay in cache; larger batches were 3 times slower
 _MOST_SHARES = 4  # each has statistics of its own, so more would cost memory
+_MOST_GRAM_BYTES = 2 << 30  # of all shares together: a layer with many experts has many matrices of statistics
 ACTIVATION_GROUP = 32
 _INPUTS = {**dict.fromkeys(("q", "k", "v", "gate", "up", "router"), "in"), "o": "o", "down": "down"}
 
@@ -95,6 +96,7 @@ def walk_layers(
     *,
     runs: Mapping[str, LinearRun] | None = None,
     roles: Collection[str] | None = None,
+    after: Callable[[int, Tensor], None] | None = None,
     what: str = "choosing codes",
 ) -> Model:
     """The loop behind `calibrate_layers`, for changes that may give a layer another shape.
@@ -104,13 +106,14 @@ def walk_layers(
             that differs in this layer alone.
         runs: input precision of each product; none rounds no input.
         roles: gather statistics of these matrices only, such as {'o', 'down'}.
+        after: called with each layer's number and what the changed layer puts out, (windows, context, dim).
         what: said with the progress while a layer is changed.
 
     Raises:
         RecipeError: as `calibrate_layers`.
     """
     runs = runs or {}
-    hidden = _embed(model, _windows(model, build)).to(build.device)  # (windows, context, dim)
+    hidden = _embed(model, calibration_tokens(model, build)).to(build.device)  # (windows, context, dim)
     total = len(model.config.layers)
     for index in range(total):
         for change in changes:
@@ -119,8 +122,10 @@ def walk_layers(
             grams = _gather(layer, index, model.config, hidden, runs, build, roles)
             report(build, index, total, f"layer {index}: {what}")
             model = change(model, index, grams)
-        if index + 1 < total:
+        if index + 1 < total or after is not None:
             _advance(layer_from_model(model, index, device=build.device), index, hidden, runs, build)
+        if after is not None:
+            after(index, hidden)
     report(build, total, total, "layers done")
     return model
 
@@ -176,7 +181,8 @@ def _single_threaded() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _windows(model: Model, build: Build) -> Tensor:
+def calibration_tokens(model: Model, build: Build) -> Tensor:
+    """The calibration windows (n, context) int64, checked against the model. Raises RecipeError."""
     if build.calibration is None or not build.calibration.size:
         raise RecipeError("This technique needs calibration text. Give some with --data (or `data=`).")
     windows = np.asarray(build.calibration)
@@ -204,11 +210,11 @@ def _embed(model: Model, windows: Tensor) -> Tensor:
     return hidden + torch.from_numpy(model.tensor("position.weight")[: windows.shape[1]])
 
 
-def _shares(hidden: Tensor, build: Build) -> list[list[slice]]:
+def _shares(hidden: Tensor, build: Build, most: int = _MOST_SHARES) -> list[list[slice]]:
     """Slices of windows that go through a layer together, shared out evenly."""
     step = max(1, _BATCH_TOKENS // hidden.shape[1])
     batches = [slice(first, first + step) for first in range(0, hidden.shape[0], step)]
-    count = min(build.threads or usable_cores(), _MOST_SHARES, len(batches))
+    count = max(1, min(build.threads or usable_cores(), _MOST_SHARES, most, len(batches)))
     return [batches[share::count] for share in range(count)]
 
 
@@ -241,7 +247,8 @@ def _gather(
             layer(hidden[batch])
         return dict(mine.grams)
 
-    first, *others = side_by_side(gather, _shares(hidden, build), build.threads)
+    gram_bytes = sum(4 * linear.in_features**2 for linear in linears.values())
+    first, *others = side_by_side(gather, _shares(hidden, build, _MOST_GRAM_BYTES // gram_bytes), build.threads)
     for hook in hooks:
         hook.remove()
     for group, gram in first.items():
