@@ -7,6 +7,7 @@ in (`trilemma.formats` lies above this room).
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal
 
 from trilemma.core.errors import InputError
@@ -77,14 +78,25 @@ def active_parameter_count(config: DecoderConfig) -> int:
 
 def _idle(config: DecoderConfig, size: Callable[[str], int]) -> int:
     """Of the sizes of experts' matrices, those that one token does not choose, when all are chosen equally often."""
-    totals: dict[tuple[int, int], int] = {}
+    totals: dict[Fraction, int] = {}
+    for name, share in expert_shares(config).items():
+        totals[share] = totals.get(share, 0) + size(name)
+    return sum(int(total * (1 - share)) for share, total in totals.items())
+
+
+def expert_shares(config: DecoderConfig) -> dict[str, Fraction]:
+    """Matrices of experts -> the share of tokens that choose each, when all are chosen equally often."""
+    of_layer = [
+        Fraction(layer.ffn.active, layer.ffn.count) if isinstance(layer.ffn, Experts) else None
+        for layer in config.layers
+    ]
+    found = {}
     for name in config.linear_names():
         if ".experts." in name:
-            ffn = config.layers[int(name.split(".", 2)[1])].ffn
-            assert isinstance(ffn, Experts)
-            key = (ffn.active, ffn.count)
-            totals[key] = totals.get(key, 0) + size(name)
-    return sum(total * (count - active) // count for (active, count), total in totals.items())
+            share = of_layer[int(name.split(".", 2)[1])]
+            assert share is not None
+            found[name] = share
+    return found
 
 
 def weights_bytes(
