@@ -22,7 +22,7 @@ def test_every_recommended_scheme_is_a_recipe_that_passes_the_checks(tiny_model)
         recipe = scheme_to_recipe(name, seed=4)
         assert (recipe.name, recipe.seed) == (name, 4)
         check_recipe(recipe, config)
-        assert needs_calibration(recipe, config) == ("gptq" in name)
+        assert needs_calibration(recipe, config) or not any(word in name for word in ("gptq", "prune", "wanda", "heal"))
         assert Recipe.from_yaml(recipe.to_yaml()) == recipe
         assert line
 

@@ -14,6 +14,8 @@ TECHNIQUES: Registry[type[Technique]] = Registry(
         "tune-norms": "trilemma.techniques.distill.tune_norms:TuneNorms",
         "smooth": "trilemma.techniques.quantize.smooth:Smooth",
         "prune-width": "trilemma.techniques.prune.width:PruneWidth",
+        "prune-depth": "trilemma.techniques.prune.depth:PruneDepth",
+        "kv-heads": "trilemma.techniques.restructure.kv_heads:KvHeads",
         "magnitude": "trilemma.techniques.prune.unstructured:Magnitude",
         "wanda": "trilemma.techniques.prune.unstructured:Wanda",
         "heal": "trilemma.techniques.distill.heal:Heal",

@@ -147,6 +147,30 @@ def _pick(what: str, value: str, table: dict[str, str]) -> str:
     return table[value]
 
 
+def _width(match: re.Match[str]) -> list[Step]:
+    parts = {"prune": "both", "ffn": "ffn", "heads": "heads"}[match["what"].lower()]
+    return [Step(technique="prune-width", settings={"share": _share(match["percent"]), "parts": parts})]
+
+
+def _depth(match: re.Match[str]) -> list[Step]:
+    settings = {"share": _share(match["percent"]), "unit": match["what"].lower()}
+    return [Step(technique="prune-depth", settings=settings)]
+
+
+def _sparse(match: re.Match[str]) -> list[Step]:
+    settings: dict[str, Any] = (
+        {"pattern": match["pattern"]} if match["pattern"] else {"share": _share(match["percent"])}
+    )
+    name = match["what"].lower()
+    if name == "sparsegpt":
+        name, settings["update"] = "wanda", True
+    return [Step(technique=name, settings=settings)]
+
+
+def _kv_heads(match: re.Match[str]) -> list[Step]:
+    return [Step(technique="kv-heads", settings={"heads": int(match["heads"])})]
+
+
 def _share(percent: str) -> float:
     """'25' -> 0.25. Raises ValueError outside 1..95."""
     if not 1 <= int(percent) <= 95:
@@ -162,6 +186,11 @@ def _unknown(name: str, why: str) -> RecipeError:
     )
 
 
+_PRUNE = "first remove 25% of layer weights as FFN channels and heads (ffn25, heads25: those alone): smaller, faster"
+_LAYERS = "first remove the layers that cost least KL, at least 25% (parts25: attention or FFN parts): smaller, faster"
+_WANDA = "half the weights zero (also magnitude50, sparsegpt50, wanda2:4): shows the loss, saves no bytes and no time"
+_KV_HEADS = "merge key-value heads into 2 a layer: a smaller KV cache"
+
 # A new part is one line here; the first pattern that matches decides.
 PARTS: tuple[Part, ...] = (
     Part(r"(?P<dtype>f32|bf16|f16)(?P<rest>(?:-kv\d+)*)", _plain),
@@ -170,17 +199,21 @@ PARTS: tuple[Part, ...] = (
         r"(?P<rest>(?:-(?:e|kv)\d+)*)",
         _quantize,
     ),
+    Part(r"(?P<what>prune|ffn|heads)(?P<percent>\d+)", _width, "prune25+W4A8-g32-gptq", _PRUNE),
+    Part(r"(?P<what>layers|parts)(?P<percent>\d+)", _depth, "layers25+W4A8-g32-gptq", _LAYERS),
+    Part(r"(?P<what>magnitude|wanda|sparsegpt)(?:(?P<percent>\d+)|(?P<pattern>\d+:\d+))", _sparse, "wanda50", _WANDA),
+    Part(r"kvheads(?P<heads>\d+)", _kv_heads, "kvheads2+bf16", _KV_HEADS),
     Part("smooth", _smooth, "smooth+W8A8-g32", "move activation outliers into the weights first (SmoothQuant)"),
     Part(
         r"tune(?P<steps>\d+)",
         _tune,
         "W4A8-g32-gptq+tune100",
         "then train norms and biases alone for 100 steps to answer like the original",
-    ),  # fmt: skip
+    ),
     Part(
         r"heal(?P<steps>\d+)",
         _heal,
         "prune25+heal200+W4A8-g32-gptq",
         "train for 200 steps to answer like the original, before quantization",
-    ),  # fmt: skip
+    ),
 )

@@ -1,0 +1,1 @@
+"""Removing weights: single ones (magnitude, Wanda), channels and heads (width), layers (depth)."""
