@@ -80,8 +80,7 @@ def _device_failures(scenario: Scenario, place: OnDevice) -> list[Failure]:
         found.append(Failure(constraint="memory", text=f"needs {needed} on {label}, which has {usable} to give"))
     for name, limit, value in costs.broken_times(place.times, scenario.workload):
         found.append(Failure(
-            constraint=name,
-            text=f"{_seconds(value)} on {label}, bound by {place.bound}; the limit is {_seconds(limit)}",
+            constraint=name, text=f"{_seconds(value)} on {label}{_bound(name, place)}; the limit is {_seconds(limit)}"
         ))  # fmt: skip
     share = _battery_of(scenario, place)
     if scenario.battery is not None and share is not None and share > scenario.battery.most_share_per_day:
@@ -90,6 +89,10 @@ def _device_failures(scenario: Scenario, place: OnDevice) -> list[Failure]:
             constraint="battery", text=f"takes {format_percent(share)} of a battery a day on {label}; at most {most}"
         ))  # fmt: skip
     return found
+
+
+def _bound(limit: str, place: OnDevice) -> str:
+    return f", where decoding waits for {place.bound}" if limit == "tpot_limit_s" else ""
 
 
 def _unserved(scenario: Scenario, broken: list[tuple[OnDevice, list[Failure]]]) -> tuple[list[Failure], list[str]]:

@@ -8,11 +8,17 @@ that differ from request to request, failures of servers.
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
+
+from pydantic import ValidationError
 
 from trilemma.core.device import Device, load_device
+from trilemma.core.errors import InputError
+from trilemma.core.recipe import explain
 from trilemma.formats.artifact import load_any
 from trilemma.measure.device_model import Demand, forecast
 from trilemma.model.model import Model
@@ -22,7 +28,7 @@ from trilemma.search.forecast import AS_IT_IS, demand_of, form_of
 HOURS_PER_MONTH = 730.5
 DAYS_PER_MONTH = 30.44
 TOKEN_PERCENTILE = 0.95  # of waiting for a slot
-MOST_SERVERS = 4096
+MOST_SERVERS = 1024
 
 
 @dataclass(frozen=True)
@@ -82,29 +88,31 @@ def on_device(candidate: Candidate, share: DeviceShare, workload: Workload) -> O
 
 
 def changed_device(share: DeviceShare) -> Device:
-    """A profile with the keys that the scenario changes; Raises InputError for one that can not be."""
-    base = _profile(share.profile)
+    """A profile with the keys that the scenario changes; raises InputError for a change that can not be."""
     if not share.changes:
-        return base
-    return _changed(share.profile, repr(sorted(share.changes.items())), share)
+        return _profile(share.profile)
+    return _changed(share.profile, share.label, json.dumps(_with_floats(share.changes), sort_keys=True))
 
 
-_CHANGED: dict[tuple[str, str], Device] = {}
+@cache
+def _changed(profile: str, label: str, changes: str) -> Device:
+    data = {**_profile(profile).model_dump(), **json.loads(changes), "name": label}
+    try:
+        return Device.model_validate(data)
+    except ValidationError as error:
+        raise InputError(f"Device '{label}': its changes can not be read: {explain(error)[:400]}") from None
 
 
-def _changed(profile: str, key: str, share: DeviceShare) -> Device:
-    from pydantic import ValidationError
-
-    from trilemma.core.errors import InputError
-    from trilemma.core.recipe import explain
-
-    if (profile, key) not in _CHANGED:
-        data = {**_profile(profile).model_dump(), **share.changes, "name": share.label}
+def _with_floats(given: Any) -> Any:
+    """YAML reads 6e9 as a word; here it is a number."""
+    if isinstance(given, dict):
+        return {key: _with_floats(value) for key, value in given.items()}
+    if isinstance(given, str):
         try:
-            _CHANGED[profile, key] = Device.model_validate(data)
-        except ValidationError as error:
-            raise InputError(f"Device '{share.label}': its changes can not be read: {explain(error)[:400]}") from None
-    return _CHANGED[profile, key]
+            return float(given)
+        except ValueError:
+            return given
+    return given
 
 
 @cache
@@ -157,6 +165,8 @@ def erlang_c(slots: int, load: float) -> float:
 
 def wait_s(slots: int, load: float, hold_s: float, percentile: float = TOKEN_PERCENTILE) -> float:
     """The wait that this share of requests does not exceed: P(W > t) = C exp(-(slots - load) t / hold)."""
+    if slots > load + 10 * math.sqrt(load) + 20:
+        return 0.0  # the chance to wait is below one in a million
     chance = erlang_c(slots, load)
     if chance <= 1 - percentile:
         return 0.0
@@ -195,6 +205,9 @@ def _least_servers(
     serving: Serving, workload: Workload, rate: float, network: Network, batch: int, step_s: float
 ) -> Fleet | None:
     """More servers never wait longer, so the number is found by doubling and halving."""
+    alone = Times(workload.prompt_tokens / serving.prefill_tokens_per_s + network_s(network, workload), step_s)
+    if broken_times(alone, workload):
+        return None
 
     def keeps(servers: int) -> Fleet | None:
         fleet = fleet_of(serving, workload, rate, servers, batch, step_s)

@@ -23,6 +23,7 @@ WIDEST = 10  # doublings: a factor of 1,024 either way
 _STEPS = 40
 _WHOLE = ("prompt_tokens", "output_tokens", "batch")
 _SKIPPED = ("version", "equal_within", "devices", "basis")  # shares of devices are tried whole
+_TOGETHER = "workload.requests_per_day"
 _INVALID = object()
 
 
@@ -47,7 +48,9 @@ def with_number(data: dict[str, Any], path: str, value: float) -> Scenario:
     *parents, leaf = path.split(".")
     for key in parents:
         place = place[int(key)] if isinstance(place, list | tuple) else place[key]
-    place[int(leaf) if isinstance(place, list) else leaf] = round(value) if leaf in _WHOLE else value
+    if path == _TOGETHER:
+        place["peak_requests_per_s"] *= value / place[leaf]  # a busier service is busier in the same minutes
+    place[leaf] = round(value) if leaf in _WHOLE else value
     try:
         return Scenario.model_validate(changed)
     except ValidationError as error:
@@ -62,7 +65,7 @@ def readable(data: dict[str, Any], path: str) -> str:
         inner = ["batch " + str(data[parts[0]][int(parts[1])]["serving"]["steps"][int(parts[4])]["batch"]), "step_s"] \
             if parts[2:4] == ["serving", "steps"] else parts[2:]  # fmt: skip
         return f"{' '.join(inner)} of '{name}'"
-    return " ".join(parts)
+    return " ".join(parts) + (" (the peak with it)" if path == _TOGETHER else "")
 
 
 def _inputs(data: dict[str, Any]) -> Iterator[tuple[str, float]]:
