@@ -11,6 +11,7 @@ from trilemma.core.limit import Limit
 from trilemma.core.measurement import Measurement
 from trilemma.measure.energy import Work, estimate_energy
 from trilemma.report import render
+from trilemma.search.check import check
 from trilemma.search.decide import choose, objective_for, promise
 from trilemma.search.judge import relative, verdict
 from trilemma.search.run import optimize
@@ -115,6 +116,19 @@ def test_the_report_shows_energy_and_payback(searched):
         assert words in page
     if report.confirmed.measurements[ENERGY].source == "estimated":
         assert "this objective was estimated" in report.decision.sentence
+
+
+def test_a_battery_limit_is_checked_again_for_the_same_device(tiny_checkpoint, tiny_text, tmp_path):
+    result = optimize(
+        tiny_checkpoint.path, limits=["battery>=5h"], data=tiny_text, output=tmp_path / "out", time="15s", threads=1,
+        device="laptop", duty_cycle="5%", accept_estimates=True,
+    )  # fmt: skip
+    if result.output is None:
+        pytest.skip("the machine was too busy to confirm within the time")
+    (again,) = check(result.output).verdicts
+    assert again.measurement.conditions["device"] == "laptop"
+    assert again.measurement.value == pytest.approx(result.verdicts[0].measurement.value)
+    assert check(result.output, accept_estimates=False).exit_code == 4
 
 
 def test_battery_can_be_limited_only_with_a_device(tiny_checkpoint, tiny_text):

@@ -10,6 +10,8 @@ from typing import Literal
 
 from pydantic import ValidationError
 
+from trilemma.core.device import Device
+from trilemma.core.duty import DutyCycle
 from trilemma.core.environment import Environment
 from trilemma.core.errors import InputError
 from trilemma.core.limit import Limit
@@ -59,7 +61,10 @@ class DataFile(Record):
 
 
 class Conditions(Record):
-    """The lengths and amounts behind the figures; `check` measures under the same."""
+    """The lengths and amounts behind the figures; `check` measures under the same.
+
+    device, duty: what battery hours were predicted for, if any.
+    """
 
     context: int
     prompt_tokens: int
@@ -73,6 +78,8 @@ class Conditions(Record):
     time_s: float = 0.0
     prepare: Literal["none", "book"] = "none"
     seed: int = 0
+    device: Device | None = None
+    duty: DutyCycle | None = None
 
 
 class Decision(Record):

@@ -82,7 +82,10 @@ def check(
         def step(done: int, total: int, what: str) -> None:
             tell(Progress("check", done, total, what, None))
 
-        bench = Workbench(base or model, lengths, Path(scratch), "", report.runtime, threads, step)
+        bench = Workbench(
+            base or model, lengths, Path(scratch), "", report.runtime, threads, step, device=conditions.device,
+            duty=conditions.duty,
+        )  # fmt: skip
         with bench:
             quality = [limit for limit in report.limits if is_quality(limit.metric)]
             if quality and base is not None:

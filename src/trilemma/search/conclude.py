@@ -181,5 +181,5 @@ def _conditions(search: Exploration, accept_estimates: bool) -> Conditions:
         repetitions=lengths.repetitions, calibrate_tokens=int(search.texts.calibration.size),
         select_tokens=used.get("select", 0), confirm_tokens=used.get("confirm", 0), seed=search.seed,
         threads=search.bench.baseline.threads, accept_estimates=accept_estimates, time_s=search.deadline.limit_s,
-        prepare=search.texts.calibration_record.prepare,
+        prepare=search.texts.calibration_record.prepare, device=search.bench.device, duty=search.bench.duty,
     )  # fmt: skip
