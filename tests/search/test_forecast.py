@@ -42,6 +42,17 @@ def test_int8_products_are_counted_as_such(hearth):
     assert found.kv_bytes == 72 * kv_bytes_per_token(config, "int8")
 
 
+def test_without_a_cache_every_step_does_the_history_again(hearth):
+    cached = demand_of(hearth, form_of(hearth, AS_IT_IS), 64, 8)
+    none = hearth.with_run(hearth.run.model_copy(update={"kv_cache": "none"}))
+    again = demand_of(none, form_of(none, AS_IT_IS), 64, 8)
+    head = hearth.config.vocab_size * hearth.config.dim
+    assert again.kv_bytes == 0
+    attention = sum(2 * layer.attention.heads * layer.attention.head_dim for layer in hearth.config.layers)
+    layers = cached.macs["f32"] - head - 68 * attention
+    assert again.macs["f32"] == pytest.approx(head + 68 * (layers + 34 * attention))
+
+
 def test_smaller_forms_cost_less(hearth):
     device = load_device("raspberry-pi-5")
     found = forecast_schemes(hearth, device, schemes=["f32", "bf16", "W8A8-g32", "W4A8-g32"], context=256)

@@ -99,15 +99,18 @@ def demand_of(model: Model, form: Form, prompt_tokens: int, output_tokens: int) 
     resident = weights_bytes(config, form.format_of, _format_bytes)
     products = _matrix_macs(model, form)
     head: dict[Arithmetic, float] = {_head_precision(model, form): float(config.vocab_size * config.dim)}
-    layers = {p: prompt_tokens * (count - head.get(p, 0.0)) for p, count in products.items()}
+    layers = {p: count - head.get(p, 0.0) for p, count in products.items()}
+    seen = middle if form.kv_cache == "none" else 1  # without a cache every step does the whole history again
+    attention = attention_macs_per_token(config, max(1, middle // 2) if form.kv_cache == "none" else middle)
     return Demand(
         prompt_tokens=prompt_tokens, output_tokens=output_tokens, weights_bytes=resident,
         kv_bytes=kv_bytes(config, form.kv_cache, length),
         read_bytes=decode_bytes_per_token(config, form.format_of, form.kv_cache, middle, _format_bytes),
-        macs=_plus(products, {"f32": attention_macs_per_token(config, middle)}),
+        macs=_plus({p: seen * count for p, count in layers.items()}, head, {"f32": seen * attention}),
         prefill_bytes=resident,
         prefill_macs=_plus(
-            layers, head, {"f32": prompt_tokens * attention_macs_per_token(config, max(1, prompt_tokens // 2))}
+            {p: prompt_tokens * count for p, count in layers.items()}, head,
+            {"f32": prompt_tokens * attention_macs_per_token(config, max(1, prompt_tokens // 2))},
         ),
     )  # fmt: skip
 
