@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from statistics import median
+from statistics import fmean, median
 
 from trilemma.core.errors import EngineError, InputError
 from trilemma.core.quantity import format_quantity
@@ -91,7 +91,7 @@ def measure_speculation(
     chosen = settings or SamplingSettings()
     answers: dict[int, list[int]] = {}
     seen: list[SpeculationFigures] = []
-    steps: list[float] = []
+    steps: list[float] = []  # gaps between the tokens of plain decoding
 
     def plain() -> dict[str, float]:
         seconds = 0.0
@@ -115,7 +115,8 @@ def measure_speculation(
 
     found = interleave(
         {"plain": plain, "speculative": speculative}, threads=engine.threads, rounds=rounds,
-        time_limit_s=time_limit_s, progress=progress,
+        time_limit_s=time_limit_s,
+        progress=None if progress is None else lambda done, total, _: progress(done, total, "plain and speculative"),
     )  # fmt: skip
     tokens = sum(len(answer) for answer in answers.values())
     if not tokens:
@@ -125,7 +126,7 @@ def measure_speculation(
     return SpeculationReport(
         speedup=gain.value, speedup_ci95=gain.ci95, rounds=len(ours), output_tokens=tokens,
         plain_s=median(theirs) / len(prompts), speculative_s=median(ours) / len(prompts), noisy=found.noisy,
-        drafted_per_pass=_drafted_per_pass(seen), **_parts(seen, median(steps) if steps else None),
+        drafted_per_pass=_drafted_per_pass(seen), **_parts(seen, fmean(steps) if steps else None),
     )  # fmt: skip
 
 
@@ -143,8 +144,8 @@ def _parts(seen: Sequence[SpeculationFigures], step_s: float | None) -> dict[str
     if step_s is None or rate is None:
         return parts
     wide = [seconds for one in seen for width, times in one.pass_s.items() if width > 1 for seconds in times]
-    cost = median([seconds for one in seen for seconds in one.draft_token_s]) / step_s
-    width_cost = median(wide) / step_s
+    cost = sum(one.draft_s for one in seen) / sum(one.drafted for one in seen) / step_s
+    width_cost = fmean(wide) / step_s
     whole = round(_drafted_per_pass(seen))
     return parts | {
         "draft_cost_ratio": cost, "pass_cost_ratio": width_cost,

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.core.errors import EngineError
+from trilemma.core.quantity import format_quantity
 from trilemma.model.model import Model
 from trilemma.runtime.cascade_record import CascadeRule, Signal
 from trilemma.runtime.engine import EngineMemory, EngineOptions, Generation, SamplingSettings
@@ -59,6 +60,13 @@ class CascadeGeneration(Generation):
     small_tokens: int = 0
     small_s: float = 0.0
     large_s: float = 0.0
+
+    def summary(self, rule: CascadeRule) -> str:
+        """'answered by the small model (confidence 0.61, threshold 0.50), ...'."""
+        sure = "given up early" if self.confidence is None else f"confidence {self.confidence:.2f}"
+        small, large = format_quantity(self.small_s, "s"), format_quantity(self.large_s, "s")
+        whose = f"answered by the {self.by} model ({sure}, threshold {rule.threshold:.2f})"
+        return f"{whose}; {small} of the small, {large} of the large model"
 
 
 def confidence(probabilities: Sequence[float], signal: Signal) -> float:

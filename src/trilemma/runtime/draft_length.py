@@ -11,7 +11,6 @@ model on a CPU pays for every token. So the time of a pass is measured for each 
 from __future__ import annotations
 
 from collections import deque
-from statistics import median
 
 MOST = 15  # drafted tokens in a pass: with the pending one a tile of 16 rows
 FIRST_TRY = 4
@@ -21,7 +20,7 @@ PRIOR = (3.0, 4.0)  # accepted and tried tokens before anything was seen: hopefu
 PROBES = 2  # passes with a draft before it is judged
 PAUSE, LONGEST_PAUSE = 16, 256  # plain passes before it is tried again
 PLAIN_EVERY = 64  # passes after which a plain one is timed again
-_KEPT = 9
+_KEPT = 9  # latest times of each width; their least counts, which other work on the machine disturbs least
 
 
 def expected_tokens(acceptance: float, drafted: int) -> float:
@@ -69,7 +68,7 @@ class DraftLength:
     def draft_cost(self) -> float | None:
         """c: seconds of a drafted token over those of a plain pass; None before both were measured."""
         plain = self.pass_s(1)
-        return None if plain is None or not self._draft_s else median(self._draft_s) / plain
+        return None if plain is None or not self._draft_s else min(self._draft_s) / plain
 
     def choose(self, room: int) -> int:
         """Tokens to draft now; `room` is how many could still be used."""
@@ -110,13 +109,13 @@ class DraftLength:
     def pass_s(self, width: int) -> float | None:
         """Seconds of a pass over so many tokens: measured, or on the line through measured neighbours."""
         if width in self._pass_s:
-            return median(self._pass_s[width])
+            return min(self._pass_s[width])
         known = sorted(self._pass_s)
         if len(known) < 2:
-            return median(self._pass_s[known[0]]) if known else None
+            return min(self._pass_s[known[0]]) if known else None
         above = next((at for at in known if at > width), known[-1])
         low, high = (known[known.index(above) - 1], above) if known.index(above) else (known[0], known[1])
-        first, second = median(self._pass_s[low]), median(self._pass_s[high])
+        first, second = min(self._pass_s[low]), min(self._pass_s[high])
         return max(0.0, first + (second - first) * (width - low) / (high - low)) or first
 
     def _speedup(self, drafted: int, acceptance: float) -> float:

@@ -88,7 +88,7 @@ class TextModel:
     ) -> Iterator[str]:
         """The same, piece by piece as it comes."""
         settings = SamplingSettings.model_validate(sampling)
-        return generate_text(self.engine, self.tokenizer, self._tokens(prompt, chat), settings, stop)
+        return generate_text(self.engine, self.tokenizer, self.tokens_of(prompt, chat=chat), settings, stop)
 
     def complete(
         self,
@@ -106,7 +106,7 @@ class TextModel:
             pieces.append(piece)
             return on_text is None or on_text(piece) is not False
 
-        ids = self._tokens(prompt, chat)
+        ids = self.tokens_of(prompt, chat=chat)
         done = generate_with_text(self.engine, self.tokenizer, ids, settings, collect, stop)
         return Answer("".join(pieces), done.tokens, done.prompt_tokens, done.finish_reason, done.token_times_s)
 
@@ -121,7 +121,8 @@ class TextModel:
     ) -> None:
         self.close()
 
-    def _tokens(self, prompt: str, chat: bool) -> list[int]:
+    def tokens_of(self, prompt: str, *, chat: bool = False) -> list[int]:
+        """Token ids of a prompt as the model is asked: special tokens added, or the chat template around it."""
         if not chat:
             return self.tokenizer.encode(prompt)
         return self.tokenizer.encode(self.tokenizer.chat([{"role": "user", "content": prompt}]), special=False)

@@ -32,6 +32,7 @@ from trilemma.core.verdict import Verdict
 from trilemma.data.documents import Document, Prepare, read_documents
 from trilemma.data.split import split_documents
 from trilemma.data.windows import make_windows
+from trilemma.formats.artifact import load_any
 from trilemma.measure.stats import ratio_interval, share_interval
 from trilemma.measure.token_scores import log_normalizer, token_nll
 from trilemma.model.tokenizer import Tokenizer
@@ -46,6 +47,7 @@ from trilemma.search.texts import describe_files
 SHARES = (0.3, 0.2, 0.5)  # the first two choose the threshold together, the last one judges
 LIMITED = ("ppl_increase", "top1_agreement")
 MOST_LEVELS = 40
+TIMED = 48  # prompts that are timed
 MARGIN = 1.7  # of the interval while choosing: then five of six confirmations PASS, not half ((1.96 + sqrt 2) / 1.96)
 LEAST_CONTINUATION = 8  # tokens of text after a prompt
 
@@ -84,7 +86,7 @@ def calibrate_cascade(
     limits: Sequence[Limit | str],
     prompt_tokens: int = 32,
     max_tokens: int = 48,
-    prompts: int = 240,
+    prompts: int = 200,
     prepare: Prepare = "none",
     seed: int = 0,
     options: EngineOptions | None = None,
@@ -131,19 +133,21 @@ def calibrate_cascade(
         engine.rule = rule
         judging = cut_requests(parts.confirm, tokenizer, prompt_tokens, max_tokens, half)
         scores = score_requests(engine, judging, settings, progress, "confirming")
-        times = time_answers(engine, judging, settings, progress)
+        timed = judging[:: max(1, len(judging) // TIMED)]
+        times = time_answers(engine, timed, settings, progress)
         quality = {
             "cascade": quality_of(scores, rule),
             "small": quality_of(scores, keep_all),
             "large": quality_of(scores, None),
         }
-        costs = answer_costs(engine, judging, settings, times, small, large)
+        costs = answer_costs(engine, timed, settings, times, small, large)
         return CascadeRecord(
-            small=str(small), large=str(large), small_hash=model_hash(small), large_hash=model_hash(large), rule=rule,
+            small=str(small), large=str(large), rule=rule,
+            small_hash=model_hash(load_any(small)), large_hash=model_hash(load_any(large)),
             prompt_tokens=prompt_tokens, max_tokens=max_tokens, verdicts=_judge(quality["cascade"], asked),
             measurements={name: quality[name] | costs[name] for name in quality},
-            kept_share=float(np.mean(times.kept)), kept_token_share=times.kept_token_share,
-            same_answer_share=float(np.mean(times.same)), relative_answer_s=times.relative(judging),
+            kept_share=float(scores.kept(rule).mean()), kept_token_share=times.kept_token_share,
+            same_answer_share=float(np.mean(times.same)), relative_answer_s=times.relative(timed),
             calibration_answers=len(choosing), confirm_answers=len(judging), data_files=describe_files(files),
             environment=read_environment(isa=engine.isa, threads=engine.threads, seed=seed), command=command,
             notes=(*parts.notes, *([f"noisy: {times.noisy}"] if times.noisy else [])),
