@@ -41,13 +41,22 @@ Replace = Callable[[Mapping[str, "Gram"]], Mapping[str, Float32 | StoredMatrix]]
 
 
 class Gram:
-    """X^T X of all inputs (tokens, in) that a matrix saw, how many there were, their sum and largest |x| by column."""
+    """X^T X of all inputs (tokens, in) that a matrix saw, how many there were, their sum and largest |x| by column.
 
-    def __init__(self, columns: int, device: str | torch.device = "cpu") -> None:
+    every: keep each so-many-th input in `rows` too; 0 keeps none.
+    """
+
+    def __init__(self, columns: int, device: str | torch.device = "cpu", every: int = 0) -> None:
         self.matrix = torch.zeros(columns, columns, device=device)
         self.largest = torch.zeros(columns, device=device)
         self.total = torch.zeros(columns, device=device)
         self.tokens = 0
+        self.every, self._kept = every, list[Tensor]()
+
+    @property
+    def rows(self) -> Tensor:
+        """The inputs that were kept, (rows, in)."""
+        return torch.cat(self._kept) if self._kept else self.matrix[:0]
 
     def update(self, x: Tensor) -> None:
         flat = x.reshape(-1, x.shape[-1]).float()
@@ -56,6 +65,8 @@ class Gram:
             low, high = torch.aminmax(flat, dim=0)
             self.largest = torch.maximum(self.largest, torch.maximum(high, -low))
             self.total += flat.sum(0)
+        if self.every:
+            self._kept.append(flat[:: self.every].clone())
         self.tokens += flat.shape[0]
 
     def add(self, other: Gram) -> None:
@@ -63,6 +74,7 @@ class Gram:
         self.total += other.total
         self.largest = torch.maximum(self.largest, other.largest)
         self.tokens += other.tokens
+        self._kept += other._kept
 
     def hessian(self) -> Tensor:
         """H = 2 X^T X / tokens, (in, in): of the mean squared output error of one row."""
@@ -97,6 +109,7 @@ def walk_layers(
     runs: Mapping[str, LinearRun] | None = None,
     roles: Collection[str] | None = None,
     after: Callable[[int, Tensor], None] | None = None,
+    sample: int = 0,
     what: str = "choosing codes",
 ) -> Model:
     """The loop behind `calibrate_layers`, for changes that may give a layer another shape.
@@ -107,6 +120,7 @@ def walk_layers(
         runs: input precision of each product; none rounds no input.
         roles: gather statistics of these matrices only, such as {'o', 'down'}.
         after: called with each layer's number and what the changed layer puts out, (windows, context, dim).
+        sample: about so many inputs of each matrix are kept in its Gram's `rows`, spread over the text.
         what: said with the progress while a layer is changed.
 
     Raises:
@@ -114,12 +128,13 @@ def walk_layers(
     """
     runs = runs or {}
     hidden = _embed(model, calibration_tokens(model, build)).to(build.device)  # (windows, context, dim)
+    every = max(1, hidden.shape[0] * hidden.shape[1] // sample) if sample else 0
     total = len(model.config.layers)
     for index in range(total):
         for change in changes:
             report(build, index, total, f"layer {index}: reading activations")
             layer = layer_from_model(model, index, device=build.device)
-            grams = _gather(layer, index, model.config, hidden, runs, build, roles)
+            grams = _gather(layer, index, model.config, hidden, runs, build, roles, every)
             report(build, index, total, f"layer {index}: {what}")
             model = change(model, index, grams)
         if index + 1 < total or after is not None:
@@ -226,6 +241,7 @@ def _gather(
     runs: Mapping[str, LinearRun],
     build: Build,
     roles: Collection[str] | None = None,
+    every: int = 0,
 ) -> dict[str, Gram]:
     """The Gram of every matrix of the layer (in these roles); matrices with the same input share one."""
     groups = [
@@ -242,7 +258,7 @@ def _gather(
         hooks.append(linear.register_forward_pre_hook(lambda _, args, group=group: mine.grams[group].update(args[0])))
 
     def gather(share: list[slice]) -> dict[tuple[str, ...], Gram]:
-        mine.grams = {group: Gram(linear.in_features, hidden.device) for group, linear in linears.items()}
+        mine.grams = {group: Gram(linear.in_features, hidden.device, every) for group, linear in linears.items()}
         for batch in share:
             layer(hidden[batch])
         return dict(mine.grams)
