@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from trilemma.core.errors import TrilemmaError
+from trilemma.core.errors import RecipeError, TrilemmaError
 from trilemma.core.limit import Limit
 from trilemma.core.recipe import Recipe
 from trilemma.core.trial import Trial
@@ -126,7 +126,10 @@ class Exploration:
 
     def _not_worth_it(self, recipe: Recipe) -> str:
         """Why a recipe is dropped without building it; empty when it is not."""
-        predicted = predict_bytes(self.model, recipe, self.bench.lengths.context)
+        try:
+            predicted = predict_bytes(self.model, recipe, self.bench.lengths.context)
+        except RecipeError:
+            return ""  # a step whose result nobody knows before: it has to be built
         blocked = impossible(predicted, self.limits, self.baseline.measurements)
         if blocked is None:
             return ""

@@ -15,18 +15,22 @@ from trilemma.formats import FORMATS
 from trilemma.formats.pack import packed_bytes
 from trilemma.model.cost import kv_bytes, parameter_count, weights_bytes
 from trilemma.model.model import Model
-from trilemma.techniques.cost_twin import recipe_formats
+from trilemma.techniques.cost_twin import foresee
 
 BYTE_METRICS = ("weights_bytes", "engine_memory_bytes", "peak_memory_bytes", "artifact_bytes", "kv_bytes_per_token")
 
 
 @dataclass(frozen=True)
 class PredictedBytes:
-    """Bytes that a recipe leaves at least: all but `weights_bytes` are lower bounds (scratch and code come on top)."""
+    """Bytes that a recipe leaves at least: all but `weights_bytes` are lower bounds (scratch and code come on top).
+
+    exact: False for recipes that choose shapes by what they find in the weights; the bytes are then about right.
+    """
 
     weights_bytes: int
     kv_bytes: int
     kv_bytes_per_token: float
+    exact: bool = True
 
     def least(self, metric: str) -> float:
         """The least value that the metric can take."""
@@ -43,15 +47,21 @@ def format_bytes(format_name: str, shape: tuple[int, int]) -> int:
 
 
 def predict_bytes(model: Model, recipe: Recipe, context: int) -> PredictedBytes:
-    """Bytes of the model that the recipe would make, with a KV cache of `context` positions."""
-    formats, kv = recipe_formats(model, recipe)
-    weights = weights_bytes(model.config, lambda name: formats.get(name, model.format_of(name)), format_bytes)
-    cache = kv_bytes(model.config, kv, context)
-    return PredictedBytes(weights, cache, cache / context)
+    """Bytes of the model that the recipe would make, with a KV cache of `context` positions.
+
+    Raises:
+        RecipeError: a recipe whose result is not known before it is built.
+    """
+    seen = foresee(model, recipe)
+    weights = weights_bytes(seen.config, lambda name: seen.formats.get(name, model.format_of(name)), format_bytes)
+    cache = kv_bytes(seen.config, seen.kv_cache, context)
+    return PredictedBytes(weights, cache, cache / context, seen.exact)
 
 
 def impossible(predicted: PredictedBytes, limits: Sequence[Limit], baseline: Mapping[str, Measurement]) -> Limit | None:
-    """The first limit on bytes that the recipe can not keep, by arithmetic alone."""
+    """The first limit on bytes that the recipe can not keep, by arithmetic alone; none where it is not exact."""
+    if not predicted.exact:
+        return None
     for limit in limits:
         if limit.metric not in BYTE_METRICS:
             continue

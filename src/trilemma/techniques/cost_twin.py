@@ -1,81 +1,110 @@
 """A model with the shapes and formats that a recipe would leave, and random weights: for cost alone.
 
 Quantizing a billion random weights would take minutes and change nothing about what running them costs.
-Steps that choose codes (rtn, gptq) are imitated by random codes in the same formats.
+Steps that choose codes (rtn, gptq) are imitated by random codes in the same formats, steps that remove channels
+or layers by the same share taken evenly.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from trilemma.core.errors import RecipeError
 from trilemma.core.recipe import Recipe
 from trilemma.formats import FORMATS
 from trilemma.formats.grid import Format
 from trilemma.formats.random_weights import with_random_weights
-from trilemma.model.model import Activation, Model
+from trilemma.model.config import DecoderConfig
+from trilemma.model.model import Activation, Model, RunSettings
 from trilemma.techniques.apply import check_recipe
 from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs
 from trilemma.techniques.quantize.kv_cache import KvCacheSettings
 from trilemma.techniques.quantize.plain import PlainSettings
-from trilemma.techniques.technique import TechniqueSettings
+from trilemma.techniques.technique import Foreseeable, TechniqueSettings
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What a recipe leaves, by arithmetic: shapes, and format and input precision of the matrices that it changes.
+
+    exact: False when the shapes depend on what techniques find in the weights; they are then of about the same cost.
+    """
+
+    config: DecoderConfig
+    formats: Mapping[str, str]
+    activations: Mapping[str, Activation]
+    kv_cache: str
+    exact: bool
+
+
+def foresee(model: Model, recipe: Recipe) -> Foreseen:
+    """What the recipe will leave of a model. Builds nothing, reads no weight.
+
+    Raises:
+        RecipeError: wrong settings, or a step whose result is not known before it is done.
+        UnsupportedModelError: a technique that can not work on this model.
+    """
+    config, exact = model.config, True
+    formats: dict[str, str] = {}
+    activations: dict[str, Activation] = {}
+    kv: str = model.run.kv_cache
+    for technique, settings in check_recipe(recipe, config):
+        if isinstance(settings, KvCacheSettings):
+            kv = settings.precision
+        elif isinstance(technique, Foreseeable):
+            config = technique.config_after(config, settings)
+            exact = exact and technique.exact(settings)
+        else:
+            chosen, inputs = _formats(config, technique.name, settings)
+            formats |= {name: spec.name for name, spec in chosen.items()}
+            activations |= {name: run.activation for name, run in assign_runs(config, chosen, inputs).items()}
+    return Foreseen(config, formats, activations, kv, exact)
 
 
 def cost_twin(model: Model, recipe: Recipe, seed: int = 0) -> Model:
-    """Random weights in the formats of `recipe`; costs what the real result would cost, says nothing about quality.
+    """Random weights in the shapes and formats of `recipe`: costs what the real result would, says nothing of quality.
 
     Raises:
         RecipeError: wrong settings, or a step whose result can not be imitated.
         UnsupportedModelError: a technique that can not work on this model.
     """
-    for step, (_, settings) in zip(recipe.steps, check_recipe(recipe, model.config), strict=True):
-        if isinstance(settings, KvCacheSettings):
-            model = model.with_run(model.run.model_copy(update={"kv_cache": settings.precision}))
-            continue
-        formats, activations = _formats(model, step.technique, settings)
-        runs = assign_runs(model.config, formats, activations)
-        model = with_random_weights(
-            model, lambda name, chosen=formats: chosen[name].name,  # type: ignore[misc]
-            activation_of=lambda name, chosen=runs: chosen[name].activation, seed=seed,  # type: ignore[misc]
-        )  # fmt: skip
-    return model
-
-
-def recipe_formats(model: Model, recipe: Recipe) -> tuple[dict[str, str], str]:
-    """Format of every matrix that the recipe changes, and the KV cache precision that it leaves. Builds nothing.
-
-    Raises:
-        RecipeError: wrong settings, or a step whose result is not known before it is done.
-        UnsupportedModelError: a technique that can not work on this model.
-    """
-    formats, _, kv = recipe_runs(model, recipe)
-    return formats, kv
+    seen = foresee(model, recipe)
+    if seen.kv_cache != model.run.kv_cache:
+        model = model.with_run(RunSettings.model_validate({**model.run.model_dump(), "kv_cache": seen.kv_cache}))
+    if not seen.formats and seen.config == model.config:
+        return model
+    return with_random_weights(
+        model.with_config(seen.config),
+        lambda name: seen.formats.get(name, model.format_of(name)),
+        activation_of=lambda name: seen.activations.get(name, model.linear(name).activation),
+        seed=seed,
+    )
 
 
 def recipe_runs(model: Model, recipe: Recipe) -> tuple[dict[str, str], dict[str, Activation], str]:
-    """As `recipe_formats`, with the input precision of every product between: formats, activations, KV cache.
+    """Of a recipe that keeps all shapes: formats and input precisions of what it changes, and the KV cache.
 
     Raises:
-        RecipeError: wrong settings, or a step whose result is not known before it is done.
+        RecipeError: as `foresee`, or the recipe changes shapes.
         UnsupportedModelError: a technique that can not work on this model.
     """
-    formats: dict[str, str] = {}
-    activations: dict[str, Activation] = {}
-    kv: str = model.run.kv_cache
-    for step, (_, settings) in zip(recipe.steps, check_recipe(recipe, model.config), strict=True):
-        if isinstance(settings, KvCacheSettings):
-            kv = settings.precision
-            continue
-        chosen, inputs = _formats(model, step.technique, settings)
-        formats |= {name: spec.name for name, spec in chosen.items()}
-        activations |= {name: run.activation for name, run in assign_runs(model.config, chosen, inputs).items()}
-    return formats, activations, kv
+    seen = foresee(model, recipe)
+    if seen.config != model.config:
+        raise RecipeError(
+            f"'{recipe.name}' changes the shapes of the model. Build it first, then look at the artifact."
+        )
+    return dict(seen.formats), dict(seen.activations), seen.kv_cache
 
 
-def _formats(model: Model, technique: str, settings: TechniqueSettings) -> tuple[dict[str, Format], Activation]:
+def _formats(
+    config: DecoderConfig, technique: str, settings: TechniqueSettings
+) -> tuple[dict[str, Format], Activation]:
     if isinstance(settings, WeightSettings):
-        return assign_formats(model.config, settings), settings.activations
+        return assign_formats(config, settings), settings.activations
     if isinstance(settings, PlainSettings):
         spec = FORMATS.get(settings.dtype)
-        matrices = {name: spec for name, shape in model.config.tensor_shapes().items() if len(shape) == 2}
+        matrices = {name: spec for name, shape in config.tensor_shapes().items() if len(shape) == 2}
         return matrices, settings.activations or "bf16"
     raise RecipeError(
         f"What '{technique}' leaves can not be imitated with random weights. Give a checkpoint with real weights."

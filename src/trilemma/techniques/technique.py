@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,22 @@ class Technique(Protocol):
     def apply(self, model: Model, settings: Any, build: Build) -> Model: ...
 
 
+@runtime_checkable
+class Foreseeable(Protocol):
+    """A technique that says which shapes it leaves before it has worked; formats and the KV cache stay as they are.
+
+    Those that quantize are known otherwise (`cost_twin.py`); the rest can not be imitated or predicted.
+    """
+
+    def config_after(self, config: DecoderConfig, settings: Any) -> DecoderConfig:
+        """The shapes it leaves, or ones of the same cost. Raises RecipeError when the settings do not fit."""
+        ...
+
+    def exact(self, settings: Any) -> bool:
+        """Whether they are exactly those that it leaves, not just about the same cost."""
+        ...
+
+
 def read_settings(technique: Technique, raw: dict[str, Any]) -> TechniqueSettings:
     """Validate a step's settings. Raises RecipeError naming the key, the value and what was expected."""
     try:
@@ -71,4 +87,4 @@ def report(build: Build, done: int, total: int, what: str) -> None:
         build.progress(done, total, what)
 
 
-__all__: Sequence[str] = ["Build", "Technique", "TechniqueSettings", "read_settings", "report"]
+__all__: Sequence[str] = ["Build", "Foreseeable", "Technique", "TechniqueSettings", "read_settings", "report"]

@@ -72,6 +72,9 @@ class Magnitude:
     def config_after(self, config: DecoderConfig, settings: MagnitudeSettings) -> DecoderConfig:
         return config
 
+    def exact(self, settings: MagnitudeSettings) -> bool:
+        return True
+
     def apply(self, model: Model, settings: MagnitudeSettings, build: Build) -> Model:
         refuse_packed(model, self.name, "magnitude50+W8A8")
         names = model.config.linear_names()
@@ -111,6 +114,9 @@ class Wanda:
 
     def config_after(self, config: DecoderConfig, settings: WandaSettings) -> DecoderConfig:
         return config
+
+    def exact(self, settings: WandaSettings) -> bool:
+        return True
 
     def apply(self, model: Model, settings: WandaSettings, build: Build) -> Model:
         refuse_packed(model, self.name, "wanda50+W8A8")
