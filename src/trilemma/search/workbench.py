@@ -5,6 +5,7 @@ Left out: which candidates to measure and what to make of the numbers (`run.py`,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from trilemma.measure.quality import Reference, evaluate
 from trilemma.measure.sensors import NoSensor, find_sensors
 from trilemma.measure.speed import SpeedRun
 from trilemma.model.cost import macs_per_token
-from trilemma.model.model import Model
+from trilemma.model.model import Activation, Model
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import Engine, EngineOptions
 from trilemma.search.forecast import forecast_model
@@ -199,7 +200,7 @@ class Workbench(AbstractContextManager["Workbench"]):
 
 
 def _precision(model: Model) -> Precision:
-    """Of most multiplications: int8 when the matrices take int8 inputs."""
-    names = model.config.linear_names()
-    quantized = sum(model.linear(name).activation == "int8-g32" for name in names)
-    return "int8" if 2 * quantized > len(names) else "f32"
+    """Of most multiplications: that of the inputs which most matrices take."""
+    inputs = Counter(model.linear(name).activation for name in model.config.linear_names())
+    words: dict[Activation, Precision] = {"f32": "f32", "bf16": "bf16", "int8-g32": "int8"}
+    return words[inputs.most_common(1)[0][0]] if inputs else "f32"
