@@ -19,6 +19,7 @@ from trilemma.data.shingles import Hashes, group_similar, shared_fraction, shing
 
 NAMES = ("calibrate", "select", "confirm")
 LEAST_DOCUMENTS = (2, 3, 3)
+HELD_OUT_DOCUMENTS = 12  # at least, where a quarter of all is that many
 OVERLAP = 0.05  # share of a document's 13-word shingles that makes it a near-duplicate
 
 
@@ -80,7 +81,8 @@ def hold_out(
     Exact copies are dropped; what shares text with a held-out document is left out of both.
 
     Args:
-        share: of the documents' bytes that is held out, at least three documents and at most `most_bytes`.
+        share: of the documents' bytes that is held out, at most `most_bytes` but at least twelve documents, so
+            that intervals mean something, or a quarter of them (three) where there are few.
 
     Raises:
         DataError: fewer than six different documents.
@@ -94,10 +96,11 @@ def hold_out(
     order = list(range(len(kept)))
     random.Random(seed).shuffle(order)
     wanted = min(most_bytes, share * sum(document.text_bytes for document in kept))
+    least = max(LEAST_DOCUMENTS[2], min(HELD_OUT_DOCUMENTS, len(kept) // 4))
     held: list[int] = []
     size = 0
     for index in order[: len(kept) // 2]:
-        if len(held) >= LEAST_DOCUMENTS[2] and size >= wanted:
+        if len(held) >= least and size >= wanted:
             break
         held.append(index)
         size += kept[index].text_bytes
