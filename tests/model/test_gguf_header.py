@@ -114,7 +114,7 @@ def test_a_cut_file_is_refused_wherever_it_is_cut(tmp_path, random_generator):
             read_gguf_header(cut)
 
 
-@pytest.mark.parametrize("position, value", [(8, 2**60), (16, 2**60), (4, 99)])
+@pytest.mark.parametrize(("position", "value"), [(8, 2**60), (16, 2**60), (4, 99)])
 def test_counts_and_versions_that_can_not_be_are_refused(tmp_path, position, value):
     data = bytearray(write(tmp_path / "model.gguf").read_bytes())
     form = "<I" if position == 4 else "<Q"

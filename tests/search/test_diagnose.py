@@ -36,7 +36,7 @@ def made_up(memory, compute, overhead, generator, noise=0.02, rounds=15):
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 @pytest.mark.parametrize(
-    "cause, parts",
+    ("cause", "parts"),
     [("memory", (0.8, 0.15, 0.05)), ("compute", (0.1, 0.85, 0.05)), ("overhead", (0.05, 0.05, 0.9))],
 )
 def test_the_cause_that_was_put_in_is_found(phase, cause, parts, random_generator):
@@ -93,8 +93,11 @@ def test_twins_have_the_structure_that_they_stand_for(tiny_model):
     assert {twin.format_of(name) for name in twin.config.linear_names()} == {"f32"}
 
 
-@pytest.mark.parametrize("kind, name", [("Q8_0", "int8-g32"), ("Q4_K", "int4-g64-asym"), ("Q6_K", "int8-g128"),
-                                        ("Q5_K", "int4-g32-asym"), ("IQ2_XS", "int4-g128"), ("BF16", "bf16")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("Q8_0", "int8-g32"), ("Q4_K", "int4-g64-asym"), ("Q6_K", "int8-g128"),
+     ("Q5_K", "int4-g32-asym"), ("IQ2_XS", "int4-g128"), ("BF16", "bf16")],
+)  # fmt: skip
 def test_nearest_formats(kind, name):
     assert nearest_format(kind) == name
 

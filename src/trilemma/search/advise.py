@@ -60,7 +60,7 @@ def _device_strategy(scenario: Scenario, candidate: Candidate) -> Strategy:
     places = [costs.on_device(candidate, device, scenario.workload) for device in scenario.devices]
     broken = [(place, _device_failures(scenario, place)) for place in places]
     failures, dropped = _unserved(scenario, broken)
-    served = [place for place in places if place.device.label not in dropped] or places
+    served = places if failures else [place for place in places if place.device.label not in dropped]
     worst = max(served, key=lambda place: place.times.answer_s(scenario.workload.output_tokens))
     download = costs.download_price(scenario, worst.needed_bytes)
     notes = [f"leaves out {', '.join(dropped)}"] if dropped and not failures else []

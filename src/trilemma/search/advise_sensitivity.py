@@ -1,7 +1,7 @@
 """What would change the ranking: each number of a scenario is moved until another strategy wins.
 
-A number is doubled and halved up to `WIDEST` times; where the winner changes between two tries, the
-threshold is found by bisection. One input moves at a time. Choices that are no numbers (where data may
+A number is moved away in steps of 5% at first and of doublings in the end, up to a factor of 1,024 either
+way; where the winner changes between two tries, the threshold is found by bisection. One input moves at a time. Choices that are no numbers (where data may
 go, what is preferred, which devices are served, which runtimes are at hand) are tried one by one.
 """
 
@@ -19,7 +19,7 @@ from trilemma.core.errors import InputError
 from trilemma.search.advise import winner
 from trilemma.search.advise_scenario import Preference, Reach, Scenario, numbers
 
-WIDEST = 10  # doublings: a factor of 1,024 either way
+FACTORS = (1.05, 1.1, 1.25, 1.5, 2, 3, 4, 6, *(2.0**power for power in range(3, 11)))
 _STEPS = 40
 _WHOLE = ("prompt_tokens", "output_tokens", "batch")
 _SKIPPED = ("version", "equal_within", "devices", "basis")  # shares of devices are tried whole
@@ -84,8 +84,8 @@ def _winner(data: dict[str, Any], path: str, value: float) -> object:
 def _threshold(data: dict[str, Any], path: str, value: float, up: bool, now: str | None) -> Swap | None:
     """Where the winner changes when this number grows (or shrinks)."""
     inside = value
-    for step in range(1, WIDEST + 1):
-        outside = value * 2.0 ** (step if up else -step)
+    for factor in FACTORS:
+        outside = value * factor if up else value / factor
         found = _winner(data, path, outside)
         if found is _INVALID:
             outside = _last_valid(data, path, inside, outside)
