@@ -92,20 +92,23 @@ def by_domain(data: Sequence[str]) -> dict[str, list[Path]] | list[Path]:
 
 
 def chart(results: Sequence[EvaluateResult]) -> str:
-    """Increase of perplexity by domain and model, or perplexity where there is no reference."""
+    """KL divergence by domain and model, or perplexity where there is no reference.
+
+    Far from what a model was trained on perplexity can fall while the answers move: KL sees that.
+    """
     from trilemma.cli.console import show
     from trilemma.report.dot_chart import Dot, dot_chart
     from trilemma.report.scale import Axis
 
-    paired = "ppl_increase" in results[0].rows[0].measurements
-    metric = "ppl_increase" if paired else "perplexity"
+    paired = "kl_mean" in results[0].rows[0].measurements
+    metric = "kl_mean" if paired else "perplexity"
     groups = [row.domain for row in results[0].rows]
     rows = [
-        (_short(result.model), [Dot(found.value, found.ci95, show(found).partition(" [")[0])
+        (_short(result.model), [Dot(found.value, found.ci95, show(found).partition(" [")[0].removesuffix(" nats"))
                                 for found in (row.measurements[metric] for row in result.rows)])
         for result in results
     ]  # fmt: skip
-    axis = Axis("increase of perplexity over the unmodified model", "ratio") if paired else Axis("perplexity", log=True)
+    axis = Axis("mean KL divergence from the reference, nats a token") if paired else Axis("perplexity", log=True)
     versus = f" against {_short(results[0].reference)}" if results[0].reference else ""
     notes = [f"Context {results[0].context}{versus}; bars are 95% intervals over documents."]
     return dot_chart(groups, rows, axis, title=f"{'What changed' if paired else 'Perplexity'}, by domain", notes=notes)

@@ -39,7 +39,7 @@ def dot_chart(
     values = [v for _, dots in rows for dot in dots if dot.value is not None for v in (dot.value, *(dot.ci95 or ()))]
     if not values:
         raise ValueError("a chart needs at least one value")
-    name_width = max(text_width(name, NAME_SIZE) for name in groups) * 1.1
+    name_width = max(text_width(name, NAME_SIZE) for name in groups) * 1.25
     legend_width = max(text_width(name, NAME_SIZE) for name, _ in rows) * 1.12
     left, right, top, step = 28 + name_width, width - legend_width - 40, 52.0, 24.0
     block = step * len(rows) + 18
