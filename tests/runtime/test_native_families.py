@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from family_cases import CASES
 from scipy.special import logsumexp
 
+from family_cases import CASES
 from trilemma.model.checkpoint import read_checkpoint
 from trilemma.runtime import ENGINES, EngineOptions
 from trilemma.techniques import Build
