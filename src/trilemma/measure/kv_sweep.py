@@ -92,7 +92,7 @@ def kv_sweep(
         contexts: depths in tokens, the timed one included.
         repetitions: interleaved over the policies at each depth.
         point_time_s: a point whose repetitions would take longer gets fewer of them; one whose single step
-            would take longer is skipped, with the estimate in its reason.
+            would take longer is skipped, with the estimate in its reason. Filling the history is not counted.
         memory_bytes: a memory limit; a note says how many positions each policy holds within it.
 
     Returns:
