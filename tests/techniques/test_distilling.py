@@ -20,9 +20,7 @@ from trilemma.techniques.distill.losses import FullRows, LogitRows, TopRows, chu
 from trilemma.techniques.distill.objective import DistillationLoss, divergence_and_likelihood
 from trilemma.techniques.distill.student import (
     DistillSettings,
-    choose_layers,
     cut_student,
-    keep_layers,
     layer_parameters,
 )
 from trilemma.techniques.distill.teacher import KeptTeacher, OutsideTeacher, TorchTeacher
@@ -258,25 +256,6 @@ def test_packed_weights_and_missing_text_are_refused(tiny_model):
             technique.apply(model, technique.Settings(), Build())
     with pytest.raises(RecipeError, match="same tokenizer"):
         heal.apply(model, heal.Settings(), calibrated(model, original=tiny_model(vocab=50)))
-
-
-def test_the_layer_that_goes_is_the_one_that_true_divergence_misses_least(tiny_model):
-    model = tiny_model(seed=11, layers=4)
-    build = calibrated(model, windows=4)
-    windows = torch.from_numpy(build.calibration.astype(np.int64))
-
-    def logits(layers):
-        decoder = Decoder.from_model(model).requires_grad_(False)
-        decoder.layers = torch.nn.ModuleList(decoder.layers[index] for index in layers)
-        return decoder(windows)
-
-    whole = softmax(logits(range(4)).numpy())
-    without = {gone: [index for index in range(4) if index != gone] for gone in range(4)}
-    missed = {gone: kl(whole, softmax(logits(rest).numpy())).mean() for gone, rest in without.items()}
-    wanted = without[min(missed, key=missed.get)]
-    assert choose_layers(model, 3, build) == wanted
-    shallow = Decoder.from_model(keep_layers(model, wanted)).requires_grad_(False)
-    torch.testing.assert_close(shallow(windows), logits(wanted))
 
 
 def test_depth_and_width_together_leave_the_share_asked_for(tiny_model):

@@ -8,24 +8,20 @@ parameters a shallower student starts and ends farther from its teacher (docs/lo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-import numpy as np
-import torch
 from pydantic import Field
 
 from trilemma.core.errors import RecipeError
 from trilemma.model.config import DecoderConfig, Dense
-from trilemma.model.decoder import Decoder
 from trilemma.model.model import Model
 from trilemma.techniques.distill.heal import HealSettings, Lesson
-from trilemma.techniques.distill.losses import divergence
 from trilemma.techniques.distill.windows import pieces
+from trilemma.techniques.prune.depth import DepthSettings, PruneDepth
 from trilemma.techniques.prune.width import PruneWidth, WidthSettings
 from trilemma.techniques.stored import refuse_packed
-from trilemma.techniques.technique import Build, report
+from trilemma.techniques.technique import Build
 
 CUT_WINDOWS = 32
 CUT_CONTEXT = 256
@@ -57,8 +53,9 @@ class Distill:
 
     def config_after(self, config: DecoderConfig, settings: DistillSettings) -> DecoderConfig:
         whole = layer_parameters(config)
-        if settings.layers is not None:
-            config = config.model_copy(update={"layers": config.layers[: settings.layers]})
+        depth = _depth_settings(config, settings.layers)
+        if depth is not None:
+            config = PruneDepth().config_after(config, depth)
         share = 1 - (1 - settings.shrink) * whole / layer_parameters(config)
         if share < _CLOSE_ENOUGH:
             return config
@@ -85,8 +82,9 @@ def cut_student(model: Model, settings: DistillSettings, build: Build) -> Model:
         raise RecipeError("Cutting a student needs text. Give some with --data (or `data=`).")
     few = replace(build, calibration=pieces(build.calibration[:CUT_WINDOWS], CUT_CONTEXT)[:CUT_WINDOWS])
     whole = layer_parameters(model.config)
-    if settings.layers is not None:
-        model = keep_layers(model, choose_layers(model, settings.layers, few))
+    depth = _depth_settings(model.config, settings.layers)
+    if depth is not None:
+        model = PruneDepth().apply(model, depth, few)
     share = 1 - (1 - settings.shrink) * whole / layer_parameters(model.config)
     if share < -_CLOSE_ENOUGH:
         gone = 1 - layer_parameters(model.config) / whole
@@ -97,6 +95,16 @@ def cut_student(model: Model, settings: DistillSettings, build: Build) -> Model:
     if share < _CLOSE_ENOUGH:
         return model
     return PruneWidth().apply(model, _width_settings(model.config, share), few)
+
+
+def _depth_settings(config: DecoderConfig, layers: int | None) -> DepthSettings | None:
+    """Layers of different sizes count by their weights. Raises RecipeError for more layers than there are."""
+    total = len(config.layers)
+    if layers is None or layers == total:
+        return None
+    if layers > total:
+        raise RecipeError(f"The model has {total} layers; {layers} can not be kept.")
+    return DepthSettings.model_validate({"share": 1 - layers / total, "windows": _DEPTH_WINDOWS})
 
 
 def _width_settings(config: DecoderConfig, share: float) -> WidthSettings:
@@ -114,44 +122,6 @@ def layer_parameters(config: DecoderConfig) -> int:
 def all_parameters(config: DecoderConfig) -> int:
     """Parameters of the whole model, each shared one once."""
     return sum(math.prod(shape) for shape in config.tensor_shapes().values())
-
-
-def choose_layers(model: Model, count: int, build: Build) -> list[int]:
-    """Layers to keep: one after another goes whose absence, with those gone before, diverges least from the whole.
-
-    Raises:
-        RecipeError: more layers than there are.
-    """
-    kept = list(range(len(model.config.layers)))
-    if count > len(kept):
-        raise RecipeError(f"The model has {len(kept)} layers; {count} can not be kept.")
-    assert build.calibration is not None
-    windows = torch.from_numpy(build.calibration[:_DEPTH_WINDOWS].astype(np.int64))
-    decoder = Decoder.from_model(model).requires_grad_(False).eval()
-    layers = decoder.layers
-    with torch.no_grad():
-        wanted = decoder(windows).log_softmax(-1)
-        while len(kept) > count:
-            found = []
-            for layer in kept:
-                report(build, len(layers) - len(kept), len(layers) - count, f"trying without layer {layer}")
-                decoder.layers = torch.nn.ModuleList(layers[index] for index in kept if index != layer)
-                found.append((float(divergence(wanted, decoder(windows).log_softmax(-1)).mean()), layer))
-            kept.remove(min(found)[1])
-    return kept
-
-
-def keep_layers(model: Model, kept: Sequence[int]) -> Model:
-    """The model with only these layers, all else as it was."""
-
-    def old_name(name: str) -> str:
-        if not name.startswith("layers."):
-            return name
-        _, index, rest = name.split(".", 2)
-        return f"layers.{kept[int(index)]}.{rest}"
-
-    layers = tuple(model.config.layers[index] for index in kept)
-    return model.with_config(model.config.model_copy(update={"layers": layers}), old_name)
 
 
 def describe_cut(before: DecoderConfig, after: DecoderConfig) -> str:
