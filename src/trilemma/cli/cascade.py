@@ -24,6 +24,7 @@ class Request:
     threshold: float | None
     limits: Sequence[str]
     data: Sequence[Path]
+    prompts: int
     prepare: Literal["none", "book"]
     output: Path | None
     force: bool
@@ -79,7 +80,7 @@ def _calibrate(asked: Request, sampling: SamplingSettings, options: EngineOption
     with console.progress("cascade") as update:
         record = calibrate_cascade(
             small, large, data=list(asked.data), limits=asked.limits, max_tokens=min(sampling.max_tokens, 48),
-            prepare=asked.prepare, seed=asked.seed, options=options, progress=update,
+            prompts=asked.prompts, prepare=asked.prepare, seed=asked.seed, options=options, progress=update,
             command=" ".join(["trilemma", *sys.argv[1:]]),
         )  # fmt: skip
     if record is None:

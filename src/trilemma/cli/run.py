@@ -75,6 +75,10 @@ def run(
         ),
     ] = None,
     data: options.Data = None,
+    prompts: Annotated[
+        int,
+        typer.Option("--prompts", min=16, help="Prompts cut from --data to calibrate a cascade; half of them judge."),
+    ] = 200,
     prepare: options.PrepareText = "none",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Keep the calibrated cascade in this file.")
@@ -107,7 +111,7 @@ def run(
     if cascade is not None:
         if prompt is not None:
             raise InputError(f"--cascade names the models, so '{model}' is one too many. Give the prompt alone.")
-        rule = cascades.Request(cascade, threshold, limit or [], data or [], prepare, output, force, seed)
+        rule = cascades.Request(cascade, threshold, limit or [], data or [], prompts, prepare, output, force, seed)
         cascades.run_cascade(rule, _read(model), sampling, opened, stop or [], chat=chat, json=json)
         return
     if model is None or prompt is None:

@@ -146,10 +146,10 @@ def paired_ratio(baseline: Sequence[float], candidate: Sequence[float]) -> Inter
     return median_interval(np.asarray(candidate, np.float64) / np.asarray(baseline, np.float64))
 
 
-def share_interval(hits: ArrayLike, counts: ArrayLike, *, seed: int = 0) -> Interval:
+def share_interval(hits: ArrayLike, counts: ArrayLike, *, resamples: int = RESAMPLES, seed: int = 0) -> Interval:
     """A share in [0, 1] over documents; when all or none hit, the exact binomial bound on tokens."""
     yes, all_ = np.asarray(hits, np.float64), np.asarray(counts, np.float64)
-    found = ratio_interval(yes, all_, seed=seed)
+    found = ratio_interval(yes, all_, resamples=resamples, seed=seed)
     slack = -np.log(0.025) / all_.sum()
     if found.value in (0.0, 1.0):
         low, high = (0.0, float(min(1, slack))) if found.value == 0.0 else (float(max(0, 1 - slack)), 1.0)

@@ -33,7 +33,7 @@ from trilemma.data.documents import Document, Prepare, read_documents
 from trilemma.data.split import split_documents
 from trilemma.data.windows import make_windows
 from trilemma.formats.artifact import load_any
-from trilemma.measure.stats import ratio_interval, share_interval
+from trilemma.measure.stats import RESAMPLES, ratio_interval, share_interval
 from trilemma.measure.token_scores import log_normalizer, token_nll
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.model.write import model_hash
@@ -46,7 +46,8 @@ from trilemma.search.texts import describe_files
 
 SHARES = (0.3, 0.2, 0.5)  # the first two choose the threshold together, the last one judges
 LIMITED = ("ppl_increase", "top1_agreement")
-MOST_LEVELS = 40
+MOST_LEVELS = 24
+TRIAL_RESAMPLES = 1000  # of the bootstrap while choosing, at up to 48 thresholds
 TIMED = 48  # prompts that are timed
 MARGIN = 1.7  # of the interval while choosing: then five of six confirmations PASS, not half ((1.96 + sqrt 2) / 1.96)
 LEAST_CONTINUATION = 8  # tokens of text after a prompt
@@ -215,7 +216,7 @@ def choose_rule(scores: Scores, limits: Sequence[Limit]) -> CascadeRule | None:
         for place, level in enumerate(picked):
             threshold = 0.0 if place == len(picked) - 1 else float(level)
             rule = CascadeRule(signal=signal, threshold=threshold)
-            found = quality_of(scores, rule, [limit.metric for limit in limits])
+            found = quality_of(scores, rule, [limit.metric for limit in limits], TRIAL_RESAMPLES)
             if any(one.outcome != "PASS" for one in _judge(found, limits, MARGIN)):
                 break
             kept = int(np.count_nonzero(scores.kept(rule)))
@@ -224,12 +225,14 @@ def choose_rule(scores: Scores, limits: Sequence[Limit]) -> CascadeRule | None:
     return None if best is None else best[1]
 
 
-def quality_of(scores: Scores, rule: CascadeRule | None, metrics: Sequence[str] = LIMITED) -> dict[str, Measurement]:
+def quality_of(
+    scores: Scores, rule: CascadeRule | None, metrics: Sequence[str] = LIMITED, resamples: int = RESAMPLES
+) -> dict[str, Measurement]:
     """ppl_increase and top1_agreement against the large model alone, with intervals over documents.
 
     Args:
         rule: which answers stay with the small model; None keeps none.
-        metrics: those that are wanted.
+        metrics: those that are wanted; resamples: of the intervals.
 
     Returns:
         Measurements whose conditions hold `at_random`: the value if as many answers were kept by chance.
@@ -246,7 +249,9 @@ def quality_of(scores: Scores, rule: CascadeRule | None, metrics: Sequence[str] 
     found = {}
     if "ppl_increase" in metrics:
         lost = scores.small_nll - scores.large_nll
-        nats = ratio_interval(per_document(np.where(kept, lost, 0.0)), per_document(scores.text_tokens))
+        nats = ratio_interval(
+            per_document(np.where(kept, lost, 0.0)), per_document(scores.text_tokens), resamples=resamples
+        )
         chance = float(np.expm1(share * lost.sum() / scores.text_tokens.sum()))
         found["ppl_increase"] = Measurement.of(
             "ppl_increase", float(np.expm1(nats.value)), method=f"on the text after each prompt, paired {against}",
@@ -256,7 +261,9 @@ def quality_of(scores: Scores, rule: CascadeRule | None, metrics: Sequence[str] 
     if "top1_agreement" in metrics:
         counts = np.maximum(scores.answer_tokens, 1.0)  # an empty answer counts as one token that agrees
         agreeing = np.where(scores.answer_tokens == 0, 1.0, scores.agreeing)
-        agree = share_interval(per_document(np.where(kept, agreeing, counts)), per_document(counts))
+        agree = share_interval(
+            per_document(np.where(kept, agreeing, counts)), per_document(counts), resamples=resamples
+        )
         chance = 1 - share * float(1 - agreeing.sum() / counts.sum())
         found["top1_agreement"] = Measurement.of(
             "top1_agreement", agree.value, method=f"on the answers' tokens, {against}", ci95=agree.ci95,
