@@ -55,7 +55,7 @@ def test_quality_goes_with_real_weights_and_the_last_step_is_the_recipe(hearth_p
         Step(technique="rtn", settings={"weights": "int8-g32"}),
         Step(technique="rtn", settings={"weights": "int4-g32"}),
     ))  # fmt: skip
-    found = waterfall(hearth_path, recipe, data=[texts_path], **FEW)
+    found = waterfall(hearth_path, recipe, data=[texts_path], quality_tokens=1024, **FEW)
     kl = found.values("kl_mean")
     assert kl[0] < kl[1] < kl[2]
     compress(hearth_path, tmp_path / "out", recipe=recipe)

@@ -30,7 +30,9 @@ def inspect(
     duty_cycle: options.Duty = None,
     diagnose: Annotated[
         bool,
-        typer.Option("--diagnose", help="Measure what binds it: memory, compute or overhead; also a GGUF. A minute."),
+        typer.Option(
+            "--diagnose", help="Measure what binds it (memory, compute, overhead) and what would help; GGUF too."
+        ),
     ] = False,
     complaint: Annotated[
         Literal["slow", "large", "hungry"] | None,

@@ -75,13 +75,13 @@ def candidates(model: Model, kv_cache: str) -> list[Candidate]:
     if any(layer.ffn is not None and layer.ffn.hidden >= 128 for layer in config.layers):
         found.append(Candidate(
             "prune 25%", "a quarter of the feed-forward channels removed",
-            "trilemma compress {model} -o OUT --scheme prune25 --data TEXT",
+            "trilemma compress {model} -o OUT --scheme ffn25+bf16 --data TEXT",
             lambda: restructured(model, narrower(config, 0.75)), note="heal it with `trilemma distill` afterwards",
         ))  # fmt: skip
     if len(config.layers) >= 4:
         found.append(Candidate(
             "distil to 50%", "a student with half the layers, taught by this model",
-            "trilemma distill --teacher {model} --shrink 50% -o OUT --data TEXT",
+            f"trilemma distill --teacher {{model}} --layers {len(config.layers) // 2} -o OUT --data TEXT",
             lambda: restructured(model, shallower(config, 0.5)), note="needs text and training time",
         ))  # fmt: skip
     attention = [layer.attention for layer in config.layers if layer.attention is not None]

@@ -21,6 +21,7 @@ from trilemma.core.measurement import Measurement
 from trilemma.core.recipe import Recipe, Step
 from trilemma.core.waterfall import Waterfall, WaterfallStep
 from trilemma.data.documents import Prepare
+from trilemma.data.windows import TokenSet
 from trilemma.formats.artifact import is_artifact, read_recipe
 from trilemma.measure.evaluate import build_reference
 from trilemma.measure.memory import engine_memory
@@ -83,6 +84,7 @@ def waterfall(
     prompt_tokens: int = 128,
     output_tokens: int = 32,
     repetitions: int = 7,
+    quality_tokens: int = QUALITY_TOKENS,
     threads: int | None = None,
     kv: KvCache | None = None,
     progress: Progress | None = None,
@@ -93,6 +95,7 @@ def waterfall(
         model: what the recipe starts from.
         recipe: a Recipe, a recipe.yaml, an artifact folder, or a scheme.
         data: text files: calibration where a step needs it, and quality of every prefix on another part of them.
+        quality_tokens: of that other part.
 
     Raises:
         RecipeError: a recipe that can not be used, or one that needs text and got none.
@@ -112,7 +115,7 @@ def waterfall(
         found, noisy = _cost(engines, prompt_tokens, output_tokens, repetitions, progress)
         notes = [f"the machine was not quiet: {noisy}"] if noisy else []
         if texts is not None:
-            _quality(opened.model, engines, texts, found, progress)
+            _quality(opened.model, engines, texts.token_set("select", quality_tokens), found, progress)
         elif not opened.twin:
             notes.append("without --data there is no quality beside the cost")
         first = next(iter(engines.values()))
@@ -185,12 +188,12 @@ def _cost(
 def _quality(
     base: Model,
     engines: dict[str, Engine],
-    texts: Texts,
+    token_set: TokenSet,
     found: dict[str, dict[str, Measurement]],
     progress: Progress | None,
 ) -> None:
     with tempfile.TemporaryDirectory(prefix="trilemma-reference-") as folder:
-        reference = build_reference(base, texts.token_set("select", QUALITY_TOKENS), folder, progress=progress)
+        reference = build_reference(base, token_set, folder, progress=progress)
         for name, engine in engines.items():
             found[name] |= evaluate(engine, reference, progress=progress)
 
