@@ -282,6 +282,16 @@ def test_one_layer_stays_whole(tiny_model, random_generator):
     assert PruneDepth().config_after(config, DepthSettings(share=0.5)).layers == config.layers[:1]
 
 
+@pytest.mark.parametrize(("share", "left"), [(0.05, 5), (0.17, 5), (0.24, 5), (0.26, 4), (0.5, 3), (0.8, 1)])
+def test_the_nearest_number_of_layers_goes(tiny_model, random_generator, share, left):
+    model = tiny_model(layers=6)
+    settings = DepthSettings(share=share, windows=1)
+    assert len(PruneDepth().config_after(model.config, settings).layers) == left
+    if share in (0.17, 0.26):
+        build = Build(calibration=windows(model, random_generator), threads=1)
+        assert len(apply_recipe(model, recipe("prune-depth", share=share, windows=1), build).config.layers) == left
+
+
 @pytest.mark.parametrize("scheme", ["prune25", "ffn50+W4A8-g32", "layers25+W8A8", "kvheads1", "wanda50+W4A8-g32-kv8"])
 def test_twins_and_predictions_have_the_shapes_of_the_real_thing(tiny_model, random_generator, scheme):
     model = tiny_model(layers=4, ffn=128, heads=4, kv_heads=4)

@@ -106,6 +106,13 @@ def _quantize(match: re.Match[str]) -> list[Step]:
     return [Step(technique="gptq" if match["gptq"] else "rtn", settings=settings), *_kv_steps(match["rest"])]
 
 
+def _experts(match: re.Match[str]) -> list[Step]:
+    settings: dict[str, Any] = {"count": int(match["count"]), "active": int(match["active"])}
+    if match["shared"]:
+        settings["shared"] = int(match["shared"]) / 100
+    return [Step(technique="experts", settings=settings)]
+
+
 def _smooth(match: re.Match[str]) -> list[Step]:
     return [Step(technique="smooth")]
 
@@ -187,7 +194,7 @@ def _unknown(name: str, why: str) -> RecipeError:
 
 
 _PRUNE = "first remove 25% of layer weights as FFN channels and heads (ffn25, heads25: those alone): smaller, faster"
-_LAYERS = "first remove the layers that cost least KL, at least 25% (parts25: attention or FFN parts): smaller, faster"
+_LAYERS = "first remove the layers that cost least KL, about 25% (parts25: attention or FFN parts): smaller, faster"
 _WANDA = "half the weights zero (also magnitude50, sparsegpt50, wanda2:4): shows the loss, saves no bytes and no time"
 _KV_HEADS = "merge key-value heads into 2 a layer: a smaller KV cache"
 
@@ -203,6 +210,12 @@ PARTS: tuple[Part, ...] = (
     Part(r"(?P<what>layers|parts)(?P<percent>\d+)", _depth, "layers25+W4A8-g32-gptq", _LAYERS),
     Part(r"(?P<what>magnitude|wanda|sparsegpt)(?:(?P<percent>\d+)|(?P<pattern>\d+:\d+))", _sparse, "wanda50", _WANDA),
     Part(r"kvheads(?P<heads>\d+)", _kv_heads, "kvheads2+bf16", _KV_HEADS),
+    Part(
+        r"experts(?P<count>\d+)x(?P<active>\d+)(?:-s(?P<shared>\d+))?",
+        _experts,
+        "experts8x4",
+        "feed-forward blocks become 8 experts, of which 4 run for a token, and a shared quarter (-s25)",
+    ),
     Part("smooth", _smooth, "smooth+W8A8-g32", "move activation outliers into the weights first (SmoothQuant)"),
     Part(
         r"tune(?P<steps>\d+)",

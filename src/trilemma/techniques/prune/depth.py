@@ -32,7 +32,9 @@ _CHUNK_TOKENS = 256  # positions whose logits are in memory together
 class DepthSettings(TechniqueSettings):
     """Settings of `prune-depth`."""
 
-    share: float = Field(0.25, gt=0, lt=1, description="share of the weights inside layers that goes, at least")
+    share: float = Field(
+        0.25, gt=0, lt=1, description="share of the weights inside layers that goes, as nearly as units allow"
+    )
     unit: DepthUnit = Field(
         "layers", description="what goes at a time: layers; attention or ffn parts alone; parts: either of these two"
     )
@@ -57,11 +59,12 @@ class PruneDepth:
     def config_after(self, config: DecoderConfig, settings: DepthSettings) -> DecoderConfig:
         """Shapes without the last units that make up the share: those of any choice when all layers are alike."""
         gone: list[Removal] = []
-        while _removed_share(config, gone) < settings.share - 1e-9:
-            units = removable(config, settings.unit, gone)
-            if not units:
-                raise _too_much(settings, _removed_share(config, gone))
+        while units := removable(config, settings.unit, gone):
+            if _enough(config, settings.share, gone, units[-1]):
+                return without(config, gone)[0]
             gone.append(units[-1])
+        if _removed_share(config, gone) < settings.share - 1e-9:
+            raise _too_much(settings, _removed_share(config, gone))
         return without(config, gone)[0]
 
     def exact(self, settings: DepthSettings) -> bool:
@@ -92,6 +95,8 @@ def search(model: Model, settings: DepthSettings, build: Build) -> list[Removal]
         units = removable(model.config, settings.unit, gone)
         if not units:
             raise _too_much(settings, removed)
+        if all(_enough(model.config, settings.share, gone, unit) for unit in units):
+            break
         scores = []
         for done, unit in enumerate(units):
             report(build, rounds + done, _trials(model.config, settings), f"without {unit[1]} {unit[0]}")
@@ -146,6 +151,12 @@ def _removed_share(config: DecoderConfig, gone: Sequence[Removal]) -> float:
         return sum(math.prod(shapes[name]) for name in config.linear_names())
 
     return 1 - weights(without(config, gone)[0]) / max(1, weights(config))
+
+
+def _enough(config: DecoderConfig, share: float, gone: Sequence[Removal], unit: Removal) -> bool:
+    """Whether stopping comes nearer to the share than removing this one too; something always goes."""
+    before, after = (_removed_share(config, removals) for removals in (gone, [*gone, unit]))
+    return bool(gone) and after - share > share - before + 1e-9
 
 
 def _too_much(settings: DepthSettings, removed: float) -> RecipeError:
