@@ -8,6 +8,10 @@ import json
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from typer.testing import CliRunner
+
+from trilemma.cli.main import app
+from trilemma.core.errors import TrilemmaError
 
 FEW = ["--repetitions", "2", "--threads", "1"]
 
@@ -83,9 +87,11 @@ def test_domains_in_one_table(trilemma, hearth_path, texts_path, repository, tmp
         (["eval", "{hearth}"], "--domain"),
     ],
 )
-def test_refusals(trilemma, hearth_path, tmp_path, command, words):
-    done = trilemma(*(part.format(hearth=hearth_path, tmp=tmp_path) for part in command))
-    assert done.returncode == 2
-    assert words in done.stderr
+def test_refusals(hearth_path, tmp_path, command, words):
+    """In this process: what turns an error into its exit code and one line is tested in test_main."""
+    done = CliRunner().invoke(app, [part.format(hearth=hearth_path, tmp=tmp_path) for part in command])
+    assert isinstance(done.exception, TrilemmaError)
+    assert done.exception.exit_code == 2
+    assert words in str(done.exception)
     assert done.stdout == ""
     assert list(tmp_path.iterdir()) == []
