@@ -242,6 +242,22 @@ def test_healing_can_leave_the_matrices_alone(tiny_model):
         assert same == (len(shape) == 2), name
 
 
+def test_experts_heal_too(experts_config, random_model):
+    model = random_model(experts_config(shared_hidden=20), 3)
+    random = np.random.default_rng(1)
+    hurt = model.with_tensors({
+        name: model.tensor(name) * (1 + 0.5 * random.standard_normal(shape).astype(np.float32))
+        for name, shape in model.config.tensor_shapes().items() if "experts" in name
+    })  # fmt: skip
+    how = HealSettings.model_validate({"steps": 20, "context": 24})
+    healed = Lesson(hurt, model, how, calibrated(model)).learn("heal")
+    batches = [WindowBatches(repetitive(model.config.vocab_size, 8, 24, seed=99), 8)(0)]
+    teacher = TorchTeacher(Decoder.from_model(model))
+    before, after = (divergence_and_likelihood(Decoder.from_model(m), teacher, batches)[0] for m in (hurt, healed))
+    assert after < 0.8 * before
+    assert not np.array_equal(healed.tensor("layers.0.ffn.router.weight"), hurt.tensor("layers.0.ffn.router.weight"))
+
+
 def test_packed_weights_and_missing_text_are_refused(tiny_model):
     model = tiny_model(seed=9)
     packed = TECHNIQUES.get("rtn")()
