@@ -26,6 +26,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"weights": "int4-g32"}, {"weights": "int8-channel", "activations": "bf16"}],
     "gptq": [{"weights": "int4-g32-asym"}, {"weights": "int4-g64", "embedding": "int4-g32"}],
     "tune-norms": [{"steps": 3}, {"steps": 2, "batch_size": 2}],
+    "experts": [{"count": 4, "active": 2, "multiple": 4}, {"count": 3, "active": 1, "multiple": 4, "router": "glu"}],
     "smooth": [{}, {"strength": 0.75}],
     "heal": [{"steps": 3, "context": 16}, {"steps": 2, "keep_top": 8, "teacher_weight": 0.5}],
     "distill": [{"steps": 2, "batch_size": 2}, {"steps": 2, "layers": 1, "divergence": "skewed"}],

@@ -12,6 +12,7 @@ TECHNIQUES: Registry[type[Technique]] = Registry(
         "rtn": "trilemma.techniques.quantize.rtn:RoundToNearest",
         "gptq": "trilemma.techniques.quantize.gptq:Gptq",
         "tune-norms": "trilemma.techniques.distill.tune_norms:TuneNorms",
+        "experts": "trilemma.techniques.restructure.experts:MakeExperts",
         "smooth": "trilemma.techniques.quantize.smooth:Smooth",
         "prune-width": "trilemma.techniques.prune.width:PruneWidth",
         "prune-depth": "trilemma.techniques.prune.depth:PruneDepth",

@@ -1,0 +1,141 @@
+"""Experts made of a dense block: the same function when all are active, and the nearest one when some are silent."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from trilemma.core.errors import RecipeError
+from trilemma.core.recipe import Recipe, Step
+from trilemma.model.config import Experts
+from trilemma.runtime import EngineOptions, open_engine
+from trilemma.techniques import TECHNIQUES, Build
+from trilemma.techniques.apply import apply_recipe
+from trilemma.techniques.restructure.partition import (
+    chosen_experts,
+    conditional_least_squares,
+    expert_energy,
+    fit_router,
+    partition_channels,
+)
+from trilemma.techniques.schemes import scheme_to_recipe
+
+torch.set_num_threads(1)
+
+
+def recipe(**settings):
+    return Recipe(steps=(Step(technique="experts", settings={"multiple": 4, **settings}),))
+
+
+def logits_of(model, tokens, runtime="native"):
+    engine = open_engine(model, runtime=runtime, options=EngineOptions(threads=1, kv_cache="f32"))
+    found = engine.logits(tokens)
+    engine.close()
+    return found
+
+
+@pytest.fixture
+def tokens(random_generator):
+    return random_generator.integers(0, 97, (8, 32)).astype(np.int32)
+
+
+@pytest.mark.parametrize("runtime", ["native", "torch"])
+@pytest.mark.parametrize("router", ["linear", "glu"])
+def test_with_all_experts_active_it_is_the_dense_model(tiny_model, tokens, runtime, router):
+    model = tiny_model(seed=int(tokens[0, 0]), ffn=84)
+    made = apply_recipe(model, recipe(count=5, active=5, router=router), Build(calibration=tokens, threads=1))
+    assert all(isinstance(layer.ffn, Experts) and layer.ffn.router == router for layer in made.config.layers)
+    wanted = logits_of(model, tokens[0])
+    np.testing.assert_allclose(logits_of(made, tokens[0], runtime), wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_both_engines_agree_when_some_are_silent(tiny_model, tokens):
+    model = tiny_model(seed=int(tokens[0, 1]), ffn=84)
+    made = apply_recipe(model, recipe(count=4, active=2, shared=0.1), Build(calibration=tokens, threads=1))
+    native, torch_ = logits_of(made, tokens[1]), logits_of(made, tokens[1], "torch")
+    assert np.quantile(np.abs(native - torch_), 0.9) <= 1e-4 * np.abs(torch_).max()
+
+
+def test_more_active_experts_come_nearer(tiny_model, tokens):
+    model = tiny_model(seed=7, ffn=84)
+    wanted = logits_of(model, tokens[0])
+
+    def error(active: int, **more) -> float:
+        made = apply_recipe(model, recipe(count=4, active=active, **more), Build(calibration=tokens, threads=1))
+        return float(np.square(logits_of(made, tokens[0]) - wanted).mean())
+
+    assert error(1) > error(3) > error(4)
+    assert error(2) < error(2, compensation=False)
+
+
+def test_every_channel_has_one_place_and_experts_are_equal(random_generator):
+    contributions = torch.from_numpy(random_generator.random((50, 37)).astype(np.float32))
+    found = partition_channels(contributions, 4, 6, seed=1)
+    assert sorted(found.order.tolist()) == list(range(37))
+    assert [len(expert) for expert in found.experts] == [6] * 4
+    energy = contributions.square().mean(0)
+    assert energy[found.shared].min() >= energy[torch.cat(found.experts)].max()
+
+
+def test_channels_that_speak_together_are_clustered(random_generator):
+    groups = np.repeat(np.arange(4), 5)
+    speaks = random_generator.integers(0, 4, 400)
+    base = (speaks[:, None] == groups[None, :]) * random_generator.uniform(0.9, 1.1, (400, 20))
+    shuffle = random_generator.permutation(20)
+    found = partition_channels(torch.from_numpy(base[:, shuffle].astype(np.float32)), 4, 5)
+    for expert in found.experts:
+        assert len(set(groups[shuffle][expert.numpy()])) == 1
+
+
+def test_the_router_learns_who_speaks(random_generator):
+    inputs = random_generator.standard_normal((600, 12)).astype(np.float32)
+    truth = random_generator.standard_normal((5, 12)).astype(np.float32)
+    energy = np.exp(2 * inputs @ truth.T).astype(np.float32)
+    router = fit_router(torch.from_numpy(inputs), torch.from_numpy(energy))
+    chosen = (torch.from_numpy(inputs) @ router.T).argmax(1).numpy()
+    assert (chosen == energy.argmax(1)).mean() > 0.9
+
+
+def test_ties_go_to_the_lower_index():
+    chosen = chosen_experts(torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 2.0]]), 2)
+    assert chosen.tolist() == [[True, True, False], [False, True, True]]
+
+
+def test_compensation_is_the_least_squares_solution(random_generator):
+    hidden = random_generator.standard_normal((80, 9))
+    masked = hidden * (random_generator.random((80, 9)) < 0.6)
+    down = random_generator.standard_normal((4, 9))
+    found, bias = conditional_least_squares(*(torch.from_numpy(x).float() for x in (hidden, masked, down)), 1e-9)
+    design = np.concatenate([masked, np.ones((80, 1))], axis=1)
+    wanted = np.linalg.lstsq(design, hidden @ down.T, rcond=None)[0]
+    np.testing.assert_allclose(found.numpy().T, wanted[:-1], atol=1e-4)
+    np.testing.assert_allclose(bias.numpy(), wanted[-1], atol=1e-4)
+
+
+def test_energy_is_that_of_an_experts_channels(random_generator):
+    contributions = torch.from_numpy(random_generator.random((10, 12)).astype(np.float32))
+    partition = partition_channels(contributions, 3, 4)
+    energy = expert_energy(contributions, partition)
+    np.testing.assert_allclose(energy[:, 1], contributions[:, partition.experts[1]].square().sum(1), rtol=1e-6)
+
+
+def test_experts_can_be_quantized_afterwards(tiny_model, tokens):
+    model = tiny_model(seed=2, ffn=84)
+    parts = Recipe(steps=(*recipe(count=4, active=2).steps, *scheme_to_recipe("W8A8-g32").steps))
+    made = apply_recipe(model, parts, Build(calibration=tokens, threads=1))
+    assert made.format_of("layers.0.ffn.experts.1.up.weight") == "int8-g32"
+    assert np.isfinite(logits_of(made, tokens[0])).all()
+
+
+def test_what_can_not_be_done_is_refused(tiny_model, tokens):
+    build = Build(calibration=tokens, threads=1)
+    with pytest.raises(RecipeError, match="at most 4"):
+        apply_recipe(tiny_model(), recipe(count=4, active=5), build)
+    with pytest.raises(RecipeError, match="do not fit"):
+        apply_recipe(tiny_model(ffn=12), recipe(count=8, active=2, multiple=16), build)
+    packed = apply_recipe(tiny_model(), scheme_to_recipe("W8A8"), Build())
+    with pytest.raises(RecipeError, match="already"):
+        apply_recipe(packed, recipe(), build)
+    made = apply_recipe(tiny_model(), recipe(count=4, active=2), build)
+    assert TECHNIQUES.get("experts")().supports(made.config) is not None
