@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from trilemma.core.errors import UnsupportedModelError
+from trilemma.core.errors import RecipeError
 from trilemma.core.recipe import Recipe, Step
 from trilemma.runtime import EngineOptions, open_engine
 from trilemma.techniques import Build
@@ -85,5 +85,5 @@ def test_scales_are_powers_of_two_and_follow_the_paper():
 def test_packed_weights_are_refused(tiny_model, random_generator):
     tokens = random_generator.integers(0, 97, (4, 32)).astype(np.int32)
     packed = apply_recipe(tiny_model(), scheme_to_recipe("W8A8"), Build())
-    with pytest.raises(UnsupportedModelError, match="before quantizing"):
+    with pytest.raises(RecipeError, match="quantize afterwards"):
         apply_recipe(packed, SMOOTH, Build(calibration=tokens))

@@ -15,15 +15,12 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import Field
 
-from trilemma.core.errors import UnsupportedModelError
-from trilemma.formats.plain import to_plain
 from trilemma.model.config import DecoderConfig, Experts
 from trilemma.model.model import Float32, Model, StoredMatrix
-from trilemma.model.plain import PlainMatrix
 from trilemma.techniques.calibration import Gram, calibrate_layers
+from trilemma.techniques.stored import refuse_packed, store_like
 from trilemma.techniques.technique import Build, TechniqueSettings
 
 _MOST = 2.0**12  # beyond it a scale tells of a dead channel, not of an outlier
@@ -51,8 +48,8 @@ class Smooth:
         return True
 
     def apply(self, model: Model, settings: SmoothSettings, build: Build) -> Model:
-        """Raises UnsupportedModelError where matrices are packed already: smooth comes before quantization."""
-        _refuse_packed(model)
+        """Raises RecipeError where matrices are packed already: smooth comes before quantization."""
+        refuse_packed(model, self.name, "smooth+W8A8-g32")
 
         def replace(grams: Mapping[str, Gram]) -> dict[str, Float32 | StoredMatrix]:
             index = int(next(iter(grams)).split(".")[1])
@@ -125,7 +122,7 @@ def smooth_layer(
             for down in [n for n in shapes if n.startswith(f"{prefix}.ffn.") and n.endswith(".down.weight")]:
                 if down in largest:
                     even_out(down.removesuffix(".down.weight") + ".up", [down])
-    return {name: _as_stored(model, name, array) for name, array in values.items()}
+    return {name: store_like(model, name, array) for name, array in values.items()}  # exact: powers of two
 
 
 _READERS = (".gate.weight", ".up.weight", ".router.weight")
@@ -140,17 +137,3 @@ def channel_scales_of_values(
         largest.reshape(shape).max(axis=1).reshape(-1), readers.reshape(shape).max(axis=1).reshape(-1), strength
     )
     return shared.reshape(kv_heads, head_dim)
-
-
-def _as_stored(model: Model, name: str, values: NDArray[np.float32]) -> Float32 | StoredMatrix:
-    """In the format that the matrix had: exact, since scales are powers of two (f16 may lose its smallest values)."""
-    stored = model.stored(name)
-    return to_plain(values, stored.dtype) if isinstance(stored, PlainMatrix) else values
-
-
-def _refuse_packed(model: Model) -> None:
-    for name, shape in model.config.tensor_shapes().items():
-        if len(shape) == 2 and model.format_of(name) not in ("f32", "f16", "bf16"):
-            raise UnsupportedModelError(
-                f"'{name}' is stored as {model.format_of(name)}. Smooth before quantizing: smooth+W8A8, for example."
-            )
