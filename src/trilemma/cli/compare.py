@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from trilemma.measure.results import CompareRow
 
 METRICS = (
-    "weights_bytes", "engine_memory_bytes", "ttft_s", "tpot_s", "perplexity", "ppl_increase", "kl_mean",
-    "top1_agreement",
+    "weights_bytes", "engine_memory_bytes", "ttft_s", "tpot_s", "energy_j_per_output_token", "perplexity",
+    "ppl_increase", "kl_mean", "top1_agreement",
 )  # fmt: skip
 
 

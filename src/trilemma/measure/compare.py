@@ -15,6 +15,7 @@ from trilemma.data.windows import TokenSet
 from trilemma.formats.artifact import load_any
 from trilemma.measure.evaluate import DEFAULT_TOKENS, Paths, build_reference, choose_context, read_token_set
 from trilemma.measure.memory import artifact_bytes, engine_memory
+from trilemma.measure.model_energy import model_energy
 from trilemma.measure.quality import evaluate as evaluate_quality
 from trilemma.measure.results import CompareResult, CompareRow
 from trilemma.measure.speed import Progress, SpeedRun
@@ -63,6 +64,10 @@ def compare(
     with ExitStack() as stack:
         engines = {name: _open(model, runtime, chosen, longest, stack) for name, model in loaded.items()}
         relative = _measure_time(engines, found, prompt_tokens, output_tokens, repetitions, progress)
+        for name, model in loaded.items():
+            found[name] |= model_energy(
+                model, engines[name], found[name], prompt_tokens=prompt_tokens, output_tokens=output_tokens
+            )
         if data is not None and length is not None:
             token_set = read_token_set(first, data, length, max_tokens, prepare)
             notes = _measure_quality(first, engines, found, token_set, runtime, chosen, progress)

@@ -5,7 +5,6 @@ Left out: which candidates to measure and what to make of the numbers (`run.py`,
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -17,16 +16,13 @@ from trilemma.core.duty import DutyCycle
 from trilemma.core.measurement import Measurement
 from trilemma.core.record import Record
 from trilemma.data.windows import TokenSet
-from trilemma.measure.bench import decode_bytes
-from trilemma.measure.energy import energy_per_token
-from trilemma.measure.energy_model import Precision
 from trilemma.measure.evaluate import build_reference
 from trilemma.measure.memory import artifact_bytes, engine_memory, peak_memory
+from trilemma.measure.model_energy import model_energy
 from trilemma.measure.quality import Reference, evaluate
 from trilemma.measure.sensors import NoSensor, find_sensors
 from trilemma.measure.speed import SpeedRun
-from trilemma.model.cost import macs_per_token
-from trilemma.model.model import Activation, Model
+from trilemma.model.model import Model
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import Engine, EngineOptions
 from trilemma.search.forecast import forecast_model
@@ -166,13 +162,9 @@ class Workbench(AbstractContextManager["Workbench"]):
             unread = "a counter is here; it is read when energy is limited or minimised, and for the confirm run"
             sensors = [NoSensor("counter", "package", unread)]
         lengths = self.lengths
-        position = lengths.prompt_tokens + lengths.output_tokens // 2
-        found = energy_per_token(
-            engine, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens,
-            read_bytes_per_token=decode_bytes(model, engine.kv_cache, position),
-            macs_per_token=macs_per_token(model.config, position), precision=_precision(model),
+        found = model_energy(
+            model, engine, times, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens,
             sensors=sensors,
-            tpot_s=times["tpot_s"].value, ttft_s=times["ttft_s"].value,
         )  # fmt: skip
         if self.device is not None:
             there = forecast_model(
@@ -197,10 +189,3 @@ class Workbench(AbstractContextManager["Workbench"]):
     def _tell(self, done: int, total: int, what: str) -> None:
         if self.step is not None:
             self.step(done, max(done, total), what)
-
-
-def _precision(model: Model) -> Precision:
-    """Of most multiplications: that of the inputs which most matrices take."""
-    inputs = Counter(model.linear(name).activation for name in model.config.linear_names())
-    words: dict[Activation, Precision] = {"f32": "f32", "bf16": "bf16", "int8-g32": "int8"}
-    return words[inputs.most_common(1)[0][0]] if inputs else "f32"
