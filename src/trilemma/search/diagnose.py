@@ -96,6 +96,8 @@ def diagnose(
         first = next(iter(opened.model.config.linear_names()), "embedding.weight")
         format_name = opened.model.format_of(first)
         rate = compute_rate(format_name, opened.model.linear(first).activation, base.threads).macs_per_s
+        # A ceiling is the best that this run has seen: the prefill itself counts.
+        rate = max(rate, _prompt_macs(opened.model, lengths) / float(run.of("base", "prefill").min()))
         ceilings = _least_times(opened.model, lengths, reads, bandwidth, rate)
         phases = tuple(judge_phase(phase, run, ceilings[phase]) for phase in PHASES)
         measured = Measured(
@@ -254,13 +256,17 @@ def _sentence(
 def _least_times(
     model: Model, lengths: Lengths, reads: int, bandwidth: float, rate: float
 ) -> dict[Phase, dict[str, float]]:
-    config = model.config
-    head = config.vocab_size * config.dim
-    prompt_macs = lengths.prompt * (macs_per_token(config, lengths.prompt // 2) - head) + head
+    macs = macs_per_token(model.config, lengths.context)
     return {
-        "decode": {"memory": reads / bandwidth, "compute": macs_per_token(config, lengths.context) / rate},
-        "prefill": {"memory": weights_bytes(model) / bandwidth, "compute": prompt_macs / rate},
+        "decode": {"memory": reads / bandwidth, "compute": macs / rate},
+        "prefill": {"memory": weights_bytes(model) / bandwidth, "compute": _prompt_macs(model, lengths) / rate},
     }
+
+
+def _prompt_macs(model: Model, lengths: Lengths) -> float:
+    """Of a whole prompt; only its last token goes through the head."""
+    head = model.config.vocab_size * model.config.dim
+    return lengths.prompt * (macs_per_token(model.config, lengths.prompt // 2) - head) + head
 
 
 def _probes(run: Rounds, desk: _Desk) -> list[Probe]:
@@ -277,7 +283,7 @@ def _probes(run: Rounds, desk: _Desk) -> list[Probe]:
     for name in ("W8A8-g32", "W4A8-g32"):
         if name in run.samples:
             share = desk.bytes_of[name] / desk.bytes_of["base"]
-            macs = f"{matrix_macs_per_token(desk.model.config) / 1e6:.1f} M MACs a token, other kernels"
+            macs = f"{matrix_macs_per_token(desk.model.config) / 1e6:.1f} M MACs a token (in other kernels)"
             for phase in PHASES:
                 says = f"x{share:.2f} if only bytes count"
                 found.append(_probe(run, phase, name, "base", f"a twin in {name}: bytes x{share:.2f}", macs, says))
