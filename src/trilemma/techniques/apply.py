@@ -84,7 +84,7 @@ def apply_recipe(model: Model, recipe: Recipe, build: Build) -> Model:
         if technique.needs_calibration(settings) and (build.calibration is None or not len(build.calibration)):
             raise RecipeError(
                 f"The technique '{technique.name}' needs calibration text. Give some with --data (or `data=`), "
-                "or use a scheme that ends without -gptq."
+                f"or use a scheme that needs none, such as W4A8-g32{' or magnitude50' * (technique.name == 'wanda')}."
             )
     build = replace(build, original=build.original or model)
     for technique, settings in steps:

@@ -156,7 +156,10 @@ def _pick(what: str, value: str, table: dict[str, str]) -> str:
 
 def _width(match: re.Match[str]) -> list[Step]:
     parts = {"prune": "both", "ffn": "ffn", "heads": "heads"}[match["what"].lower()]
-    return [Step(technique="prune-width", settings={"share": _share(match["percent"]), "parts": parts})]
+    settings: dict[str, Any] = {"share": _share(match["percent"]), "parts": parts}
+    if match["even"]:
+        settings["allocation"] = "uniform"
+    return [Step(technique="prune-width", settings=settings)]
 
 
 def _depth(match: re.Match[str]) -> list[Step]:
@@ -193,7 +196,9 @@ def _unknown(name: str, why: str) -> RecipeError:
     )
 
 
-_PRUNE = "first remove 25% of layer weights as FFN channels and heads (ffn25, heads25: those alone): smaller, faster"
+_PRUNE = (
+    "first remove 25% of layer weights as FFN channels and heads (ffn25, heads25: those alone; -even: all layers alike)"
+)
 _LAYERS = "first remove the layers that cost least KL, about 25% (parts25: attention or FFN parts): smaller, faster"
 _WANDA = "half the weights zero (also magnitude50, sparsegpt50, wanda2:4): shows the loss, saves no bytes and no time"
 _KV_HEADS = "merge key-value heads into 2 a layer: a smaller KV cache"
@@ -206,7 +211,7 @@ PARTS: tuple[Part, ...] = (
         r"(?P<rest>(?:-(?:e|kv)\d+)*)",
         _quantize,
     ),
-    Part(r"(?P<what>prune|ffn|heads)(?P<percent>\d+)", _width, "prune25+W4A8-g32-gptq", _PRUNE),
+    Part(r"(?P<what>prune|ffn|heads)(?P<percent>\d+)(?P<even>-even)?", _width, "prune25+W4A8-g32-gptq", _PRUNE),
     Part(r"(?P<what>layers|parts)(?P<percent>\d+)", _depth, "layers25+W4A8-g32-gptq", _LAYERS),
     Part(r"(?P<what>magnitude|wanda|sparsegpt)(?:(?P<percent>\d+)|(?P<pattern>\d+:\d+))", _sparse, "wanda50", _WANDA),
     Part(r"kvheads(?P<heads>\d+)", _kv_heads, "kvheads2+bf16", _KV_HEADS),
