@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from trilemma.measure.evaluate import evaluate
     from trilemma.runtime.text_model import TextModel
     from trilemma.runtime.text_model import open_text_model as open
+    from trilemma.search.advise import advise
     from trilemma.search.check import check
+    from trilemma.search.diagnose import diagnose
+    from trilemma.search.waterfall import waterfall
 
 _WHERE = {
     "Limit": "core.limit",
@@ -28,18 +31,21 @@ _WHERE = {
     "TextModel": "runtime.text_model",
     "TrilemmaError": "core.errors",
     "Verdict": "core.verdict",
+    "advise": "search.advise",
     "bench": "api",
     "bench_batches": "api",
     "bench_contexts": "api",
     "check": "search.check",
     "compare": "measure.compare",
     "compress": "api",
+    "diagnose": "search.diagnose",
     "distill": "api",
     "evaluate": "measure.evaluate",
     "export_model": "api",
     "inspect": "api",
     "open": "runtime.text_model:open_text_model",
     "optimize": "api",
+    "waterfall": "search.waterfall",
 }
 
 __all__ = [
@@ -49,18 +55,21 @@ __all__ = [
     "TextModel",
     "TrilemmaError",
     "Verdict",
+    "advise",
     "bench",
     "bench_batches",
     "bench_contexts",
     "check",
     "compare",
     "compress",
+    "diagnose",
     "distill",
     "evaluate",
     "export_model",
     "inspect",
     "open",
     "optimize",
+    "waterfall",
 ]
 
 
