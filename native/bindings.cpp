@@ -122,11 +122,13 @@ DecoderConfig read_config(const nb::dict& d) {
   c.max_context = field<int>(d, "max_context");
   c.norm_eps = field<float>(d, "norm_eps");
   c.tied = field<bool>(d, "tied");
-  c.norm = named<NormKind>(field<std::string>(d, "norm"), "norm", {{"rms", NormKind::kRms}, {"layer", NormKind::kLayer}});
+  c.norm =
+      named<NormKind>(field<std::string>(d, "norm"), "norm", {{"rms", NormKind::kRms}, {"layer", NormKind::kLayer}});
   c.norm_bias = field<bool>(d, "norm_bias");
   c.embedding_scale = field<float>(d, "embedding_scale");
   c.learned_positions = field<bool>(d, "learned_positions");
-  for (const nb::handle item : field<nb::sequence>(d, "layers")) c.layers.push_back(read_layer(nb::cast<nb::dict>(item)));
+  for (const nb::handle layer : field<nb::sequence>(d, "layers"))
+    c.layers.push_back(read_layer(nb::cast<nb::dict>(layer)));
   return c;
 }
 

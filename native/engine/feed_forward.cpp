@@ -106,7 +106,8 @@ void Context::run_experts(const ExpertsSpec& spec, const ExpertsWeights& w, int 
     for (int j = 0; j < spec.active; ++j) {
       const int row = routing.row(i, j) - base;
       if (row < 0 || row >= rows) continue;
-      kernels_.add_scaled(out + size_t(i) * dim, s.routed.as<float>() + size_t(row) * dim, routing.gate(i, j), int(dim));
+      const float* routed = s.routed.as<float>() + size_t(row) * dim;
+      kernels_.add_scaled(out + size_t(i) * dim, routed, routing.gate(i, j), int(dim));
     }
   });
 }

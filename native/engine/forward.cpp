@@ -176,7 +176,8 @@ void Context::attention(const Pass& pass, int layer, int first, int count, float
   multiply(kernels_, threads_, s.input, {{&w.o, out, size_t(model_->config().dim), true}});
 }
 
-// Norms (where asked) and rotates q and k, stores k and v, and mixes values: for the part of each segment inside [first, first + count).
+// Norms (where asked) and rotates q and k, stores k and v, and mixes values: for the part of each segment inside
+// [first, first + count).
 void Context::attend(const Pass& pass, int layer, int first, int count) {
   struct Part {
     KvView kv;

@@ -112,7 +112,8 @@ void ProductInput::prepare(const Kernels& kernels, int row) const {
   if (forms_.bf16_sums)
     kernels.block_sums(bf16_.as<float>() + at, int(blocks), bf16_sums_.as<float>() + size_t(row) * blocks);
   if (!forms_.int8) return;
-  const auto after = std::upper_bound(parts_.begin(), parts_.end(), row, [](int r, const Part& p) { return r < p.first; });
+  const auto later = [](int r, const Part& p) { return r < p.first; };
+  const auto after = std::upper_bound(parts_.begin(), parts_.end(), row, later);
   const Part& part = *(after - 1);
   kernels.quantize_int8(x, row - part.first, part.int8);
 }

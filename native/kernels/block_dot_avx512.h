@@ -39,15 +39,22 @@ inline __m512i broadcast4(const int8_t* p) {
 
 template <int Bits, bool Symmetric, int T>
 inline void block_dot(const BlockWeights<Bits>& w, const int8_t* x, const int32_t* bias, V16f* sum) {
-  __m512i acc[T];
+  // With few tokens the additions of one sum would wait for each other: two chains, exact all the same.
+  constexpr int kChains = T <= 2 ? 2 : 1;
+  __m512i acc[T][kChains];
 #pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) acc[t] = Symmetric ? _mm512_set1_epi32(bias[t]) : _mm512_setzero_si512();
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 2
+    for (int c = 0; c < kChains; ++c)
+      acc[t][c] = Symmetric && c == 0 ? _mm512_set1_epi32(bias[t]) : _mm512_setzero_si512();
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i)
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) acc[t] = _mm512_dpbusd_epi32(acc[t], w.lines[i], broadcast4(x + t * kBlock + 4 * i));
+    for (int t = 0; t < T; ++t)
+      acc[t][i % kChains] = _mm512_dpbusd_epi32(acc[t][i % kChains], w.lines[i], broadcast4(x + t * kBlock + 4 * i));
 #pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) sum[t].v = _mm512_cvtepi32_ps(acc[t]);
+  for (int t = 0; t < T; ++t)
+    sum[t].v = _mm512_cvtepi32_ps(kChains == 2 ? _mm512_add_epi32(acc[t][0], acc[t][kChains - 1]) : acc[t][0]);
 }
 
 }  // namespace

@@ -18,6 +18,23 @@
 namespace trilemma {
 namespace {
 
+// One block's contribution to T tokens, in nearly equal steps of at most kDotTokens.
+template <int Bits, bool Symmetric, int T>
+inline void add_blocks(const BlockWeights<Bits>& weights, const int8_t* x, const int32_t* bias, const float* x_scale,
+                       const float* x_sum, V16f scale, V16f minimum, V16f* total) {
+  constexpr int kSteps = (T + kDotTokens - 1) / kDotTokens, kStep = (T + kSteps - 1) / kSteps;
+  V16f sum[kStep];
+  block_dot<Bits, Symmetric, kStep>(weights, x, bias, sum);
+#pragma GCC unroll 4
+  for (int t = 0; t < kStep; ++t) {
+    total[t] = fma(mul(scale, set1(x_scale[t])), sum[t], total[t]);
+    if (!Symmetric) total[t] = fma(minimum, set1(x_sum[t]), total[t]);
+  }
+  if constexpr (T > kStep)
+    add_blocks<Bits, Symmetric, T - kStep>(weights, x + kStep * kBlock, bias + kStep, x_scale + kStep, x_sum + kStep,
+                                           scale, minimum, total + kStep);
+}
+
 template <int Bits, bool Symmetric, int T>
 inline void int8_tile(const PackedView& w, int panel, const Int8Input& in, int token, const Output& out) {
   const PanelView p = panel_of(w, panel);
@@ -39,17 +56,7 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& in, int t
       ++group;
     }
     const BlockWeights<Bits> weights(codes);
-    constexpr int kStep = T < kDotTokens ? T : kDotTokens;
-#pragma GCC unroll 16
-    for (int t = 0; t < T; t += kStep) {
-      V16f sum[kStep];
-      block_dot<Bits, Symmetric, kStep>(weights, x + size_t(t) * kBlock, bias + t, sum);
-#pragma GCC unroll 16
-      for (int u = 0; u < kStep; ++u) {
-        total[t + u] = fma(mul(scale, set1(x_scale[t + u])), sum[u], total[t + u]);
-        if (!Symmetric) total[t + u] = fma(minimum, set1(x_sum[t + u]), total[t + u]);
-      }
-    }
+    add_blocks<Bits, Symmetric, T>(weights, x, bias, x_scale, x_sum, scale, minimum, total);
     codes += block_bytes(Bits);
     x += width * kBlock;
     bias += width;
@@ -60,14 +67,15 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& in, int t
   for (int t = 0; t < T; ++t) write_panel(total[t], panel, w.rows, token + t, out);
 }
 
-// All tokens from `t` on, in tiles of T and then smaller ones: powers of two, so that none straddles two tiles of 16
-// of the input.
+// All tokens from `t` on, in tiles of T and then smaller ones: 16, 8, and what is left as one tile, so that weights are
+// read as seldom as can be and no tile straddles two tiles of 16 of the input.
 template <int Bits, bool Symmetric, int T = kIntTokens>
 inline void int8_tokens(const PackedView& w, const Int8Input& x, int t, int tokens, int begin, int end,
                         const Output& out) {
   for (; t + T <= tokens; t += T)
     for (int p = begin; p < end; ++p) int8_tile<Bits, Symmetric, T>(w, p, x, t, out);
-  if constexpr (T > 1) int8_tokens<Bits, Symmetric, T / 2>(w, x, t, tokens, begin, end, out);
+  if constexpr (T > 1)
+    if (t < tokens) int8_tokens<Bits, Symmetric, (T > 8 ? T / 2 : T - 1)>(w, x, t, tokens, begin, end, out);
 }
 
 void matmul_int8(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out) {

@@ -50,6 +50,8 @@ inline void plain_tile(const typename W::type* w, int k, const float* x, size_t 
     for (int t = 0; t < T; ++t) in[t] = load(x + size_t(t) * ldx + c);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      // Rows are short streams, which the hardware notices too late: ask for the next tile's now.
+      if (R > 1) __builtin_prefetch(w + size_t(r + R) * size_t(k) + c);
       const V16f weight = W::read(w + size_t(r) * size_t(k) + c);
 #pragma GCC unroll 8
       for (int t = 0; t < T; ++t) acc[r][t] = fma(weight, in[t], acc[r][t]);
@@ -74,8 +76,8 @@ inline void plain_tile(const typename W::type* w, int k, const float* x, size_t 
 template <class W, int T>
 inline void plain_rows(const typename W::type* w, int k, const float* x, size_t ldx, int begin, int end,
                        const Output& out, float* y) {
-  // One token reads every weight once: a single sequential stream is what memory is fastest at.
-  constexpr int kRows = T == 1 ? 1 : kPlainRows;
+  // Few tokens wait for memory, which is fastest at a single sequential stream.
+  constexpr int kRows = T == 1 || T < kPlainTokens ? 1 : kPlainRows;
   int row = begin;
   for (; row + kRows <= end; row += kRows)
     plain_tile<W, kRows, T>(w + size_t(row) * size_t(k), k, x, ldx, y + row, out.ld,

@@ -15,7 +15,7 @@ namespace ref = trilemma::reference;
 
 namespace {
 
-const int kTokens[] = {1, 2, 3, 5, 8, 16, 17, 31};
+const int kTokens[] = {1, 2, 3, 5, 6, 8, 16, 17, 31};
 constexpr double kSumTolerance = 1e-6;  // of the sum of absolute terms
 constexpr double kFunctionTolerance = 1e-6;
 
