@@ -20,7 +20,7 @@ from trilemma.core.measurement import Measurement
 from trilemma.formats.artifact import load_any
 from trilemma.measure.bench import decode_bytes
 from trilemma.measure.energy import Work, estimate_energy, measure_energy
-from trilemma.measure.energy_model import Precision
+from trilemma.measure.model_energy import precision_of
 from trilemma.measure.noise import ReferenceLoop
 from trilemma.measure.sensors import Sensor, SensorGoneError, find_sensors
 from trilemma.measure.stats import ratio_interval
@@ -180,17 +180,10 @@ def _estimated_energy(
             seconds=float(times.seconds[name].mean()), tokens=Work(prompt_tokens=0, output_tokens=1),
             cores=engine.threads, read_bytes=sum(step_bytes[part] * output[part] for part in parts),
             macs=sum(step_macs[part] * (output[part] + fed[part]) for part in parts),
-            precision=_precision(models["large"]), reason=reason,
+            precision=precision_of(models["large"]), reason=reason,
         )["energy_j_per_output_token"]  # fmt: skip
         found[name] = estimate.model_copy(update={"metric": "energy_j_per_answer"})
     return found
-
-
-def _precision(model: Model) -> Precision:
-    """Of most multiplications: int8 when the matrices take int8 inputs."""
-    names = model.config.linear_names()
-    quantized = sum(model.linear(name).activation == "int8-g32" for name in names)
-    return "int8" if 2 * quantized > len(names) else "f32"
 
 
 def _by_document(values: NDArray[np.float64] | None, requests: Sequence[Request]) -> NDArray[np.float64]:
