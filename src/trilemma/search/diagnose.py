@@ -250,7 +250,10 @@ def _sentence(
     least = least_s[bound]
     does = "reading" if bound == "memory" else "multiplying"
     would = f"{format_quantity(least, 's')}, {format_percent(least / seconds)}"
-    return f"{what}; {does} at the ceiling of this run would take {would}"
+    rest = ""
+    if least / seconds < shares[bound].value / 2:
+        rest = ": the rest is what the kernels do " + ("with each byte" if bound == "memory" else "besides multiplying")
+    return f"{what}; {does} at the ceiling of this run would take {would}{rest}"
 
 
 def _least_times(
