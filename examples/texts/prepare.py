@@ -1,6 +1,6 @@
 """Turns the plain text of public-domain books into documents, one a chapter or tale.
 
-This is how `children.txt` was made. Hard line breaks inside a paragraph become spaces, blank lines
+This is how `children.txt` and `adults.txt` were made. Hard line breaks inside a paragraph become spaces, blank lines
 become one line break, underscores and picture captions are dropped: the form in which the shipped
 model was trained. Front matter, lists of contents and notes of the digitisers are left out, and so
 is any chapter whose text came before (some tales are in two editions).
