@@ -87,11 +87,11 @@ def with_equal_heads(model, random_generator, pairs, *, turned):
 @pytest.mark.parametrize(
     ("settings", "pairs", "turned"),
     [
-        ({"group": "adjacent", "align": False}, [(1, 0), (3, 2)], False),
-        ({"group": "adjacent", "align": True}, [(1, 0), (3, 2)], False),
-        ({"group": "adjacent", "align": True}, [(1, 0), (3, 2)], True),
-        ({"group": "similar", "align": False}, [(3, 0), (2, 1)], False),
-        ({"group": "similar", "align": True}, [(2, 0), (3, 1)], True),
+        ({"group": "adjacent", "merge": "mean"}, [(1, 0), (3, 2)], False),
+        ({"group": "adjacent", "merge": "project"}, [(1, 0), (3, 2)], False),
+        ({"group": "adjacent", "merge": "project"}, [(1, 0), (3, 2)], True),
+        ({"group": "similar", "merge": "mean"}, [(3, 0), (2, 1)], False),
+        ({"group": "similar", "merge": "project"}, [(2, 0), (3, 1)], True),
     ],
 )
 def test_pooling_heads_that_are_equal_changes_nothing(tiny_model, random_generator, settings, pairs, turned, bias):
@@ -106,24 +106,24 @@ def test_pooling_heads_that_are_equal_changes_nothing(tiny_model, random_generat
 
 
 def test_grouping_turns_out_the_wrong_heads_would_change_much(tiny_model, random_generator):
-    """The test above can fail: without alignment, or with the wrong neighbours, the model is another one."""
+    """The test above can fail: by the mean, or with the wrong neighbours, the model is another one."""
     model = tiny_model(seed=int(random_generator.integers(1000)), heads=8, kv_heads=4, head_dim=D)
     model = with_equal_heads(model, random_generator, [(2, 0), (3, 1)], turned=True)
     build, fresh = Build(calibration=windows(model, random_generator), threads=1), windows(model, random_generator)
-    for settings in ({"group": "adjacent", "align": True}, {"group": "similar", "align": False}):
+    for settings in ({"group": "adjacent", "merge": "project"}, {"group": "similar", "merge": "mean"}):
         made = apply_recipe(model, recipe(heads=2, **settings), build)
         assert (logits(made, fresh) - logits(model, fresh)).abs().max() > 0.05
 
 
-def test_alignment_brings_random_heads_nearer(tiny_model, random_generator):
-    errors = {True: 0.0, False: 0.0}
+def test_a_projection_is_nearer_than_the_mean_for_random_heads(tiny_model, random_generator):
+    errors = {"project": 0.0, "mean": 0.0}
     for _ in range(3):
         model = tiny_model(seed=int(random_generator.integers(1000)), heads=4, kv_heads=4, head_dim=D)
         tokens = windows(model, random_generator)
-        for align in errors:
-            made = apply_recipe(model, recipe(heads=2, align=align), Build(calibration=tokens, threads=1))
-            errors[align] += float((logits(made, tokens) - logits(model, tokens)).square().mean())
-    assert errors[True] < errors[False]
+        for merge in errors:
+            made = apply_recipe(model, recipe(heads=2, merge=merge), Build(calibration=tokens, threads=1))
+            errors[merge] += float((logits(made, tokens) - logits(model, tokens)).square().mean())
+    assert errors["project"] < errors["mean"]
 
 
 def test_the_cache_shrinks_and_the_native_engine_agrees(tiny_model, random_generator, tmp_path):
@@ -148,7 +148,7 @@ def test_a_number_that_does_not_divide_is_refused_with_those_that_do(tiny_model,
 
 def test_adjacent_means_need_no_text(tiny_model):
     model = tiny_model(heads=4, kv_heads=4)
-    plain = recipe(heads=2, group="adjacent", align=False)
+    plain = recipe(heads=2, group="adjacent", merge="mean")
     assert not needs_calibration(plain, model.config)
     assert check_recipe(plain, model.config)
     made = apply_recipe(model, plain, Build())

@@ -1,13 +1,17 @@
-"""Fewer key-value heads by pooling: keys and values of heads that are merged become their mean.
+"""Fewer key-value heads: groups of them become one, by their mean or by the best projection.
 
 Mean pooling is Ainslie et al., "GQA: Training Generalized Multi-Query Transformer Models", 2023
-(arXiv:2305.13245), who train for 5% of pre-training afterwards; here a `heal` step may follow. Two things
-happen before the mean, both without changing the model's function:
+(arXiv:2305.13245), who train for 5% of pre-training afterwards. Heads speak different languages, so here,
+by default, the one head is what says most about all of the group on calibration text, and each query head gets
+a translation, folded into its weights:
 
-- similar heads are brought together, with their query heads;
-- heads are turned towards each other (Jin et al., "Align Attention Heads Before Merging Them", 2024,
-  arXiv:2412.20677): values by any rotation, undone in the output matrix; keys plane by plane, as rotary
-  embeddings allow, undone in the queries. How near heads come is measured on calibration text.
+- values: the principal components of the group's stacked values, in the metric of what the output matrix
+  makes of them; the way back goes into the output matrix;
+- keys: the same in each rotary plane, where a head is a complex number that may be turned and scaled without
+  disturbing the rotation; the way back goes into the queries.
+
+Equal heads, and heads equal but for such a turn, are merged without any loss. (Turning heads towards each other
+before their mean is Jin et al., 2024, arXiv:2412.20677; a projection is at least as near.) A `heal` step may follow.
 """
 
 from __future__ import annotations
@@ -34,9 +38,11 @@ class KvHeadsSettings(TechniqueSettings):
 
     heads: int = Field(ge=1, description="key-value heads that each layer has afterwards; must divide those it has")
     group: Literal["similar", "adjacent"] = Field(
-        "similar", description="which heads are merged: similar or adjacent ones"
+        "similar", description="which heads are merged: those that lose least together, or adjacent ones"
     )
-    align: bool = Field(True, description="turn heads towards each other before the mean; needs calibration text")
+    merge: Literal["project", "mean"] = Field(
+        "project", description="project: the best common head and a translation for each; mean: of keys and of values"
+    )
 
 
 class KvHeads:
@@ -52,7 +58,7 @@ class KvHeads:
         return None
 
     def needs_calibration(self, settings: KvHeadsSettings) -> bool:
-        return settings.align or settings.group == "similar"
+        return settings.merge == "project" or settings.group == "similar"
 
     def config_after(self, config: DecoderConfig, settings: KvHeadsSettings) -> DecoderConfig:
         """Raises RecipeError when a layer's heads can not be merged into so many."""
@@ -96,7 +102,7 @@ def pool_layer(model: Model, index: int, settings: KvHeadsSettings, gram: Tensor
     """Layer `index` with `settings.heads` key-value heads.
 
     Args:
-        gram: X^T X (dim, dim) of what enters q, k and v; needed to align heads or to find similar ones.
+        gram: X^T X (dim, dim) of what enters q, k and v; needed to project heads or to find similar ones.
     """
     layer = model.config.layers[index]
     spec = layer.attention
@@ -104,19 +110,14 @@ def pool_layer(model: Model, index: int, settings: KvHeadsSettings, gram: Tensor
         return model
     heads = _Heads.read(model, index, spec)
     merged = spec.kv_heads // settings.heads
-    order = list(range(spec.kv_heads))
     if gram is not None:
-        weighted = gram.double().cpu() / gram.diagonal().double().mean().clamp(min=1e-30).cpu()
+        gram = gram.double().cpu() / gram.diagonal().double().mean().clamp(min=1e-30).cpu()
         if settings.group == "similar":
-            order = similar_groups(heads, weighted, merged, settings.align)
-        heads = heads.reordered(order)
-        if settings.align:
-            for first in range(0, spec.kv_heads, merged):
-                for other in range(first + 1, first + merged):
-                    heads.align(other, first, weighted)
-    tensors = heads.pooled(merged).tensors(model, index)
+            heads = heads.some(similar_groups(heads, gram, merged, settings.merge))
+    groups = [heads.some(range(first, first + merged)) for first in range(0, spec.kv_heads, merged)]
+    made = _Heads.join([_merge(group, gram, settings.merge)[0] for group in groups])
     config = with_layer(model.config, index, _pooled(index, layer, settings.heads))
-    return model.with_config(config).with_tensors(tensors)
+    return model.with_config(config).with_tensors(made.tensors(model, index))
 
 
 class _Heads:
@@ -147,24 +148,14 @@ class _Heads:
             o.reshape(len(o), kv, -1, d).permute(1, 2, 0, 3),
         )  # fmt: skip
 
-    def reordered(self, order: Sequence[int]) -> _Heads:
-        return _Heads(self.spec, self.q[order], self.k[order], self.v[order], self.o[order])
+    def some(self, heads: Sequence[int]) -> _Heads:
+        """These key-value heads with their query heads."""
+        chosen = list(heads)
+        return _Heads(self.spec, self.q[chosen], self.k[chosen], self.v[chosen], self.o[chosen])
 
-    def align(self, head: int, to: int, gram: Tensor) -> None:
-        """Turn a head's values and keys towards those of head `to`; queries and output turn back."""
-        turn = value_rotation(self.v[head], self.v[to], gram)
-        self.v[head] = turn @ self.v[head]
-        self.o[head] = self.o[head] @ turn.T
-        if self.spec.qk_norm:
-            return  # its weights are the head's own dimensions: they may not turn
-        turn = key_rotation(self.k[head], self.k[to], gram, self.spec)
-        self.k[head] = turn @ self.k[head]
-        self.q[head] = turn @ self.q[head]
-
-    def pooled(self, merged: int) -> _Heads:
-        kv = len(self.k) // merged
-        k, v = (x.reshape(kv, merged, *x.shape[1:]).mean(1) for x in (self.k, self.v))
-        return _Heads(self.spec, self.q, k, v, self.o)
+    @classmethod
+    def join(cls, groups: Sequence[_Heads]) -> _Heads:
+        return cls(groups[0].spec, *(torch.cat([getattr(g, name) for g in groups]) for name in ("q", "k", "v", "o")))
 
     def tensors(self, model: Model, index: int) -> dict[str, Float32 | StoredMatrix]:
         prefix = f"layers.{index}.attention"
@@ -184,44 +175,103 @@ def _float32(values: Tensor) -> Float32:
     return found
 
 
-def value_rotation(head: Tensor, to: Tensor, gram: Tensor) -> Tensor:
-    """Orthogonal R (d, d) of least |R V_head - V_to| over the calibration text (Procrustes).
+def _merge(group: _Heads, gram: Tensor | None, how: str) -> tuple[_Heads, float]:
+    """The group with one key-value head, and the share of the energy of keys and of values that is lost, summed."""
+    k, v, q, o = group.k.mean(0), group.v.mean(0), group.q, group.o
+    lost = 0.0 if gram is None else _spread(group.k, gram) + _spread(group.v, gram)
+    if how == "project" and gram is not None:
+        reading = torch.einsum("heod,heoc->hdc", o, o)
+        v, back, lost = project(group.v, reading, gram)
+        o = torch.einsum("heod,hdc->heoc", o, back)
+        if group.spec.qk_norm:  # its weights are the head's own dimensions: keys may not turn
+            lost += _spread(group.k, gram)
+        else:
+            k, q, lost_keys = project_keys(group.k, group.q, gram, group.spec)
+            lost += lost_keys
+    return _Heads(group.spec, q, k[None], v[None], o), lost
+
+
+def project(rows: Tensor, metrics: Tensor, gram: Tensor) -> tuple[Tensor, Tensor, float]:
+    """One head for several: p with rows_h ~ back_h p, of least sum of |rows_h x - back_h p x|^2 in each head's metric.
 
     Args:
-        head, to: (d, in) the rows that make the two heads' values; a bias column beyond the Gram's is left out.
-        gram: (in, in).
+        rows: (heads, d, in) what makes each head's d values; columns beyond the Gram's (a bias) go along.
+        metrics: (heads, d, d) positive: an error e of head h counts e^T metrics_h e.
+        gram: (in, in) of the inputs.
+
+    Returns:
+        p (d, in), back (heads, d, d), and the share of the energy that is lost.
     """
-    size = len(gram)
-    left, _, right = torch.linalg.svd(to[:, :size] @ gram @ head[:, :size].T)
-    found: Tensor = left @ right
-    return found
+    heads, d, _ = rows.shape
+    mean = metrics.diagonal(dim1=1, dim2=2).mean().clamp(min=1e-30)
+    energies, axes = torch.linalg.eigh(metrics / mean + 1e-6 * torch.eye(d, dtype=rows.dtype))
+    roots = axes @ torch.diag_embed(energies.clamp(min=1e-12).sqrt()) @ axes.mT
+    stacked = (roots @ rows).reshape(heads * d, -1)
+    known = stacked[:, : len(gram)]
+    values, vectors = torch.linalg.eigh(known @ gram @ known.T)
+    best = vectors[:, -d:]
+    back = torch.linalg.solve(roots, best.reshape(heads, d, d))
+    left, _, right = torch.linalg.svd(back[0])  # near the first head's own directions: energy spread as it was
+    turn = left @ right
+    lost = float(values[:-d].clamp(min=0).sum() / values.clamp(min=0).sum().clamp(min=1e-300))
+    return turn @ best.T @ stacked, back @ turn.T, lost
 
 
-def key_rotation(head: Tensor, to: Tensor, gram: Tensor, spec: Attention) -> Tensor:
-    """As `value_rotation`, but only turns that commute with the rotary embedding: one angle for each plane."""
-    if spec.rope is None:
-        return value_rotation(head, to, gram)
-    size, half = len(gram), len(spec.rope.inverse_frequencies)
-    cross = to[:, :size] @ gram @ head[:, :size].T  # (d, d)
-    turn = torch.eye(len(head), dtype=head.dtype)
-    first, second = torch.arange(half), torch.arange(half) + half
-    along = cross[first, first] + cross[second, second]
-    across = cross[second, first] - cross[first, second]
-    length = torch.hypot(along, across).clamp(min=1e-300)
-    cosine = torch.where(length > 1e-200, along / length, 1.0)
-    sine = torch.where(length > 1e-200, across / length, 0.0)
-    turn[first, first], turn[second, second] = cosine, cosine
-    turn[first, second], turn[second, first] = -sine, sine
-    return turn  # dimensions that no rotation reaches stay as they are
+def project_keys(k: Tensor, q: Tensor, gram: Tensor, spec: Attention) -> tuple[Tensor, Tensor, float]:
+    """As `project`, with turns and scales that commute with the rotary embedding: one complex number for each plane.
+
+    Args:
+        k: (heads, d, in); q: (heads, each, d, in), changed so that scores stay as near as they can.
+
+    Returns:
+        the common key head (d, in), the queries, and the share of the energy that is lost.
+    """
+    half, size = 0 if spec.rope is None else len(spec.rope.inverse_frequencies), len(gram)
+    made_k, made_q, lost = torch.empty_like(k[0]), q.clone(), 0.0
+    if half:
+        keys, queries = (
+            torch.complex(k[:, :half], k[:, half : 2 * half]),
+            torch.complex(q[:, :, :half], q[:, :, half : 2 * half]),
+        )
+        complex_gram = gram.to(keys.dtype)
+        known = queries[..., :size]
+        weight = ((known @ complex_gram) * known.conj()).real.sum((1, 3)).clamp(min=0).sqrt()  # (heads, half)
+        weight = weight.clamp(min=1e-6 * float(weight.mean()) + 1e-30)
+        weighted = keys * weight[..., None]
+        known = weighted[..., :size].transpose(0, 1)  # (half, heads, in)
+        values, vectors = torch.linalg.eigh(known @ complex_gram @ known.mH)
+        best = vectors[:, :, -1].T  # (heads, half)
+        best = best * torch.exp(-1j * best[:1].angle())  # the first head keeps its phase
+        scale = weight.mean(0)  # the common key is of a key's size
+        common = (best.conj()[..., None] * weighted).sum(0) / scale[:, None]
+        turned = queries * ((best * scale / weight).conj())[:, None, :, None]
+        made_k[:half], made_k[half : 2 * half] = common.real, common.imag
+        made_q[:, :, :half], made_q[:, :, half : 2 * half] = turned.real, turned.imag
+        lost += float(values[:, :-1].clamp(min=0).sum() / values.clamp(min=0).sum().clamp(min=1e-300))
+    if 2 * half < spec.head_dim:  # dimensions that do not rotate
+        rest = q[:, :, 2 * half :]
+        metrics = torch.einsum("hedi,ij,hecj->hdc", rest[..., :size], gram, rest[..., :size])
+        made_k[2 * half :], back, also = project(k[:, 2 * half :], metrics, gram)
+        made_q[:, :, 2 * half :] = torch.einsum("hedi,hdc->heci", rest, back)
+        lost += also
+    return made_k, made_q, lost
 
 
-def similar_groups(heads: _Heads, gram: Tensor, merged: int, align: bool) -> list[int]:
-    """An order of the heads in which neighbours by `merged` are near each other: greedily, the nearest first."""
+def _spread(rows: Tensor, gram: Tensor) -> float:
+    """Share of the energy of rows (heads, d, in) that their mean does not hold."""
+    known = rows[..., : len(gram)]
+    change = known - known.mean(0)
+    energy = float(((known @ gram) * known).sum())
+    return float(((change @ gram) * change).sum()) / max(energy, 1e-300)
+
+
+def similar_groups(heads: _Heads, gram: Tensor, merged: int, how: str) -> list[int]:
+    """An order of the heads in which neighbours by `merged` lose little together: greedily, the best pair first."""
     count = len(heads.k)
     distance = torch.zeros(count, count)
     for a in range(count):
         for b in range(a):
-            distance[a, b] = distance[b, a] = _distance(heads, a, b, gram, align)
+            distance[a, b] = distance[b, a] = _merge(heads.some([b, a]), gram, how)[1]
     left, order = list(range(count)), []
     while left:
         pairs = [(float(distance[a, b]), a, b) for a in left for b in left if a < b]
@@ -232,17 +282,3 @@ def similar_groups(heads: _Heads, gram: Tensor, merged: int, align: bool) -> lis
         order += sorted(group)
         left = [head for head in left if head not in group]
     return order
-
-
-def _distance(heads: _Heads, a: int, b: int, gram: Tensor, align: bool) -> float:
-    """Squared distance of two heads' keys and values over the text, each as a share of their energy."""
-    size = len(gram)
-    total = 0.0
-    for rows, turn in ((heads.v, value_rotation), (heads.k, lambda x, y, g: key_rotation(x, y, g, heads.spec))):
-        one, two = rows[a], rows[b]
-        if align and not (rows is heads.k and heads.spec.qk_norm):
-            two = turn(two, one, gram) @ two
-        change = (one - two)[:, :size]
-        energy = sum(float(((x[:, :size] @ gram) * x[:, :size]).sum()) for x in (one, two))
-        total += float(((change @ gram) * change).sum()) / max(energy, 1e-30)
-    return total
