@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from trilemma.core.metric import METRICS
-from trilemma.core.quantity import format_percent, format_quantity
+from trilemma.core.quantity import format_percent, format_quantity, significant
 from trilemma.core.waterfall import Waterfall
 from trilemma.report.numbers import label
 from trilemma.report.plot import STYLE, standalone
@@ -53,23 +53,33 @@ def _panel(drawing: Drawing, x0: float, metric: str, names: Sequence[str], value
     def y(value: float) -> float:
         return _BOTTOM - value / top * (_BOTTOM - _TOP)
 
-    drawing.text(left, _TOP - 18, label(metric), "panel")
+    in_words = unit if unit == "nats" else ""  # units without steps stand in the title, not at every number
+    drawing.text(left, _TOP - 18, f"{label(metric)}, {in_words}" if in_words else label(metric), "panel")
     for tick in linear_ticks(0.0, top):
         drawing.line(left, y(tick), right, y(tick), "grid")
-        drawing.text(left - 8, y(tick) + 4, format_quantity(tick, unit), "tick", anchor="end")
+        drawing.text(left - 8, y(tick) + 4, _number(tick, unit), "tick", anchor="end")
     drawn = bars(values)
     slot = (right - left) / len(drawn)
     for index, ((start, end, kind), name) in enumerate(zip(drawn, names, strict=True)):
         x, wide = left + index * slot + slot * 0.15, slot * 0.7
         high, low = max(start, end), min(start, end)
-        words = format_quantity(end if kind == "whole" else end - start, unit)
-        if kind != "whole" and start > 0:
-            words = format_percent(end / start - 1, signed=True)
+        words = _number(end, unit) if kind == "whole" else _change(start, end, unit)
         drawing.rect(x, y(high), wide, max(y(low) - y(high), 1.0), kind, tip=f"{name}: {format_quantity(end, unit)}")
         if index + 1 < len(drawn):
             drawing.line(x + wide, y(end), x + slot, y(end), "join")
         drawing.text(x + wide / 2, y(high) - 5, words, "value", anchor="middle")
         _bar_name(drawing, x + wide / 2, name, slot)
+
+
+def _number(value: float, unit: str) -> str:
+    return significant(value) if unit == "nats" else format_quantity(value, unit)
+
+
+def _change(start: float, end: float, unit: str) -> str:
+    """As per cent, or as it is where it grows out of next to nothing."""
+    if unit == "nats" or start <= 0 or end > 10 * start:
+        return f"{'+' if end >= start else '-'}{_number(abs(end - start), unit)}"
+    return format_percent(end / start - 1, signed=True)
 
 
 def _bar_name(drawing: Drawing, x: float, name: str, slot: float) -> None:
