@@ -34,12 +34,13 @@ ROWS = 8  # outlier rows of an up projection
 TOLERANCE = 1e-3  # of the largest logit; sums in f32 are rounded in another order of sizes
 
 
-def make_spiky(model: Model, seed: int = 0) -> Model:
+def make_spiky(model: Model, seed: int = 0, strength: float = 1.0) -> Model:
     """The same function with outlier channels. bf16 matrices stay bf16, exactly.
 
     Args:
         model: any decoder with gated or plain feed-forward blocks.
         seed: chooses channels and factors.
+        strength: power of two that multiplies the factors of `up`; 4096 takes f16 beyond its range.
     """
     generator = np.random.default_rng(seed)
     changed: dict[str, NDArray[np.float32]] = {}
@@ -52,7 +53,7 @@ def make_spiky(model: Model, seed: int = 0) -> Model:
             readers = [f"{prefix}.ffn.{role}.weight" for role in (("gate", "up") if layer.ffn.gated else ("up",))]
             _spike_norm(model, changed, f"{prefix}.ffn_norm.weight", readers, generator)
             if layer.ffn.gated:  # without a gate the activation stands between up and down
-                _spike_up(model, changed, prefix, layer.ffn.hidden, generator)
+                _spike_up(model, changed, prefix, layer.ffn.hidden, generator, strength)
     return model.with_tensors({name: _as_stored(model, name, values) for name, values in changed.items()})
 
 
@@ -67,10 +68,11 @@ def _spike_norm(
 
 
 def _spike_up(
-    model: Model, changed: dict[str, NDArray[np.float32]], prefix: str, hidden: int, generator: np.random.Generator
-) -> None:
+    model: Model, changed: dict[str, NDArray[np.float32]], prefix: str, hidden: int, generator: np.random.Generator,
+    strength: float,
+) -> None:  # fmt: skip
     rows = generator.choice(hidden, ROWS, replace=False)
-    factors = generator.choice(FACTORS, ROWS).astype(np.float32)
+    factors = generator.choice(FACTORS, ROWS).astype(np.float32) * np.float32(strength)
     _tensor(model, changed, f"{prefix}.ffn.up.weight")[rows] *= factors[:, None]
     if f"{prefix}.ffn.up.bias" in model.config.tensor_shapes():
         _tensor(model, changed, f"{prefix}.ffn.up.bias")[rows] *= factors
@@ -106,11 +108,18 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--strength", type=int, default=1, help="power of two on the outliers of up; 4096 overflows f16"
+    )
     arguments = parser.parse_args()
+    if arguments.strength < 1 or arguments.strength & (arguments.strength - 1):
+        parser.error(f"--strength must be a power of two, not {arguments.strength}: others would round weights")
     model = read_checkpoint(arguments.model)
     stored_as = model.format_of("embedding.weight")
     write_checkpoint(
-        make_spiky(model, arguments.seed), arguments.output, dtype="bf16" if stored_as == "bf16" else "f32"
+        make_spiky(model, arguments.seed, arguments.strength),
+        arguments.output,
+        dtype="bf16" if stored_as == "bf16" else "f32",
     )
     tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 128).astype(np.int32)
     difference = largest_relative_difference(model, read_checkpoint(arguments.output), tokens)
