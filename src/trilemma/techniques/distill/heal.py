@@ -39,7 +39,7 @@ class HealSettings(TechniqueSettings):
     steps: int = Field(200, ge=1, description="optimizer steps")
     batch_size: int = Field(4, ge=1, description="windows in a step")
     context: int = Field(256, ge=2, description="tokens in a window; longer calibration windows are cut")
-    learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
+    learning_rate: float = Field(2e-3, gt=0, description="peak learning rate")
     optimizer: Literal["adamw", "muon"] = Field("muon", description="muon: for matrices inside layers, AdamW the rest")
     trained: Literal["all", "vectors"] = Field("all", description="all weights, or norms and biases alone")
     teacher_weight: float = Field(
