@@ -12,7 +12,6 @@ from trilemma.cli import options
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trilemma.core.results import BenchReport
     from trilemma.runtime.engine import EngineOptions
 
 PROMPT, OUTPUT = 128, 32
@@ -70,6 +69,7 @@ def bench(
     from trilemma import api
     from trilemma.cli import bench_tables, console
     from trilemma.core.errors import InputError
+    from trilemma.core.files import write_whole
     from trilemma.report.plot import write_plot
     from trilemma.report.sweep_charts import sweep_chart
     from trilemma.runtime.engine import EngineOptions
@@ -100,7 +100,7 @@ def bench(
                 repetitions=repetitions, seed=seed, progress=update, **lengths,
             )  # fmt: skip
     if save is not None:
-        _save(save, report)
+        write_whole(save, report.model_dump_json(indent=1) + "\n")
     if plot is not None:
         write_plot(plot, sweep_chart(report))
     if json or form == "json":
@@ -168,7 +168,3 @@ def _bytes(text: str | None) -> float | None:
     if limit.relative or limit.value <= 0:
         raise InputError(f"--memory takes an amount such as 64MB, not '{text}'.")
     return limit.value
-
-
-def _save(path: Path, report: BenchReport) -> None:
-    path.write_text(report.model_dump_json(indent=1) + "\n", encoding="utf-8")

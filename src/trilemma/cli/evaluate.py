@@ -52,6 +52,7 @@ def evaluate(
     """Perplexity and bits per byte by domain; against a reference also KL, agreement and the paired increase."""
     from trilemma.cli import console
     from trilemma.core.errors import InputError
+    from trilemma.core.files import write_whole
     from trilemma.measure.evaluate import evaluate_all
     from trilemma.report.plot import write_plot
     from trilemma.runtime.engine import EngineOptions
@@ -69,7 +70,7 @@ def evaluate(
     # One model is one record, as ever; several are a list.
     document = results[0] if len(results) == 1 else results
     if save is not None:
-        save.write_text(console.json_text(document), encoding="utf-8")
+        write_whole(save, console.json_text(document))
     if plot is not None:
         write_plot(plot, chart(results))
     if json or form == "json":

@@ -17,13 +17,14 @@ def report(
 ) -> None:
     """Render the record of `optimize` or `bench` as a self-contained HTML page."""
     from trilemma.core.errors import InputError, OutputError
+    from trilemma.core.files import write_whole
 
     path = source / "report.json" if source.is_dir() else source
     if not path.is_file():
         raise InputError(f"There is no report at '{path}'. Give a folder that `trilemma optimize` wrote.")
     if output.exists() and not force and not _is_a_page(output):
         raise OutputError(f"'{output}' exists and is no HTML page. Give another path, or --force to replace it.")
-    output.write_text(_render(path.read_text(encoding="utf-8")), encoding="utf-8")
+    write_whole(output, _render(path.read_text(encoding="utf-8")))
     typer.echo(str(output))
 
 

@@ -89,5 +89,6 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
         where = ".".join(str(place) for place in item["loc"]) or "value"
-        parts.append(f"{where}: {item['msg']} (got {item.get('input')!r})")
+        given = repr(item.get("input"))
+        parts.append(f"{where}: {item['msg']} (got {given if len(given) <= 80 else given[:80] + '...'})")
     return "; ".join(parts)

@@ -7,7 +7,6 @@ need is here: lines with intervals, log or linear axes, reference marks, several
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from trilemma.core.errors import OutputError
+from trilemma.core.files import write_whole
 from trilemma.report.scale import Axis, Scale
 from trilemma.report.svg import Box, Drawing, place_labels, text_width
 
@@ -145,20 +145,13 @@ def check_plot_path(path: str | Path | None) -> None:
 
 
 def write_plot(path: str | Path, svg: str) -> Path:
-    """Write a picture beside its place and rename it, so that no half of one is ever there.
+    """Write a picture, whole or not at all.
 
     Raises:
         OutputError: as `check_plot_path`.
     """
     check_plot_path(path)
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        partial.write_text(svg, encoding="utf-8")
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
-    return target
+    return write_whole(path, svg)
 
 
 class _Panel:

@@ -9,7 +9,9 @@ from pydantic import Field, ValidationError
 
 from trilemma.core.environment import Environment
 from trilemma.core.errors import InputError, OutputError
+from trilemma.core.files import write_whole
 from trilemma.core.measurement import Measurement
+from trilemma.core.recipe import explain
 from trilemma.core.record import Record
 from trilemma.core.results import DataFile
 from trilemma.core.verdict import Verdict
@@ -62,10 +64,9 @@ class CascadeRecord(Record):
         except OSError as error:
             raise InputError(f"Can not read the cascade '{path}': {error.strerror}.") from None
         except (ValidationError, UnicodeDecodeError) as error:
-            first = error.errors()[0] if isinstance(error, ValidationError) else None
-            what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else str(error)
+            what = explain(error) if isinstance(error, ValidationError) else str(error)
             raise InputError(
-                f"'{path}' is no record of a cascade ({what}). Make it with `trilemma run --cascade small,large "
+                f"'{path}' is no record of a cascade ({what[:300]}). Make it with `trilemma run --cascade small,large "
                 "--data FILE --limit ... -o cascade.json`."
             ) from None
         if found.schema_version != SCHEMA_VERSION:
@@ -79,10 +80,4 @@ class CascadeRecord(Record):
         """Whole or not at all. Raises OutputError where a file is there already and `force` is not set."""
         if path.exists() and not force:
             raise OutputError(f"'{path}' exists already. Give another path, or --force to replace it.")
-        part = path.with_name(path.name + ".part")
-        try:
-            part.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            part.replace(path)
-        except OSError as error:
-            part.unlink(missing_ok=True)
-            raise OutputError(f"Can not write '{path}': {error.strerror}. Give a folder that exists.") from None
+        write_whole(path, self.model_dump_json(indent=2) + "\n")
