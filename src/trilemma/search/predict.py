@@ -53,7 +53,7 @@ def predict_bytes(model: Model, recipe: Recipe, context: int) -> PredictedBytes:
         RecipeError: a recipe whose result is not known before it is built.
     """
     seen = foresee(model, recipe)
-    weights = weights_bytes(seen.config, lambda name: seen.formats.get(name, model.format_of(name)), format_bytes)
+    weights = weights_bytes(seen.config, lambda name: seen.formats.get(name) or model.format_of(name), format_bytes)
     cache = kv_bytes(seen.config, seen.kv_cache, context)
     return PredictedBytes(weights, cache, cache / context, seen.exact)
 

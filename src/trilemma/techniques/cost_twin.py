@@ -21,7 +21,7 @@ from trilemma.techniques.apply import check_recipe
 from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs
 from trilemma.techniques.quantize.kv_cache import KvCacheSettings
 from trilemma.techniques.quantize.plain import PlainSettings
-from trilemma.techniques.technique import Foreseeable, TechniqueSettings
+from trilemma.techniques.technique import Foreseeable, Remaking, TechniqueSettings
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,12 @@ def foresee(model: Model, recipe: Recipe) -> Foreseen:
         if isinstance(settings, KvCacheSettings):
             kv = settings.precision
         elif isinstance(technique, Foreseeable):
-            config = technique.config_after(config, settings)
+            before, config = config, technique.config_after(config, settings)
+            if isinstance(technique, Remaking):
+                for name in config.tensor_shapes().keys() - before.tensor_shapes().keys():
+                    old = technique.origin(name)
+                    formats[name] = "f32" if old is None else formats.get(old) or model.format_of(old)
+                    activations[name] = "f32" if old is None else activations.get(old, model.linear(old).activation)
             exact = exact and technique.exact(settings)
         else:
             chosen, inputs = _formats(config, technique.name, settings)
@@ -76,7 +81,7 @@ def cost_twin(model: Model, recipe: Recipe, seed: int = 0) -> Model:
         return model
     return with_random_weights(
         model.with_config(seen.config),
-        lambda name: seen.formats.get(name, model.format_of(name)),
+        lambda name: seen.formats.get(name) or model.format_of(name),
         activation_of=lambda name: seen.activations.get(name, model.linear(name).activation),
         seed=seed,
     )

@@ -73,6 +73,15 @@ class Foreseeable(Protocol):
         ...
 
 
+@runtime_checkable
+class Remaking(Foreseeable, Protocol):
+    """A foreseeable technique that makes new matrices out of the old ones."""
+
+    def origin(self, name: str) -> str | None:
+        """The old matrix whose format and input precision the new one keeps; None: it is made anew, in f32."""
+        ...
+
+
 def read_settings(technique: Technique, raw: dict[str, Any]) -> TechniqueSettings:
     """Validate a step's settings. Raises RecipeError naming the key, the value and what was expected."""
     try:
@@ -87,4 +96,12 @@ def report(build: Build, done: int, total: int, what: str) -> None:
         build.progress(done, total, what)
 
 
-__all__: Sequence[str] = ["Build", "Foreseeable", "Technique", "TechniqueSettings", "read_settings", "report"]
+__all__: Sequence[str] = [
+    "Build",
+    "Foreseeable",
+    "Remaking",
+    "Technique",
+    "TechniqueSettings",
+    "read_settings",
+    "report",
+]

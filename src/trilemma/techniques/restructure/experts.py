@@ -10,6 +10,7 @@ Left out: training of router and experts afterwards (`heal` does that), and expe
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
@@ -20,8 +21,8 @@ from torch import Tensor
 from trilemma.core.errors import RecipeError
 from trilemma.formats.plain import to_plain
 from trilemma.model.blocks import activate
-from trilemma.model.config import DecoderConfig, Dense, Experts
-from trilemma.model.model import Float32, Model, StoredMatrix
+from trilemma.model.config import DecoderConfig, Dense, Experts, is_router
+from trilemma.model.model import Float32, LinearRun, Model, StoredMatrix
 from trilemma.model.plain import PlainDtype
 from trilemma.techniques.calibration import Gram, walk_layers
 from trilemma.techniques.prune.cut import with_layer
@@ -38,6 +39,8 @@ from trilemma.techniques.restructure.partition import (
 from trilemma.techniques.stored import refuse_packed
 from trilemma.techniques.technique import Build, TechniqueSettings
 
+_OF_A_BLOCK = re.compile(r"\.ffn\.(shared|experts\.\d+)\.")
+
 
 class ExpertsSettings(TechniqueSettings):
     """Settings of `experts`."""
@@ -47,7 +50,7 @@ class ExpertsSettings(TechniqueSettings):
     shared: float = Field(0.25, ge=0, lt=1, description="least share of the channels that always run")
     multiple: int = Field(32, ge=1, description="an expert's width is a multiple of it, so that kernels stay fast")
     router: Literal["auto", "linear", "glu"] = Field(
-        "auto", description="linear: fitted scores; glu: representative channels (CMoE); auto: what captures more"
+        "linear", description="linear: fitted scores; glu: representative channels (CMoE); auto: what captures more"
     )
     compensation: bool = Field(True, description="let the way down make up for silent experts (least squares)")
     sample: int = Field(8_192, ge=64, description="calibration tokens that the layers are fitted on")
@@ -75,28 +78,59 @@ class MakeExperts:
     def needs_calibration(self, settings: ExpertsSettings) -> bool:
         return True
 
+    def config_after(self, config: DecoderConfig, settings: ExpertsSettings) -> DecoderConfig:
+        """Raises RecipeError for more active experts than there are, or blocks too narrow."""
+        _check(config, settings)
+        kind: Literal["linear", "glu"] = "glu" if settings.router == "glu" else "linear"
+        for index, layer in enumerate(config.layers):
+            if isinstance(layer.ffn, Dense) and _fits(layer.ffn, settings):
+                spec = _experts_of(layer.ffn, settings, kind)
+                config = with_layer(config, index, layer.model_copy(update={"ffn": spec}))
+        return config
+
+    def exact(self, settings: ExpertsSettings) -> bool:
+        return settings.router != "auto"
+
+    def origin(self, name: str) -> str | None:
+        return None if is_router(name) else _OF_A_BLOCK.sub(".ffn.", name)
+
     def apply(self, model: Model, settings: ExpertsSettings, build: Build) -> Model:
-        """Raises RecipeError for packed weights, more active experts than there are, or blocks too narrow."""
+        """Raises RecipeError as `config_after`, and for packed weights."""
         refuse_packed(model, self.name, "experts8x4+W8A8-g32")
-        if settings.active > settings.count:
-            raise RecipeError(
-                f"'active' is {settings.active} of {settings.count} experts; give at most {settings.count}."
-            )
-        widest = max((layer.ffn.hidden for layer in model.config.layers if isinstance(layer.ffn, Dense)), default=0)
-        if not settings.width(widest):
-            raise RecipeError(
-                f"{settings.count} experts of at least {settings.multiple} channels do not fit the widest block "
-                f"({widest} channels, {settings.shared:.0%} of them shared). Ask for fewer experts."
-            )
+        _check(model.config, settings)
 
         def change(model: Model, index: int, grams: Mapping[str, Gram]) -> Model:
             spec = model.config.layers[index].ffn
-            if not (isinstance(spec, Dense) and _convertible(spec) and settings.width(spec.hidden)):
+            if not (isinstance(spec, Dense) and _fits(spec, settings)):
                 return model
             inputs = grams[f"layers.{index}.ffn.up.weight"].rows
             return _with_experts(model, index, inputs, settings, build.seed)
 
         return walk_layers(model, build, [change], roles={"up"}, sample=settings.sample, what="sharing out channels")
+
+
+def _check(config: DecoderConfig, settings: ExpertsSettings) -> None:
+    if settings.active > settings.count:
+        raise RecipeError(f"'active' is {settings.active} of {settings.count} experts; give at most {settings.count}.")
+    widest = max((layer.ffn.hidden for layer in config.layers if isinstance(layer.ffn, Dense)), default=0)
+    if not settings.width(widest):
+        raise RecipeError(
+            f"{settings.count} experts of at least {settings.multiple} channels do not fit the widest block "
+            f"({widest} channels, {settings.shared:.0%} of them shared). Ask for fewer experts."
+        )
+
+
+def _fits(spec: Dense, settings: ExpertsSettings) -> bool:
+    return _convertible(spec) and settings.width(spec.hidden) > 0
+
+
+def _experts_of(dense: Dense, settings: ExpertsSettings, router: Literal["linear", "glu"]) -> Experts:
+    width = settings.width(dense.hidden)
+    compensated = settings.compensation and settings.active < settings.count
+    return Experts(
+        count=settings.count, active=settings.active, hidden=width, activation=dense.activation, router=router,
+        gates="one", shared_hidden=dense.hidden - settings.count * width, down_bias=compensated or dense.down_bias,
+    )  # fmt: skip
 
 
 def _convertible(spec: Dense | Experts | None) -> bool:
@@ -114,53 +148,46 @@ def _with_experts(model: Model, index: int, inputs: Tensor, settings: ExpertsSet
         contributions = hidden.abs() * down.norm(dim=0)
         partition = partition_channels(contributions, settings.count, settings.width(dense.hidden), seed=seed)
         energy = expert_energy(contributions, partition)
-        kind, router, chosen = _route(inputs, hidden, energy, partition, gate, up, settings, dense.activation)
+        kind, router, chosen = _route(inputs, hidden, energy, partition, gate, up, settings)
         bias = None
         if settings.compensation and settings.active < settings.count:
             masked = hidden * _mask(partition, chosen, hidden.shape[1])
             down, bias = conditional_least_squares(hidden, masked, down, settings.damping)
-    experts = Experts(
-        count=settings.count, active=settings.active, hidden=settings.width(dense.hidden), activation=dense.activation,
-        router=kind, gates="one", shared_hidden=len(partition.shared), down_bias=bias is not None or dense.down_bias,
-    )  # fmt: skip
+    experts = _experts_of(dense, settings, kind)
     tensors: dict[str, Float32 | StoredMatrix] = {f"{prefix}.router.weight": router.contiguous().numpy()}
+    linears: dict[str, LinearRun] = {}
     blocks = {"shared": partition.shared} if len(partition.shared) else {}
     blocks |= {f"experts.{number}": channels for number, channels in enumerate(partition.experts)}
     for block, channels in blocks.items():
         for role, values in (("gate", gate[channels]), ("up", up[channels]), ("down", down[:, channels])):
-            stored_as = model.format_of(f"{prefix}.{role}.weight")
-            tensors[f"{prefix}.{block}.{role}.weight"] = _as(stored_as, values)
+            old, new = f"{prefix}.{role}.weight", f"{prefix}.{block}.{role}.weight"
+            tensors[new], linears[new] = _as(model.format_of(old), values), model.linear(old)
     if experts.down_bias:
         before = torch.from_numpy(model.tensor(f"{prefix}.down.bias")) if dense.down_bias else 0.0
         tensors[f"{prefix}.down.bias"] = (before + (bias if bias is not None else 0.0)).numpy()  # type: ignore[union-attr]
     config = with_layer(model.config, index, layer.model_copy(update={"ffn": experts}))
-    return model.with_config(config).with_tensors(tensors)
+    return model.with_config(config).with_tensors(tensors, linears)
 
 
 def _route(
     inputs: Tensor, hidden: Tensor, energy: Tensor, partition: Partition, gate: Tensor, up: Tensor,
-    settings: ExpertsSettings, activation: str,
+    settings: ExpertsSettings,
 ) -> tuple[Literal["linear", "glu"], Tensor, Tensor]:  # fmt: skip
     """The router's kind, its weights, and the experts that it chooses, (tokens, experts) bool.
 
     'auto' fits on the even tokens and keeps what captures more energy on the odd ones.
     """
     fit = slice(None) if settings.router != "auto" else slice(0, None, 2)
-    channels = representatives(hidden[fit], energy[fit], partition)
-    glu = torch.cat([gate[channels], up[channels]])
-    by_channel = hidden[:, channels].abs()
-    if settings.router == "glu":
-        return "glu", glu, chosen_experts(by_channel, settings.active)
-    linear = fit_router(inputs[fit], energy[fit])
-    by_score = inputs @ linear.T
-    if settings.router == "auto":
-        held = slice(1, None, 2)
-        found = [
-            captured(energy[held], chosen_experts(scores[held], settings.active)) for scores in (by_score, by_channel)
-        ]
-        if found[1] > found[0]:
-            return "glu", glu, chosen_experts(by_channel, settings.active)
-    return "linear", linear, chosen_experts(by_score, settings.active)
+    found: dict[Literal["linear", "glu"], tuple[Tensor, Tensor]] = {}
+    if settings.router != "glu":
+        router = fit_router(inputs[fit], energy[fit])
+        found["linear"] = router, chosen_experts(inputs @ router.T, settings.active)
+    if settings.router != "linear":
+        channels = representatives(hidden[fit], energy[fit], partition)
+        scores = hidden[:, channels].abs()
+        found["glu"] = torch.cat([gate[channels], up[channels]]), chosen_experts(scores, settings.active)
+    kind = max(found, key=lambda kind: captured(energy[1::2], found[kind][1][1::2]))
+    return kind, *found[kind]
 
 
 def _mask(partition: Partition, chosen: Tensor, channels: int) -> Tensor:
