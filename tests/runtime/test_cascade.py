@@ -80,6 +80,7 @@ def test_a_listener_may_stop_a_kept_answer(engines):
         cascade.logits([1])
 
 
+@pytest.mark.shared
 def test_models_of_different_tokens_are_refused(hearth_path, shared_dir):
     with pytest.raises(InputError, match="another tokenizer"):
         open_cascade(shared_dir / "models" / "stories260K", hearth_path, CascadeRule(threshold=0.5))

@@ -74,8 +74,8 @@ def bench(
     from trilemma.report.sweep_charts import sweep_chart
     from trilemma.runtime.engine import EngineOptions
 
-    schemes, policies, sizes, depths = (_words(scheme), _words(kv), _numbers("--batch", batch),
-                                        _numbers("--context", context))  # fmt: skip
+    schemes, policies = options.split_names(scheme), options.split_names(kv)
+    sizes, depths = _numbers("--batch", batch), _numbers("--context", context)
     _check(policies, sizes, depths, prompt, output, memory, device)
     if plot is not None and not (sizes or depths):
         raise InputError("A plot needs a sweep: ask for one with --batch 1,2,4,8 or with --context 32,64,128.")
@@ -110,16 +110,11 @@ def bench(
         typer.echo(write(report), nl=False)
 
 
-def _words(given: Sequence[str] | None) -> list[str]:
-    """'a,b' and repeated options as one list."""
-    return [word.strip() for text in given or () for word in text.split(",") if word.strip()]
-
-
 def _numbers(option: str, given: Sequence[str] | None) -> list[int]:
     from trilemma.core.errors import InputError
 
     found = []
-    for word in _words(given):
+    for word in options.split_names(given):
         if not word.isdecimal() or int(word) < 1:
             raise InputError(f"{option} takes whole numbers from 1 on, by comma, such as 1,2,4; not '{word}'.")
         found.append(int(word))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -69,6 +68,7 @@ def run_cascade(
 
 def _calibrate(asked: Request, sampling: SamplingSettings, options: EngineOptions) -> CascadeRecord:
     from trilemma.cli import console
+    from trilemma.core.environment import command_line
     from trilemma.core.errors import OutputError
     from trilemma.search.cascade import calibrate_cascade
 
@@ -81,7 +81,7 @@ def _calibrate(asked: Request, sampling: SamplingSettings, options: EngineOption
         record = calibrate_cascade(
             small, large, data=list(asked.data), limits=asked.limits, max_tokens=min(sampling.max_tokens, 48),
             prompts=asked.prompts, prepare=asked.prepare, seed=asked.seed, options=options, progress=update,
-            command=" ".join(["trilemma", *sys.argv[1:]]),
+            command=command_line(),
         )  # fmt: skip
     if record is None:
         typer.echo(

@@ -44,6 +44,9 @@ def compare(
     json: options.Json = False,
 ) -> None:
     """Compare models on the same text and machine, interleaved and paired; the first is the reference."""
+    options.refuse_unused({"--ladder": ladder}, {("--ladder",): {"--plot": plot}})
+    if ladder and (kv or isa or runtime != "native"):
+        raise InputError("The ladder opens every engine in its own way. Leave --kv, --isa and --runtime out.")
     if ladder:
         from trilemma.cli import ladder as precisions
 
@@ -52,8 +55,6 @@ def compare(
             repetitions=repetitions, threads=threads, plot=plot, json=json,
         )  # fmt: skip
         return
-    if plot is not None:
-        raise InputError("--plot draws the precision ladder: give --ladder with it.")
     from trilemma.cli import console
     from trilemma.cli.evaluate import by_domain
     from trilemma.measure.compare import compare as measure

@@ -65,23 +65,6 @@ def predict(
     return device, duty, forecast_schemes(model, device, schemes=schemes or SCHEMES, context=context, duty=duty)
 
 
-def require_device(device: str | None, **needed: object) -> None:
-    """Raises InputError when an option is given that says nothing without --device."""
-    from trilemma.core.errors import InputError
-
-    for option, value in needed.items():
-        if device is None and value:
-            name = {"schemes": "--scheme"}.get(option, "--" + option.replace("_", "-"))
-            raise InputError(
-                f"{name} says how to predict for a device: give one with --device (`trilemma list devices`)."
-            )
-
-
-def split_names(given: list[str] | None) -> list[str]:
-    """'W8A8-g32,W4A8-g32' and repeated options alike; an empty name is left out."""
-    return [name.strip() for text in given or [] for name in text.split(",") if name.strip()]
-
-
 def _cells(forecast: Forecast) -> list[str]:
     from trilemma.core.quantity import format_quantity
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trilemma.model.cost import Inspection
     from trilemma.model.model import Model
 
+PROMPT, OUTPUT = 128, 32
 WOULD_BE = ("f32", "bf16", "int8-channel", "int8-g32", "int4-g128", "int4-g64", "int4-g32", "int4-g32-asym")
 
 
@@ -45,18 +46,30 @@ def inspect(
     data: options.Data = None,
     prepare: options.PrepareText = "none",
     plot: Annotated[Path | None, typer.Option("--plot", help="With --waterfall: SVG file to write.")] = None,
-    prompt: Annotated[int, typer.Option("--prompt", min=8, help="Prompt tokens that are timed.")] = 128,
-    output: Annotated[int, typer.Option("--output", min=4, help="Output tokens that are timed.")] = 32,
+    prompt: Annotated[
+        int | None, typer.Option("--prompt", min=8, help=f"Prompt tokens that are timed; {PROMPT} by default.")
+    ] = None,
+    output: Annotated[
+        int | None, typer.Option("--output", min=4, help=f"Output tokens that are timed; {OUTPUT} by default.")
+    ] = None,
     threads: options.Threads = None,
     kv: options.KvCache = None,
     json: options.Json = False,
 ) -> None:
     """Parameters, bytes by format, KV cache and work per token, from the headers alone."""
+    options.refuse_unused(
+        {"--device": device is not None, "--diagnose": diagnose, "--waterfall": waterfall is not None},
+        {
+            ("--device",): {"--scheme": scheme, "--context": context, "--duty-cycle": duty_cycle},
+            ("--diagnose",): {"--complaint": complaint},
+            ("--waterfall",): {"--data": data, "--plot": plot, "--prepare": prepare != "none"},
+            ("--diagnose", "--waterfall"): {"--prompt": prompt, "--output": output, "--threads": threads, "--kv": kv},
+        },
+    )
     if diagnose or waterfall is not None:
         from trilemma.cli import diagnose as measured
 
-        if device is not None or (diagnose and waterfall is not None):
-            raise typer.BadParameter("give one of --device, --diagnose and --waterfall")
+        prompt, output = prompt or PROMPT, output or OUTPUT
         if waterfall is not None:
             measured.waterfall(
                 model, waterfall, data=data, prepare=prepare, plot=plot, prompt=prompt, output=output, threads=threads,
@@ -71,8 +84,7 @@ def inspect(
     from trilemma.formats.artifact import load_any
     from trilemma.model.cost import inspect_model
 
-    schemes = device_view.split_names(scheme)
-    device_view.require_device(device, schemes=schemes, context=context, duty_cycle=duty_cycle)
+    schemes = options.split_names(scheme)
     opened = load_any(model)
     found = inspect_model(opened)
     would_weigh = {name: _weight_in(opened, name) for name in WOULD_BE}

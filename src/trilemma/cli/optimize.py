@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +43,7 @@ def optimize(
     """Try recipes, measure the promising ones, and leave the best model within the limits with its evidence."""
     from trilemma.api import optimize as search
     from trilemma.cli import console
+    from trilemma.core.environment import command_line
 
     with console.search_progress("optimize") as update:
         result = search(
@@ -63,7 +63,7 @@ def optimize(
             duty_cycle=duty_cycle,
             force=force,
             progress=update,
-            command=" ".join(["trilemma", *sys.argv[1:]]),
+            command=command_line(),
         )
     if json:
         console.print_json(result.report)

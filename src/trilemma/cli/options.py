@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -52,3 +53,31 @@ Duty = Annotated[
         "--duty-cycle", help="With --device: how often it answers, '200 tokens/h' or '5%', for battery hours."
     ),
 ]
+
+
+def split_names(given: Sequence[str] | None) -> list[str]:
+    """'a,b' and repeated options alike as one list; an empty name is left out."""
+    return [name.strip() for text in given or () for name in text.split(",") if name.strip()]
+
+
+def refuse_unused(views: Mapping[str, bool], belongs: Mapping[tuple[str, ...], Mapping[str, object]]) -> None:
+    """Refuse two views at once, and options that the view asked for would pass over in silence.
+
+    Args:
+        views: options of which one at most may be given -> whether it is.
+        belongs: those that mean something with one of these views alone: option -> its value.
+
+    Raises:
+        InputError: the first of them.
+    """
+    from trilemma.core.errors import InputError
+
+    asked = [name for name, given in views.items() if given]
+    if len(asked) > 1:
+        raise InputError(f"{' and '.join(asked)} are different questions. Ask one at a time.")
+    for owners, options in belongs.items():
+        for option, value in options.items():
+            if value and not set(asked) & set(owners):
+                raise InputError(
+                    f"{option} has no meaning without {' or '.join(owners)}. Add it, or leave {option} out."
+                )

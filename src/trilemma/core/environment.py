@@ -1,9 +1,11 @@
-"""Where a number was taken: processor, cores, memory, system and library versions."""
+"""Where a number was taken: processor, cores, memory, system and library versions, and the command that took it."""
 
 from __future__ import annotations
 
 import os
 import platform
+import shlex
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -37,6 +39,14 @@ def read_environment(
         python=platform.python_version(), packages=_installed(), isa=isa, threads=threads,
         model_hash=model_hash, recipe_hash=recipe_hash, seed=seed,
     )  # fmt: skip
+
+
+def command_line() -> str:
+    """The `trilemma` command that this process runs, quoted for a shell; '' when it is another program."""
+    program = Path(sys.argv[0])
+    if program.stem != "trilemma" and (program.name, program.parent.name) != ("__main__.py", "trilemma"):
+        return ""
+    return shlex.join(["trilemma", *sys.argv[1:]])
 
 
 def cpu_name() -> str:

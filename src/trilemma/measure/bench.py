@@ -6,13 +6,12 @@ memory together are measured in groups, with a note.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from trilemma.core.environment import read_environment, total_memory_bytes
+from trilemma.core.environment import command_line, read_environment, total_memory_bytes
 from trilemma.core.measurement import Measurement
 from trilemma.core.recipe import Recipe
 from trilemma.core.results import BenchReport, BenchRow
@@ -119,8 +118,7 @@ def bench_report(rows: Sequence[BenchRow], notes: Sequence[str], *, isa: str, th
     """Rows with the environment and the command that was typed."""
     return BenchReport(
         environment=read_environment(isa=isa, threads=threads, seed=seed), rows=tuple(rows),
-        command=" ".join(["trilemma", *sys.argv[1:]]) if "trilemma" in Path(sys.argv[0]).name else "",
-        notes=tuple(notes),
+        command=command_line(), notes=tuple(notes),
     )  # fmt: skip
 
 
