@@ -11,8 +11,8 @@ from trilemma.measure import kv_sweep as kv_module
 from trilemma.measure.batch_sweep import batch_sweep
 from trilemma.measure.bench import BenchCandidate
 from trilemma.measure.kv_memory import longest_context
-from trilemma.measure.kv_sweep import kv_sweep, recompute_macs
-from trilemma.model.cost import attention_macs_per_token, kv_bytes, macs_per_token
+from trilemma.measure.kv_sweep import kv_sweep
+from trilemma.model.cost import attention_macs_per_token, kv_bytes, macs_per_token, prompt_macs
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import EngineOptions
 
@@ -90,7 +90,7 @@ def test_a_point_that_would_take_too_long_is_skipped(tiny_model, monkeypatch):
     assert len(found["none", 8].samples) == 2  # as many as fit into ten seconds
     skipped = found["none", 64]
     assert skipped.source == "unavailable"
-    expected = 4.0 * recompute_macs(tiny_model(), 64) / recompute_macs(tiny_model(), 8)
+    expected = 4.0 * prompt_macs(tiny_model().config, 64) / prompt_macs(tiny_model().config, 8)
     assert f"skipped: would take about {expected:.0f} s" in skipped.reason
     assert found["bf16", 64].value == 1e-3
     # crossings are stated where both were measured
@@ -101,9 +101,9 @@ def test_recompute_counts_what_it_computes(tiny_model):
     model = tiny_model()
     config = model.config
     head = config.vocab_size * config.dim
-    assert recompute_macs(model, 1) == macs_per_token(config, 1)
+    assert prompt_macs(model.config, 1) == macs_per_token(config, 1)
     exact = sum(macs_per_token(config, position + 1) - head for position in range(40)) + head
-    assert recompute_macs(model, 40) == pytest.approx(exact, rel=0.02)
+    assert prompt_macs(model.config, 40) == pytest.approx(exact, rel=0.02)
     assert attention_macs_per_token(config, 4) > 0
 
 

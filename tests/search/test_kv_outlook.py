@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 
 from trilemma.core.device import load_device
-from trilemma.measure.kv_sweep import recompute_macs
-from trilemma.model.cost import decode_bytes_per_token, kv_bytes_per_token, macs_per_token, weights_bytes
+from trilemma.model.cost import decode_bytes_per_token, kv_bytes_per_token, macs_per_token, prompt_macs, weights_bytes
 from trilemma.search.kv_outlook import kv_outlook
 
 
@@ -31,7 +30,7 @@ def test_times_are_bytes_or_products(tiny_model):
     model = tiny_model()
     config = model.config
     found = kv_outlook(model, made_up(bandwidth=1e30, rate=1e6), depth=40)
-    assert found.step_s["none"] == pytest.approx(recompute_macs(model, 40) / 1e6, rel=0.03)
+    assert found.step_s["none"] == pytest.approx(prompt_macs(model.config, 40) / 1e6, rel=0.03)
     assert found.step_s["bf16"] == pytest.approx(macs_per_token(config, 40) / 1e6, rel=0.03)
     starved = kv_outlook(model, made_up(bandwidth=1e6, rate=1e30), depth=40)
     read = decode_bytes_per_token(config, model.format_of, "int8", 40)

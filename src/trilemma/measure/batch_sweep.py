@@ -150,8 +150,9 @@ def _open(
 ) -> list[_Batch]:  # fmt: skip
     """One engine (one copy of the weights) with room for each size of batch."""
     options = item.options.model_copy(update={"max_context": context})
-    engine = batch_engine(open_engine(item.model, runtime=runtime, options=options))
-    stack.callback(engine.close)
+    opened = open_engine(item.model, runtime=runtime, options=options)
+    stack.callback(opened.close)
+    engine = batch_engine(opened)
     draw = np.random.default_rng(seed)
     prompts = draw.integers(0, item.model.config.vocab_size, (max(sizes), prompt_tokens)).tolist()
     return [_Batch(item, engine, engine.open_sequences(size), prompts[:size]) for size in sizes]

@@ -15,10 +15,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
-from trilemma.core.errors import InputError
+from trilemma.core.errors import InputError, UnknownNameError
 from trilemma.core.measurement import Measurement
 from trilemma.core.results import BenchReport, BenchRow
 from trilemma.measure.bench import BenchCandidate, bench_report, bench_row, candidates_of
@@ -28,11 +29,10 @@ from trilemma.measure.memory import memory_measurements
 from trilemma.measure.noise import ReferenceLoop
 from trilemma.measure.speed import Progress, timed_measurement
 from trilemma.measure.stats import Interval, paired_ratio
-from trilemma.model.cost import attention_macs_per_token, matrix_macs_per_token
-from trilemma.model.model import Model
+from trilemma.model.cost import prompt_macs
 from trilemma.runtime import open_engine
 from trilemma.runtime.batch import batch_engine
-from trilemma.runtime.engine import EngineOptions
+from trilemma.runtime.engine import EngineOptions, KvCache
 from trilemma.runtime.native import NativeEngine, SequenceBatch, Step
 
 SWEEP = "kv"
@@ -142,20 +142,21 @@ def _checked(contexts: Sequence[int]) -> list[int]:
 
 
 def _distinct(policies: Sequence[str]) -> list[str]:
-    known = ("none", "f32", "bf16", "int8")
+    known = get_args(KvCache)
     if not policies:
         raise InputError(f"There are no cache policies to measure. Give some of {', '.join(known)}.")
     for policy in policies:
         if policy not in known:
-            raise InputError(f"Unknown KV cache '{policy}'. Valid: {', '.join(known)}.")
+            raise UnknownNameError("KV cache", policy, known)
     return list(dict.fromkeys(policies))
 
 
 def _open(item: BenchCandidate, kv: str, longest: int, runtime: str, seed: int, stack: ExitStack) -> _Policy:
     # The engine's own context is kept at one position: the sequence below has the room.
     options = item.options.model_copy(update={"kv_cache": kv, "max_context": 1})
-    engine = batch_engine(open_engine(item.model, runtime=runtime, options=options))
-    stack.callback(engine.close)
+    opened = open_engine(item.model, runtime=runtime, options=options)
+    stack.callback(opened.close)
+    engine = batch_engine(opened)
     room = engine.open_sequences(1, max_context=longest)
     prompt = np.random.default_rng(seed).integers(0, item.model.config.vocab_size, longest).astype(np.int32)
     return _Policy(item, kv, engine, room, room.create(), prompt)
@@ -193,18 +194,8 @@ def _expected_s(one: _Policy, depth: int) -> float:
     if one.last is None:
         return 0.0
     before, seconds = one.last
-    return seconds * recompute_macs(one.candidate.model, depth) / recompute_macs(one.candidate.model, before)
-
-
-def recompute_macs(model: Model, depth: int) -> int:
-    """Multiply-accumulates of computing `depth` tokens anew; logits of the last one only.
-
-    A token sees half of the others on average (all that a window holds, where it is shorter).
-    """
-    config = model.config
-    head = config.vocab_size * config.dim
-    attention = depth * attention_macs_per_token(config, max(1, (depth + 1) // 2))
-    return depth * (matrix_macs_per_token(config) - head) + head + attention
+    config = one.candidate.model.config
+    return seconds * prompt_macs(config, depth) / prompt_macs(config, before)
 
 
 def _row(one: _Policy, depth: int, loop: ReferenceLoop) -> BenchRow:
@@ -246,4 +237,4 @@ def _label(kv: str) -> str:
     return "recompute" if kv == "none" else f"cache {kv}"
 
 
-__all__ = ["kv_sweep", "recompute_macs"]
+__all__ = ["kv_sweep"]

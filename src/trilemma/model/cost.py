@@ -170,6 +170,16 @@ def macs_per_token(config: DecoderConfig, context: int) -> int:
     return matrix_macs_per_token(config) + attention_macs_per_token(config, context)
 
 
+def prompt_macs(config: DecoderConfig, tokens: int) -> int:
+    """Multiply-accumulates of computing `tokens` positions in one pass; only the last one goes through the head.
+
+    A token sees half of the others on average (all that a window holds, where it is shorter).
+    """
+    head = config.vocab_size * config.dim
+    attention = tokens * attention_macs_per_token(config, max(1, (tokens + 1) // 2))
+    return tokens * (matrix_macs_per_token(config) - head) + head + attention
+
+
 def decode_bytes_per_token(
     config: DecoderConfig,
     format_of: Callable[[str], str],

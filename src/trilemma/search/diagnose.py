@@ -27,7 +27,7 @@ from trilemma.measure.ceilings import read_bandwidth
 from trilemma.measure.compute_ceiling import compute_rate
 from trilemma.measure.interleave import Case, Rounds, interleave
 from trilemma.measure.stats import Interval, median_interval
-from trilemma.model.cost import describe, kv_bytes, macs_per_token, matrix_macs_per_token
+from trilemma.model.cost import describe, kv_bytes, macs_per_token, matrix_macs_per_token, prompt_macs
 from trilemma.model.model import Model
 from trilemma.runtime.engine import EngineOptions, KvCache
 from trilemma.runtime.native import NativeEngine
@@ -97,7 +97,7 @@ def diagnose(
         format_name = opened.model.format_of(first)
         rate = compute_rate(format_name, opened.model.linear(first).activation, base.threads).macs_per_s
         # A ceiling is the best that this run has seen: the prefill itself counts.
-        rate = max(rate, _prompt_macs(opened.model, lengths) / float(run.of("base", "prefill").min()))
+        rate = max(rate, prompt_macs(opened.model.config, lengths.prompt) / float(run.of("base", "prefill").min()))
         ceilings = _least_times(opened.model, lengths, reads, bandwidth, rate)
         phases = tuple(judge_phase(phase, run, ceilings[phase]) for phase in PHASES)
         measured = Measured(
@@ -262,14 +262,11 @@ def _least_times(
     macs = macs_per_token(model.config, lengths.context)
     return {
         "decode": {"memory": reads / bandwidth, "compute": macs / rate},
-        "prefill": {"memory": weights_bytes(model) / bandwidth, "compute": _prompt_macs(model, lengths) / rate},
+        "prefill": {
+            "memory": weights_bytes(model) / bandwidth,
+            "compute": prompt_macs(model.config, lengths.prompt) / rate,
+        },
     }
-
-
-def _prompt_macs(model: Model, lengths: Lengths) -> float:
-    """Of a whole prompt; only its last token goes through the head."""
-    head = model.config.vocab_size * model.config.dim
-    return lengths.prompt * (macs_per_token(model.config, lengths.prompt // 2) - head) + head
 
 
 def _probes(run: Rounds, desk: _Desk) -> list[Probe]:

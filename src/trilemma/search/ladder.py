@@ -6,10 +6,9 @@ Speeds of all rungs come from one interleaved run. Left out: a search for the be
 
 from __future__ import annotations
 
-import shutil
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from trilemma.core.environment import read_environment
@@ -20,6 +19,7 @@ from trilemma.data.documents import Prepare
 from trilemma.data.windows import TokenSet
 from trilemma.formats.artifact import load_any
 from trilemma.measure.bench import decode_bytes
+from trilemma.measure.build_cost import BuildMeter
 from trilemma.measure.ceilings import read_bandwidth
 from trilemma.measure.compute_ceiling import compute_rate
 from trilemma.measure.evaluate import build_reference
@@ -28,7 +28,7 @@ from trilemma.measure.quality import Reference, evaluate
 from trilemma.measure.speed import SpeedRun
 from trilemma.measure.stats import paired_ratio
 from trilemma.model.checkpoint import model_hash
-from trilemma.model.cost import attention_macs_per_token, matrix_macs_per_token
+from trilemma.model.cost import prompt_macs
 from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import open_engine
@@ -103,15 +103,13 @@ def measure_ladder(
     chosen = list(REPAIRS) if repairs is None else list(repairs)
     built, rungs = _build(loaded, texts, [*PRECISIONS, *chosen], seed, threads, tell)
     ranges = activation_ranges(loaded, texts.calibration)
-    folder = Path(tempfile.mkdtemp(prefix="trilemma-ladder-"))
-    try:
+    with tempfile.TemporaryDirectory(prefix="trilemma-ladder-") as place:
+        folder = Path(place)
         reference = _reference(loaded, texts, max_tokens, threads, folder / "all", tell)
-        short = _reference(loaded, texts, _F16_TOKENS, threads, folder / "short", tell)
+        short = _reference(loaded, texts, min(_F16_TOKENS, max_tokens), threads, folder / "short", tell)
         rungs, engine = _measure(built, rungs, lengths, reference, threads, tell)
         rungs += [_arithmetic(loaded, name, lengths, short, threads) for name in ARITHMETIC]
         notes = tuple(reference.notes)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     ladder = Ladder(
         model=str(model.path if isinstance(model, Model) else model), rungs=tuple(rungs), notes=notes,
         environment=read_environment(isa=engine.isa, threads=engine.threads, seed=seed),
@@ -125,25 +123,23 @@ def measure_ladder(
 def _build(
     model: Model, texts: Texts, schemes: Sequence[str], seed: int, threads: int | None, tell: Step
 ) -> tuple[dict[str, Model], list[Rung]]:
-    """Every scheme's model, and its rung with the seconds that building took. What does not fit is a failed rung."""
+    """Every scheme's model, and its rung with what building took. What does not fit is a failed rung."""
     built: dict[str, Model] = {}
     rungs: list[Rung] = []
     for index, scheme in enumerate(schemes):
         repaired, what = REPAIRS.get(scheme, (None, PRECISIONS.get(scheme, "")))
         rung = Rung(name=scheme, what=what, repairs=repaired)
-        began = time.perf_counter()
         tell(index, len(schemes), f"building {scheme}")
         try:
             build = Build(calibration=texts.calibration, seed=seed, threads=threads)
-            built[scheme] = apply_recipe(model, scheme_to_recipe(scheme, seed=seed), build)
+            with BuildMeter() as meter:
+                built[scheme] = apply_recipe(model, scheme_to_recipe(scheme, seed=seed), build)
         except RecipeError as error:
             if scheme == "f32":
                 raise
             rungs.append(rung.model_copy(update={"failed": str(error)}))
             continue
-        seconds = time.perf_counter() - began
-        took = Measurement.of("build_s", seconds, method="wall clock", scope="wall", ci95=(seconds, seconds))
-        rungs.append(rung.model_copy(update={"measurements": {"build_s": took}}))
+        rungs.append(rung.model_copy(update={"measurements": meter.results()}))
     return built, rungs
 
 
@@ -164,9 +160,12 @@ def _measure(
 ) -> tuple[list[Rung], Engine]:
     room = max(lengths.context, lengths.prompt_tokens + lengths.output_tokens)
     options = EngineOptions(threads=threads, max_context=room)
-    engines = {name: open_engine(model, options=options) for name, model in built.items()}
-    first = next(iter(engines.values()))
-    try:
+    with ExitStack() as stack:
+        engines: dict[str, Engine] = {}
+        for name, model in built.items():
+            engines[name] = open_engine(model, options=options)
+            stack.callback(engines[name].close)
+        first = next(iter(engines.values()))
         times, relative = _times(engines, lengths, tell)
         measured: list[Rung] = []
         for rung in rungs:
@@ -179,9 +178,6 @@ def _measure(
             update = {"measurements": found, "relative": relative[rung.name]}
             measured.append(rung.model_copy(update=update | _rates(built[rung.name], engine, found, lengths)))
         return measured, first
-    finally:
-        for engine in engines.values():
-            engine.close()
 
 
 def _times(
@@ -211,10 +207,7 @@ def _times(
 def _rates(model: Model, engine: Engine, found: dict[str, Measurement], lengths: Lengths) -> dict[str, float]:
     """Achieved multiply-accumulates and bytes a second, and their shares of this machine's ceilings."""
     config, prompt = model.config, lengths.prompt_tokens
-    head = config.vocab_size * config.dim  # once a prompt: only the last position needs logits
-    macs = (
-        (matrix_macs_per_token(config) - head) * prompt + head + attention_macs_per_token(config, prompt // 2) * prompt
-    )
+    macs = prompt_macs(config, prompt)
     read = decode_bytes(model, engine.kv_cache, prompt + lengths.output_tokens // 2)
     inner = config.linear_names()[-1]
     ceiling = compute_rate(model.format_of(inner), model.linear(inner).activation, engine.threads)
