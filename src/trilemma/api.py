@@ -173,7 +173,7 @@ def _bench_candidates(
 
 
 def _candidate(path: str | Path, scheme: str, options: EngineOptions) -> BenchCandidate:
-    from trilemma.formats.artifact import load_any
+    from trilemma.formats.artifact import load_any, short_name
     from trilemma.measure.bench import BenchCandidate
     from trilemma.techniques.apply import apply_recipe
     from trilemma.techniques.cost_twin import cost_twin
@@ -184,10 +184,8 @@ def _candidate(path: str | Path, scheme: str, options: EngineOptions) -> BenchCa
     model = load_any(path)
     random = bool(getattr(model.source, "random", False))
     made = cost_twin(model, recipe) if random else apply_recipe(model, recipe, Build())
-    place = Path(path)
-    name = place.parent.name if place.name == "config.json" else place.name or str(path)
     form = f"{scheme} kv-{options.kv_cache}" if options.kv_cache else scheme
-    return BenchCandidate(name, form, made, options, recipe)
+    return BenchCandidate(short_name(path), form, made, options, recipe)
 
 
 def optimize(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from trilemma.core.recipe import Recipe
-from trilemma.formats.pack import PackedMatrix
+from trilemma.formats.pack import PackedMatrix, format_bytes
 from trilemma.search.allocate import HIGH, LOW, allocation, parts_of, sensitivities
-from trilemma.search.predict import format_bytes, predict_bytes
+from trilemma.search.predict import predict_bytes
 from trilemma.techniques.apply import check_recipe
 
 

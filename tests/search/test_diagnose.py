@@ -11,9 +11,10 @@ from trilemma.core.errors import InputError
 from trilemma.formats.artifact import weights_bytes
 from trilemma.measure.compute_ceiling import compute_rate
 from trilemma.measure.interleave import Rounds, interleave
+from trilemma.runtime.draft_length import expected_tokens
 from trilemma.search.deployed import Deployed, hollow, narrower, nearest_format, open_deployed, restructured, shallower
 from trilemma.search.diagnose import BATCH, diagnose, judge_phase
-from trilemma.search.remedies import break_even, tokens_per_pass
+from trilemma.search.remedies import break_even
 
 LEAST = {"memory": 1e-4, "compute": 1e-4}
 
@@ -75,9 +76,9 @@ def test_expected_tokens_of_speculation_by_counting(random_generator):
     accepted, drafted = 0.6, 3
     hits = random_generator.random((200_000, drafted)) < accepted
     counted = (np.cumprod(hits, axis=1).sum(axis=1) + 1).mean()
-    assert tokens_per_pass(accepted, drafted) == pytest.approx(counted, rel=0.01)
-    assert tokens_per_pass(1.0, drafted) == drafted + 1
-    assert tokens_per_pass(break_even(1.8, drafted), drafted) == pytest.approx(1.8)
+    assert expected_tokens(accepted, drafted) == pytest.approx(counted, rel=0.01)
+    assert expected_tokens(1.0, drafted) == drafted + 1
+    assert expected_tokens(break_even(1.8, drafted), drafted) == pytest.approx(1.8)
     assert break_even(4.0, drafted) is None
 
 

@@ -103,7 +103,7 @@ def inspect(
 def _weight_in(model: Model, name: str) -> int:
     """Weights in one format; a 4-bit one keeps the embedding and head in int8-g32, as the schemes do."""
     from trilemma.formats import FORMATS
-    from trilemma.formats.pack import packed_bytes
+    from trilemma.formats.pack import format_bytes
     from trilemma.model.cost import weights_bytes
 
     outer = "int8-g32" if FORMATS.get(name).bits == 4 else name
@@ -111,7 +111,7 @@ def _weight_in(model: Model, name: str) -> int:
     def format_of(tensor: str) -> str:
         return name if tensor.startswith("layers.") else outer
 
-    return weights_bytes(model.config, format_of, lambda each, shape: packed_bytes(FORMATS.get(each), shape))
+    return weights_bytes(model.config, format_of, format_bytes)
 
 
 def _show_facts(name: str, found: Inspection) -> None:

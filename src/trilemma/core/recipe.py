@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -82,6 +83,14 @@ class Recipe(Record):
             return cls.model_validate(data)
         except ValidationError as error:
             raise RecipeError(f"The recipe can not be read: {explain(error)}") from None
+
+    @classmethod
+    def read(cls, path: str | Path) -> Recipe:
+        """The recipe in a YAML file. Raises RecipeError when it can not be read or used."""
+        try:
+            return cls.from_yaml(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"Can not read the recipe '{path}': {error}.") from None
 
 
 def explain(error: ValidationError) -> str:

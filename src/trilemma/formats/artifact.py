@@ -147,6 +147,12 @@ def load_any(path_or_id: str | Path) -> Model:
     return read_checkpoint(path_or_id)
 
 
+def short_name(path_or_id: str | Path) -> str:
+    """What to call a model of which this is the place: its folder's name, also for a bare config.json."""
+    place = Path(path_or_id)
+    return place.parent.name if place.name == "config.json" else place.name or str(path_or_id)
+
+
 def _read_record(path: Path) -> ArtifactRecord:
     file = path / RECORD_FILE
     try:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.core.errors import CheckpointError
-from trilemma.formats import panel16
+from trilemma.formats import FORMATS, panel16
 from trilemma.formats.grid import Format, QuantizedMatrix
 
 LAYOUTS = ("panel16.v1", "rows.v1")
@@ -57,6 +57,11 @@ def check_layout(layout: str) -> None:
 def packed_bytes(spec: Format, shape: tuple[int, int]) -> int:
     """Bytes of a matrix (out, in) in this format, padding included."""
     return sum(blob_bytes(spec, shape).values())
+
+
+def format_bytes(format_name: str, shape: tuple[int, int]) -> int:
+    """Bytes of a matrix (out, in) in the format of this name, scales and padding included."""
+    return packed_bytes(FORMATS.get(format_name), shape)
 
 
 def blob_bytes(spec: Format, shape: tuple[int, int]) -> dict[str, int]:

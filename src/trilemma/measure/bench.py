@@ -16,7 +16,8 @@ from trilemma.core.measurement import Measurement
 from trilemma.core.recipe import Recipe
 from trilemma.core.results import BenchReport, BenchRow
 from trilemma.core.trial import Trial
-from trilemma.formats.artifact import blob_specs, load_any, weights_bytes
+from trilemma.formats.artifact import load_any, short_name, weights_bytes
+from trilemma.formats.pack import format_bytes
 from trilemma.measure.ceilings import Bandwidth, read_bandwidth, roofline_share
 from trilemma.measure.memory import engine_memory, peak_memory
 from trilemma.measure.speed import Progress, SpeedRun
@@ -134,19 +135,14 @@ def bench_row(item: BenchCandidate, name: str, found: dict[str, Measurement]) ->
 
 def decode_bytes(model: Model, kv_cache: str, context: int) -> int:
     """Bytes that one decode step reads at a context length: matrices, one embedding row, the cache."""
-    return decode_bytes_per_token(model.config, model.format_of, kv_cache, context, _format_bytes)
-
-
-def _format_bytes(format_name: str, shape: tuple[int, int]) -> int:
-    return sum(blob.nbytes for blob in blob_specs("matrix", format_name, shape))
+    return decode_bytes_per_token(model.config, model.format_of, kv_cache, context, format_bytes)
 
 
 def _candidates(given: str | Path | BenchCandidate, options: list[EngineOptions]) -> list[BenchCandidate]:
     if isinstance(given, BenchCandidate):
         return [given]
-    path = Path(given)
+    path, name = Path(given), short_name(given)
     model = load_any(given)
-    name = path.parent.name if path.name == "config.json" else path.name or str(given)
     return [
         BenchCandidate(name, _form(model, variant), model, variant, path=path if path.exists() else None)
         for variant in options

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from trilemma.core.device import Arithmetic
 from trilemma.core.environment import cpu_name
 from trilemma.core.measurement import Measurement, Scope
-from trilemma.measure.energy_model import DEVICES, Precision, device_class
+from trilemma.measure.energy_model import DEVICES, device_class
 from trilemma.measure.sensors import Sensor, SensorGoneError, find_sensors
 from trilemma.measure.stats import mean_interval
 from trilemma.runtime.engine import Engine, SamplingSettings
@@ -41,7 +42,7 @@ def energy_per_token(
     output_tokens: int,
     read_bytes_per_token: float,
     macs_per_token: float,
-    precision: Precision = "f32",
+    precision: Arithmetic = "f32",
     device: str | None = None,
     sensors: Sequence[Sensor] | None = None,
     min_window_s: float = 5.0,
@@ -135,7 +136,7 @@ def estimate_energy(
     cores: int,
     read_bytes: float,
     macs: float,
-    precision: Precision = "f32",
+    precision: Arithmetic = "f32",
     device: str | None = None,
     reason: str = "",
     conditions: dict[str, str | int | float] | None = None,

@@ -19,11 +19,9 @@ Sources of the constants:
 from __future__ import annotations
 
 import re
-from typing import Literal
 
+from trilemma.core.device import Arithmetic
 from trilemma.core.record import Record
-
-Precision = Literal["f32", "bf16", "int8"]
 
 
 class DeviceEnergy(Record):
@@ -33,17 +31,17 @@ class DeviceEnergy(Record):
     base_w: float
     core_w: float
     byte_pj: float
-    mac_pj: dict[Precision, float]
+    mac_pj: dict[Arithmetic, float]
     factor: float
     source: str
 
-    def joules(self, *, seconds: float, cores: int, read_bytes: float, macs: float, precision: Precision) -> float:
+    def joules(self, *, seconds: float, cores: int, read_bytes: float, macs: float, precision: Arithmetic) -> float:
         """Energy of work that took `seconds` on `cores`, read `read_bytes` and did `macs` multiply-accumulates."""
         static = (self.base_w + self.core_w * cores) * seconds
         return static + (self.byte_pj * read_bytes + self.mac_pj[precision] * macs) * 1e-12
 
 
-_MAC: dict[Precision, float] = {"f32": 2.3, "bf16": 0.75, "int8": 0.12}
+_MAC: dict[Arithmetic, float] = {"f32": 2.3, "bf16": 0.75, "int8": 0.12}
 
 DEVICES: dict[str, DeviceEnergy] = {
     device.name: device

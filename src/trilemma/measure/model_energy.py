@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
+from trilemma.core.device import Arithmetic
 from trilemma.core.measurement import Measurement
 from trilemma.measure.bench import decode_bytes
 from trilemma.measure.energy import energy_per_token
-from trilemma.measure.energy_model import Precision
 from trilemma.measure.sensors import Sensor
 from trilemma.model.cost import macs_per_token
 from trilemma.model.model import Activation, Model
 from trilemma.runtime.engine import Engine
+
+ARITHMETIC: dict[Activation, Arithmetic] = {"f32": "f32", "bf16": "bf16", "int8-g32": "int8"}
 
 
 def model_energy(
@@ -40,8 +42,7 @@ def model_energy(
     )  # fmt: skip
 
 
-def precision_of(model: Model) -> Precision:
+def precision_of(model: Model) -> Arithmetic:
     """Of most multiplications: that of the inputs which most matrices take."""
     inputs = Counter(model.linear(name).activation for name in model.config.linear_names())
-    words: dict[Activation, Precision] = {"f32": "f32", "bf16": "bf16", "int8-g32": "int8"}
-    return words[inputs.most_common(1)[0][0]] if inputs else "f32"
+    return ARITHMETIC[inputs.most_common(1)[0][0]] if inputs else "f32"

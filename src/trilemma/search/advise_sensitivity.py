@@ -1,8 +1,9 @@
 """What would change the ranking: each number of a scenario is moved until another strategy wins.
 
 A number is moved away in steps of 5% at first and of doublings in the end, up to a factor of 1,024 either
-way; where the winner changes between two tries, the threshold is found by bisection. One input moves at a time. Choices that are no numbers (where data may
-go, what is preferred, which devices are served, which runtimes are at hand) are tried one by one.
+way; where the winner changes between two tries, the threshold is found by bisection. One input moves at
+a time. Choices that are no numbers (where data may go, what is preferred, which devices are served, which
+runtimes are at hand) are tried one by one.
 """
 
 from __future__ import annotations

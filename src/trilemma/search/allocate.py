@@ -13,11 +13,10 @@ from dataclasses import dataclass
 
 from trilemma.core.recipe import Recipe, Step
 from trilemma.formats import FORMATS
-from trilemma.formats.pack import pack
+from trilemma.formats.pack import format_bytes, pack
 from trilemma.formats.quantize import quantize_rtn
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import LinearRun, Model
-from trilemma.search.predict import format_bytes
 from trilemma.search.solve import Option, solve
 
 LOW, HIGH = "int4-g32", "int8-g32"

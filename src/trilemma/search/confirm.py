@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from trilemma.core.limit import Limit
 from trilemma.core.results import Answer, ByteRow
 from trilemma.core.trial import Trial
+from trilemma.formats.pack import format_bytes
 from trilemma.measure.sensors import find_sensors
 from trilemma.model.cost import bytes_by_role, parameters_by_role, role_of
 from trilemma.model.model import Model
@@ -14,7 +15,6 @@ from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime.engine import Engine, SamplingSettings
 from trilemma.search.deadline import Deadline
 from trilemma.search.judge import judge_trial
-from trilemma.search.predict import format_bytes
 from trilemma.search.workbench import Measurements, Workbench
 
 ANSWER_PROMPTS, PROMPT_TOKENS, ANSWER_TOKENS = 10, 16, 40

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trilemma.formats import FORMATS
-from trilemma.formats.artifact import load_any, weights_bytes
+from trilemma.formats.artifact import load_any, short_name, weights_bytes
 from trilemma.formats.random_weights import with_random_weights
 from trilemma.model.config import Attention, DecoderConfig, Dense
 from trilemma.model.gguf import find_gguf, gguf_config, gguf_types, read_gguf_header, type_bits
@@ -46,15 +46,13 @@ def open_deployed(path: str | Path) -> Deployed:
         CheckpointError: nothing usable is there, or a damaged GGUF header.
         UnsupportedModelError: an architecture that can not be run or translated.
     """
-    place = Path(path)
-    file = find_gguf(place)
+    file = find_gguf(Path(path))
     if file is not None:
         return _open_gguf(file)
     model = load_any(path)
-    name = place.parent.name if place.name == "config.json" else place.name or str(path)
     if getattr(model.source, "random", False):
-        return Deployed(name, model, True, "random weights in the shapes of a bare config.json: cost only")
-    return Deployed(name, model, False, "the model itself")
+        return Deployed(short_name(path), model, True, "random weights in the shapes of a bare config.json: cost only")
+    return Deployed(short_name(path), model, False, "the model itself")
 
 
 def nearest_format(ggml_type: str) -> str:

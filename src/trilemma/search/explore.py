@@ -15,13 +15,14 @@ from trilemma.core.limit import Limit
 from trilemma.core.recipe import Recipe
 from trilemma.core.trial import Trial
 from trilemma.formats.artifact import read_artifact, write_artifact
+from trilemma.formats.pack import format_bytes
 from trilemma.measure.build_cost import BuildMeter
 from trilemma.model.model import Model
 from trilemma.search.allocate import HIGH, LOW, allocation, parts_of, sensitivities
 from trilemma.search.deadline import Deadline
 from trilemma.search.journal import Journal
 from trilemma.search.plan import TextPlan
-from trilemma.search.predict import BuildTimes, format_bytes, impossible, predict_bytes
+from trilemma.search.predict import BuildTimes, impossible, predict_bytes
 from trilemma.search.progress import Progress, ProgressCallback
 from trilemma.search.space import candidates
 from trilemma.search.texts import Texts

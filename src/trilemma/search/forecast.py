@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from trilemma.core.device import Arithmetic, Device
 from trilemma.core.duty import DutyCycle
 from trilemma.core.errors import InputError
-from trilemma.formats import FORMATS
-from trilemma.formats.pack import packed_bytes
+from trilemma.formats.pack import format_bytes
 from trilemma.measure.device_model import Demand, Forecast, forecast
+from trilemma.measure.model_energy import ARITHMETIC
 from trilemma.model.cost import (
     attention_macs_per_token,
     decode_bytes_per_token,
@@ -28,7 +28,6 @@ from trilemma.techniques.schemes import scheme_to_recipe
 
 AS_IT_IS = "as it is"
 SCHEMES = (AS_IT_IS, "W8A8-g32", "W4A8-g32", "W4A8-g128")
-_ARITHMETIC: dict[Activation, Arithmetic] = {"f32": "f32", "bf16": "bf16", "int8-g32": "int8"}
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def demand_of(model: Model, form: Form, prompt_tokens: int, output_tokens: int) 
     """Bytes and multiply-accumulates of a request of the stated lengths."""
     config = model.config
     length, middle = prompt_tokens + output_tokens, prompt_tokens + output_tokens // 2
-    resident = weights_bytes(config, form.format_of, _format_bytes)
+    resident = weights_bytes(config, form.format_of, format_bytes)
     products = _matrix_macs(model, form)
     head: dict[Arithmetic, float] = {_head_precision(model, form): float(config.vocab_size * config.dim)}
     layers = {p: count - head.get(p, 0.0) for p, count in products.items()}
@@ -105,7 +104,7 @@ def demand_of(model: Model, form: Form, prompt_tokens: int, output_tokens: int) 
     return Demand(
         prompt_tokens=prompt_tokens, output_tokens=output_tokens, weights_bytes=resident,
         kv_bytes=kv_bytes(config, form.kv_cache, length),
-        read_bytes=decode_bytes_per_token(config, form.format_of, form.kv_cache, middle, _format_bytes),
+        read_bytes=decode_bytes_per_token(config, form.format_of, form.kv_cache, middle, format_bytes),
         macs=_plus({p: seen * count for p, count in layers.items()}, head, {"f32": seen * attention}),
         prefill_bytes=resident,
         prefill_macs=_plus(
@@ -121,13 +120,13 @@ def _matrix_macs(model: Model, form: Form) -> dict[Arithmetic, float]:
     shapes, shares = config.tensor_shapes(), expert_shares(config)
     counts: dict[Arithmetic, float] = {_head_precision(model, form): float(config.vocab_size * config.dim)}
     for name in config.linear_names():
-        one = {_ARITHMETIC[form.activation_of(name)]: float(shapes[name][0] * shapes[name][1] * shares.get(name, 1))}
+        one = {ARITHMETIC[form.activation_of(name)]: float(shapes[name][0] * shapes[name][1] * shares.get(name, 1))}
         counts = _plus(counts, one)
     return counts
 
 
 def _head_precision(model: Model, form: Form) -> Arithmetic:
-    return _ARITHMETIC[form.activation_of("embedding.weight" if model.config.tied else "head.weight")]
+    return ARITHMETIC[form.activation_of("embedding.weight" if model.config.tied else "head.weight")]
 
 
 def _plus(*counts: dict[Arithmetic, float]) -> dict[Arithmetic, float]:
@@ -136,10 +135,6 @@ def _plus(*counts: dict[Arithmetic, float]) -> dict[Arithmetic, float]:
         for precision, count in each.items():
             total[precision] = total.get(precision, 0.0) + count
     return total
-
-
-def _format_bytes(name: str, shape: tuple[int, int]) -> int:
-    return packed_bytes(FORMATS.get(name), shape)
 
 
 __all__ = ["AS_IT_IS", "SCHEMES", "Form", "demand_of", "forecast_model", "forecast_schemes", "form_of"]

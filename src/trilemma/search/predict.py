@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from trilemma.core.limit import Limit
 from trilemma.core.measurement import Measurement
 from trilemma.core.recipe import Recipe
-from trilemma.formats import FORMATS
-from trilemma.formats.pack import packed_bytes
+from trilemma.formats.pack import format_bytes
 from trilemma.model.cost import kv_bytes, parameter_count, weights_bytes
 from trilemma.model.model import Model
 from trilemma.techniques.cost_twin import foresee
@@ -39,11 +38,6 @@ class PredictedBytes:
         if metric in ("engine_memory_bytes", "peak_memory_bytes"):
             return self.weights_bytes + self.kv_bytes
         return self.weights_bytes
-
-
-def format_bytes(format_name: str, shape: tuple[int, int]) -> int:
-    """Bytes of a matrix in a format, scales and padding included."""
-    return packed_bytes(FORMATS.get(format_name), shape)
 
 
 def predict_bytes(model: Model, recipe: Recipe, context: int) -> PredictedBytes:

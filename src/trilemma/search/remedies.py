@@ -15,11 +15,13 @@ from trilemma.core.diagnosis import Complaint, Phase, PhaseDiagnosis, Ratio, Rem
 from trilemma.core.environment import cpu_name
 from trilemma.formats.artifact import weights_bytes
 from trilemma.measure.bench import decode_bytes
-from trilemma.measure.energy_model import DEVICES, Precision, device_class
+from trilemma.measure.energy_model import DEVICES, device_class
 from trilemma.measure.interleave import Rounds
+from trilemma.measure.model_energy import precision_of
 from trilemma.measure.stats import median_interval
 from trilemma.model.cost import kv_bytes, macs_per_token
 from trilemma.model.model import Model
+from trilemma.runtime.draft_length import expected_tokens
 from trilemma.runtime.engine import KvCache
 from trilemma.search.deployed import Deployed, narrower, restructured, shallower, weight_bits
 from trilemma.techniques.cost_twin import cost_twin
@@ -162,19 +164,8 @@ def _predicted(phase: PhaseDiagnosis, bytes_share: float, macs_share: float) -> 
 
 
 def _joules(model: Model, seconds: float, threads: int, read: float, macs: float) -> float:
-    names = model.config.linear_names()
-    packed = sum(model.linear(name).activation == "int8-g32" for name in names)
-    precision: Precision = "int8" if 2 * packed > len(names) else "f32"
     device = DEVICES[device_class(cpu_name())]
-    return device.joules(seconds=seconds, cores=threads, read_bytes=read, macs=macs, precision=precision)
-
-
-def tokens_per_pass(accepted: float, drafted: int) -> float:
-    """Expected tokens of one verifying pass when each drafted token is accepted with this probability.
-
-    Leviathan et al. 2023 (arXiv:2211.17192): (1 - a^(g+1)) / (1 - a).
-    """
-    return drafted + 1.0 if accepted >= 1 else (1 - accepted ** (drafted + 1)) / (1 - accepted)
+    return device.joules(seconds=seconds, cores=threads, read_bytes=read, macs=macs, precision=precision_of(model))
 
 
 def break_even(cost: float, drafted: int) -> float | None:
@@ -184,7 +175,7 @@ def break_even(cost: float, drafted: int) -> float | None:
     low, high = 0.0, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if tokens_per_pass(middle, drafted) < cost else (low, middle)
+        low, high = (middle, high) if expected_tokens(middle, drafted) < cost else (low, middle)
     return high
 
 
@@ -207,7 +198,7 @@ def _decoding(m: Measured) -> list[Remedy]:
 
 def _speculation(name: str, what: str, command: str, cost: float, more: str = "") -> Remedy:
     least = break_even(cost, DRAFTED)
-    gain = Ratio(value=cost / tokens_per_pass(ACCEPTED, DRAFTED), source="predicted")
+    gain = Ratio(value=cost / expected_tokens(ACCEPTED, DRAFTED), source="predicted")
     begins = "never gains here" if least is None else f"gains from {least:.0%} on"
     note = f"at {ACCEPTED:.0%} accepted; {begins}{more}"
     return Remedy(

@@ -64,10 +64,7 @@ def read_any_recipe(given: str | Path) -> Recipe:
     if is_artifact(path):
         recipe = read_recipe(path)
     elif path.suffix in (".yaml", ".yml") or path.is_file():
-        try:
-            recipe = Recipe.from_yaml(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"Can not read the recipe '{path}': {error}.") from None
+        recipe = Recipe.read(path)
     else:
         recipe = scheme_to_recipe(str(given))
     if not recipe.steps:

@@ -149,7 +149,4 @@ def _choose(scheme: str | None, recipe: Recipe | str | Path | None, seed: int) -
     if isinstance(recipe, Recipe):
         return recipe
     assert recipe is not None
-    try:
-        return Recipe.from_yaml(Path(recipe).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"Can not read the recipe '{recipe}': {error}.") from None
+    return Recipe.read(recipe)
