@@ -292,7 +292,9 @@ def test_the_nearest_number_of_layers_goes(tiny_model, random_generator, share, 
         assert len(apply_recipe(model, recipe("prune-depth", share=share, windows=1), build).config.layers) == left
 
 
-@pytest.mark.parametrize("scheme", ["prune25", "prune25-even+W8A8", "ffn50+W4A8-g32", "layers25+W8A8", "kvheads1", "wanda50+W4A8-g32-kv8"])
+@pytest.mark.parametrize(
+    "scheme", ["prune25", "prune25-even+W8A8", "ffn50+W4A8-g32", "layers25+W8A8", "kvheads1", "wanda50+W4A8-g32-kv8"]
+)
 def test_twins_and_predictions_have_the_shapes_of_the_real_thing(tiny_model, random_generator, scheme):
     model = tiny_model(layers=4, ffn=128, heads=4, kv_heads=4)
     found = scheme_to_recipe(scheme)
