@@ -17,17 +17,26 @@ if TYPE_CHECKING:
     from trilemma.core.verdict import Verdict
     from trilemma.measure.compare import compare
     from trilemma.measure.evaluate import evaluate
+    from trilemma.runtime.cascade import open_cascade
+    from trilemma.runtime.cascade_record import CascadeRule
+    from trilemma.runtime.engine import EngineOptions, SamplingSettings
+    from trilemma.runtime.speculative import open_speculative
     from trilemma.runtime.text_model import TextModel
     from trilemma.runtime.text_model import open_text_model as open
     from trilemma.search.advise import advise
+    from trilemma.search.cascade import calibrate_cascade
     from trilemma.search.check import check
     from trilemma.search.diagnose import diagnose
+    from trilemma.search.ladder import measure_ladder as ladder
     from trilemma.search.waterfall import waterfall
 
 _WHERE = {
+    "CascadeRule": "runtime.cascade_record",
+    "EngineOptions": "runtime.engine",
     "Limit": "core.limit",
     "Measurement": "core.measurement",
     "Recipe": "core.recipe",
+    "SamplingSettings": "runtime.engine",
     "TextModel": "runtime.text_model",
     "TrilemmaError": "core.errors",
     "Verdict": "core.verdict",
@@ -35,6 +44,7 @@ _WHERE = {
     "bench": "api",
     "bench_batches": "api",
     "bench_contexts": "api",
+    "calibrate_cascade": "search.cascade",
     "check": "search.check",
     "compare": "measure.compare",
     "compress": "api",
@@ -43,15 +53,21 @@ _WHERE = {
     "evaluate": "measure.evaluate",
     "export_model": "api",
     "inspect": "api",
+    "ladder": "search.ladder:measure_ladder",
     "open": "runtime.text_model:open_text_model",
+    "open_cascade": "runtime.cascade",
+    "open_speculative": "runtime.speculative",
     "optimize": "api",
     "waterfall": "search.waterfall",
 }
 
 __all__ = [
+    "CascadeRule",
+    "EngineOptions",
     "Limit",
     "Measurement",
     "Recipe",
+    "SamplingSettings",
     "TextModel",
     "TrilemmaError",
     "Verdict",
@@ -59,6 +75,7 @@ __all__ = [
     "bench",
     "bench_batches",
     "bench_contexts",
+    "calibrate_cascade",
     "check",
     "compare",
     "compress",
@@ -67,7 +84,10 @@ __all__ = [
     "evaluate",
     "export_model",
     "inspect",
+    "ladder",
     "open",
+    "open_cascade",
+    "open_speculative",
     "optimize",
     "waterfall",
 ]

@@ -93,7 +93,7 @@ def test_what_can_not_be_continued(engine, tiny_model):
         generate_batch(engine, [], settings)
     with pytest.raises(InputError, match="no tokens"):
         generate_batch(engine, [[1], []], settings)
-    with pytest.raises(InputError, match="fills the context of 40"):
+    with pytest.raises(InputError, match="fill the context of 40"):
         generate_batch(engine, [[1] * 40], settings)
     torch_engine = open_engine(tiny_model(), runtime="torch", options=EngineOptions(threads=1))
     with pytest.raises(InputError, match="one sequence at a time"):

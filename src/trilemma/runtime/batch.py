@@ -7,27 +7,15 @@ arrive while others run.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from functools import partial
+from typing import cast
 
 from trilemma.core.errors import InputError
 from trilemma.runtime.engine import Engine, Generation, SamplingSettings
 from trilemma.runtime.native import NativeEngine, SequenceBatch, Step
-from trilemma.runtime.sampling import check_sampling, choose
-
-FinishReason = Literal["length", "stop", "context", "interrupted"]
-
-
-@dataclass
-class _Request:
-    """One prompt on its way. `fed` counts the tokens that the engine has seen."""
-
-    sequence: int
-    seen: list[int]
-    result: Generation
-    fed: int = 0
+from trilemma.runtime.output import Output
+from trilemma.runtime.sampling import choose
 
 
 def batch_engine(engine: Engine) -> NativeEngine:
@@ -67,67 +55,36 @@ def generate_batch(
     Raises:
         InputError: no prompts, an empty one, or one that fills the context.
     """
-    check_sampling(settings)
     able = batch_engine(engine)
     if not prompts:
         raise InputError("There are no prompts to continue. Give at least one.")
-    longest = max(len(prompt) for prompt in prompts)
-    if longest >= engine.max_context:
-        raise InputError(f"A prompt of {longest} tokens fills the context of {engine.max_context}; shorten it.")
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise InputError("A prompt has no tokens. Give at least one (the BOS token, say).")
+    outputs = [
+        Output(prompt, settings, engine.config, engine.max_context, None if on_token is None else partial(on_token, at))
+        for at, prompt in enumerate(prompts)
+    ]
     room = sequences or able.open_sequences(len(prompts))
-    requests: list[_Request] = []
-    stops = set(settings.stop_token_ids) | (set() if settings.ignore_eos else set(engine.config.eos_token_ids))
+    held: list[int] = []
     try:
-        for prompt in prompts:
-            requests.append(_Request(room.create(), list(prompt), Generation([], "length", len(prompt))))
-        _step_until_done(room, requests, settings, frozenset(stops), engine.max_context, on_token)
+        for _ in prompts:
+            held.append(room.create())
+        _step_until_done(room, list(zip(held, outputs, strict=True)), settings)
     finally:
-        for request in requests:
-            room.release(request.sequence)
-    return [request.result for request in requests]
+        for sequence in held:
+            room.release(sequence)
+    return [output.generation() for output in outputs]
 
 
-def _step_until_done(
-    room: SequenceBatch,
-    requests: list[_Request],
-    settings: SamplingSettings,
-    stops: frozenset[int],
-    max_context: int,
-    on_token: Callable[[int, int], bool | None] | None,
-) -> None:
-    began = time.perf_counter()
-    running = list(enumerate(requests))
+def _step_until_done(room: SequenceBatch, running: list[tuple[int, Output]], settings: SamplingSettings) -> None:
+    """One forward a step for all that go on: the whole prompt first, then the token that came last."""
+    steps = [Step(sequence, output.seen) for sequence, output in running]
     while running:
-        rows = room.forward([Step(request.sequence, request.seen[request.fed :]) for _, request in running])
-        kept = []
-        for (index, request), logits in zip(running, rows, strict=True):
-            request.fed = len(request.seen)
-            token = choose(logits[-1], request.seen, settings)
-            reason = _take(request, token, settings, stops, max_context, time.perf_counter() - began)
-            if reason != "stop" and on_token is not None and on_token(index, token) is False:
-                reason = "interrupted"
-            if reason is None:
-                kept.append((index, request))
-            else:
-                old = request.result
-                request.result = Generation(old.tokens, cast(Any, reason), old.prompt_tokens, old.token_times_s)
-        running = kept
-
-
-def _take(
-    request: _Request, token: int, settings: SamplingSettings, stops: frozenset[int], max_context: int, now_s: float
-) -> FinishReason | None:
-    """Add a token to a request; why it ends with it, or None."""
-    if token in stops:
-        return "stop"
-    request.seen.append(token)
-    request.result.tokens.append(token)
-    request.result.token_times_s.append(now_s)
-    if len(request.result.tokens) >= settings.max_tokens:
-        return "length"
-    return "context" if len(request.seen) >= max_context else None
+        rows = room.forward(steps)
+        running = [
+            (sequence, output)
+            for (sequence, output), logits in zip(running, rows, strict=True)
+            if output.push(choose(logits[-1], output.seen, settings))
+        ]
+        steps = [Step(sequence, output.seen[-1:]) for sequence, output in running]
 
 
 __all__ = ["batch_engine", "generate_batch"]

@@ -1,6 +1,6 @@
 """The output of one request as it grows: which tokens there are, when each came, and when it is over.
 
-Loops that feed an engine step by step (speculation, cascades) share it, so that they end exactly
+Loops that feed an engine step by step (batches, speculation, cascades) share it, so that they end exactly
 where `Engine.generate` does. Left out: how a token is chosen (`sampling.py`).
 """
 
