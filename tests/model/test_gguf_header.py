@@ -157,3 +157,11 @@ def test_a_folder_means_its_only_model(tmp_path, hearth_path):
     write(tmp_path / "b.gguf")
     with pytest.raises(CheckpointError, match=r"2 GGUF models"):
         find_gguf(tmp_path)
+
+
+def test_other_commands_say_where_a_gguf_file_can_be_used(tmp_path):
+    from trilemma.model.checkpoint import read_checkpoint
+
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match="inspect --diagnose"):
+        read_checkpoint(tmp_path / "model.gguf")

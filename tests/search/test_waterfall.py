@@ -8,7 +8,7 @@ import re
 import numpy as np
 import pytest
 
-from trilemma.core.errors import RecipeError
+from trilemma.core.errors import InputError, RecipeError
 from trilemma.core.recipe import Recipe, Step
 from trilemma.formats.artifact import read_artifact
 from trilemma.report.waterfall import bars, waterfall_plot
@@ -48,6 +48,12 @@ def test_twins_cost_what_arithmetic_says(shape):
     assert found.steps[1].ratios["weights_bytes"][0] < 0.5
     assert found.steps[2].ratios["weights_bytes"] == (1, 1, 1)
     assert "kl_mean" not in found.steps[1].measurements
+
+
+def test_lengths_are_checked_before_anything_is_built(shape, monkeypatch):
+    monkeypatch.setattr("trilemma.search.waterfall.cost_twin", lambda *_: pytest.fail("built"))
+    with pytest.raises(InputError, match="more than the 64"):
+        waterfall(shape, "W4A8-g32", prompt_tokens=60, output_tokens=5)
 
 
 def test_quality_goes_with_real_weights_and_the_last_step_is_the_recipe(hearth_path, texts_path, tmp_path):

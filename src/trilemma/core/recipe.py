@@ -90,7 +90,8 @@ class Recipe(Record):
         try:
             return cls.from_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
-            raise RecipeError(f"Can not read the recipe '{path}': {error}.") from None
+            why = getattr(error, "strerror", None) or error
+            raise RecipeError(f"Can not read the recipe '{path}': {why}. Give a recipe.yaml.") from None
 
 
 def explain(error: ValidationError) -> str:

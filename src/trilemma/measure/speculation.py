@@ -17,7 +17,8 @@ from trilemma.measure.interleave import Progress, interleave
 from trilemma.measure.stats import paired_ratio
 from trilemma.runtime.draft_length import expected_speedup
 from trilemma.runtime.engine import SamplingSettings
-from trilemma.runtime.speculative import SpeculationFigures, SpeculativeEngine
+from trilemma.runtime.speculation_figures import SpeculationFigures
+from trilemma.runtime.speculative import SpeculativeEngine
 
 
 class SpeculationReport(Record):

@@ -265,6 +265,11 @@ def _not_a_folder(path: Path) -> CheckpointError:
         return CheckpointError(f"{path} is not read. {_pickle_message(path.name).removeprefix('It has ')}")
     if path.suffix == ".safetensors":
         return CheckpointError(f"{path} holds weights alone. Give its folder, which must have config.json too.")
+    if path.suffix == ".gguf":
+        return CheckpointError(
+            f"{path} is another runtime's model. `trilemma inspect --diagnose` measures a twin of it; everything else "
+            "takes the checkpoint that it was made from."
+        )
     return CheckpointError(f"{path} is no model. Give a folder with config.json and safetensors, or a config.json.")
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from trilemma.core.environment import read_environment
-from trilemma.core.errors import RecipeError, TrilemmaError
+from trilemma.core.errors import InputError, RecipeError, TrilemmaError
 from trilemma.core.measurement import Measurement
 from trilemma.core.recipe import Recipe, Step
 from trilemma.core.waterfall import Waterfall, WaterfallStep
@@ -96,11 +96,17 @@ def waterfall(
 
     Raises:
         RecipeError: a recipe that can not be used, or one that needs text and got none.
+        InputError: lengths that the model's context does not hold.
         DataError: texts that can not be used.
     """
     chosen = recipe if isinstance(recipe, Recipe) else read_any_recipe(recipe)
     opened = open_deployed(model)
     check_recipe(chosen, opened.model.config)
+    if prompt_tokens + output_tokens > opened.model.config.max_context:
+        raise InputError(
+            f"{prompt_tokens} prompt and {output_tokens} output tokens are more than the "
+            f"{opened.model.config.max_context} that this model takes. Ask for fewer with --prompt and --output."
+        )
     texts = None
     if data and not opened.twin and opened.model.path is not None:
         context = min(512, opened.model.config.max_context)
