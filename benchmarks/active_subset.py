@@ -63,7 +63,7 @@ def main(
     windows: Annotated[int, typer.Option(help="calibration windows of 512 tokens")] = 32,
     eval_tokens: Annotated[int, typer.Option(help="tokens of text measured on")] = 16_384,
     repetitions: Annotated[int, typer.Option(help="timed ones, interleaved")] = 15,
-    shape_repetitions: Annotated[int, typer.Option(help="of the larger shapes")] = 7,
+    shape_repetitions: Annotated[int, typer.Option(help="of the larger shapes")] = 5,
     threads: Annotated[int, typer.Option(help="of the engine")] = 1,
     jsonl: Annotated[Path | None, typer.Option(help="append one JSON line a row")] = None,
     plot: Annotated[Path | None, typer.Option(help="write the picture")] = None,
@@ -244,11 +244,11 @@ def cost_of_shape(path: Path, storage: str, repetitions: int, options: EngineOpt
         idle = (spec.count - spec.active) * spec.hidden / (spec.count * spec.hidden + spec.shared_hidden)
         pruned = f"ffn{100 * idle:.0f}-even"
         twins[pruned] = cost_twin(shape, scheme_to_recipe(f"{pruned}+{storage}"))
-    result = compare(twins, prompt_tokens=64, output_tokens=16, repetitions=repetitions, options=options)
+    result = compare(twins, prompt_tokens=32, output_tokens=8, repetitions=repetitions, options=options)
     rows = {row.name: row for row in result.rows}
     batched = batch_sweep(
         [BenchCandidate(path.name, name, twin, options) for name, twin in twins.items()], batches=(8,), prompt_tokens=4,
-        output_tokens=8, repetitions=max(3, repetitions // 2),
+        output_tokens=4, repetitions=max(3, repetitions // 2),
     )  # fmt: skip
     steps = {name: row.trial.measurements["tpot_s"] for name, row in zip(twins, batched.rows, strict=True)}
     print(f"\n{path.name}, {storage}, random weights:\n")
@@ -256,7 +256,7 @@ def cost_of_shape(path: Path, storage: str, repetitions: int, options: EngineOpt
         "| version | weights | read for a token | time a token | energy a token | first token | step of 8 sequences |"
     )
     print("|---|---:|---:|---:|---:|---:|---:|")
-    lines = [shape_line(path.name, name, rows, steps, decode_bytes(twins[name], "bf16", 72)) for name in twins]
+    lines = [shape_line(path.name, name, rows, steps, decode_bytes(twins[name], "bf16", 36)) for name in twins]
     for line in lines:
         print(
             f"| `{line['version']}` | {format_quantity(line['weights_bytes'], 'bytes')} | "

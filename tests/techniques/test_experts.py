@@ -94,6 +94,14 @@ def test_channels_that_speak_together_are_clustered(random_generator):
         assert len(set(groups[shuffle][expert.numpy()])) == 1
 
 
+def test_channels_that_never_speak_gather_where_no_token_needs_them(random_generator):
+    contributions = random_generator.uniform(0.5, 1.0, (300, 24)).astype(np.float32)
+    quiet = random_generator.permutation(24)[:12]
+    contributions[:, quiet] *= 1e-3
+    found = partition_channels(torch.from_numpy(contributions), 4, 6, seed=int(quiet[0]))
+    assert sorted(len(set(expert.tolist()) & set(quiet.tolist())) for expert in found.experts) == [0, 0, 6, 6]
+
+
 def test_the_router_learns_who_speaks(random_generator):
     inputs = random_generator.standard_normal((600, 12)).astype(np.float32)
     truth = random_generator.standard_normal((5, 12)).astype(np.float32)

@@ -1,8 +1,9 @@
 """Sharing the channels of a feed-forward block out among experts, and learning which experts a token needs.
 
 Pure tensor functions. A channel's contribution to a token is |h| x the norm of its column of the way down.
-Channels that contribute most go to the shared block; the others are clustered by when they contribute
-(balanced k-means over cosine similarity, after CMoE, Pei et al. 2025, arXiv:2502.04416).
+Channels that contribute most go to the shared block; the others are clustered by when and how much they
+contribute: balanced k-means, after CMoE (Pei et al. 2025, arXiv:2502.04416), but over the contributions
+themselves, so that quiet channels gather in experts that no token needs. Directions alone spread them evenly.
 """
 
 from __future__ import annotations
@@ -42,32 +43,32 @@ def partition_channels(contributions: Tensor, count: int, width: int, *, seed: i
     always = contributions.shape[1] - count * width
     shared, routed = order[:always].sort().values, order[always:].sort().values
     seen = contributions[:: max(1, len(contributions) // _CLUSTER_TOKENS), routed]
-    members = _balanced_clusters(functional.normalize(seen.T, dim=1).contiguous(), count, seed)
+    points = seen.T / seen.norm(dim=0).mean().clamp(min=1e-30)  # (channels, tokens)
+    members = _balanced_clusters(points, count, seed)
     return Partition(shared, tuple(routed[cluster] for cluster in members))
 
 
 def _balanced_clusters(points: Tensor, count: int, seed: int) -> list[Tensor]:
-    """Indices of `count` equally large clusters of unit vectors (points, features), ascending in each."""
+    """Indices of `count` equally large clusters of points (points, features) near each other, ascending in each."""
     generator = torch.Generator().manual_seed(seed)
     centres = points[_spread_out(points, count, generator)]
     owners = torch.full((len(points),), -1)
     for _ in range(_ROUNDS):
-        found = _assign_evenly(points @ centres.T)
+        found = _assign_evenly(points @ centres.T - centres.square().sum(1) / 2)  # the largest is the nearest centre
         if torch.equal(found, owners):
             break
         owners = found
-        centres = functional.normalize(functional.one_hot(owners, count).T.to(points.dtype) @ points, dim=1)
+        centres = functional.one_hot(owners, count).T.to(points.dtype) @ points / (len(points) // count)
     return [torch.nonzero(owners == cluster).flatten() for cluster in range(count)]
 
 
 def _spread_out(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     """k-means++ : first centres far from each other."""
     chosen = [int(torch.randint(len(points), (1,), generator=generator))]
-    distance = 1 - points @ points[chosen[0]]
+    distance = (points - points[chosen[0]]).square().sum(1)
     while len(chosen) < count:
-        weights = distance.clamp(min=0).square() + 1e-12
-        chosen.append(int(torch.multinomial(weights, 1, generator=generator)))
-        distance = torch.minimum(distance, 1 - points @ points[chosen[-1]])
+        chosen.append(int(torch.multinomial(distance + 1e-12, 1, generator=generator)))
+        distance = torch.minimum(distance, (points - points[chosen[-1]]).square().sum(1))
     return torch.tensor(chosen)
 
 
