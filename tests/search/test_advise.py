@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
+from trilemma.core.device import load_device
 from trilemma.core.errors import InputError
 from trilemma.search import advise_costs as costs
 from trilemma.search.advise import advise, assess_all, winner
@@ -254,6 +255,18 @@ def test_a_device_must_exist_and_its_changes_be_keys(tmp_path, shapes_path):
         advise(scenario(devices=[{"profile": "pi"}], candidates=[candidate]))
     with pytest.raises(InputError, match="speed_of_light"):
         advise(scenario(devices=[{"profile": "phone", "changes": {"speed_of_light": 3e8}}], candidates=[candidate]))
+
+
+def test_a_profile_that_was_edited_is_read_anew(tmp_path, shapes_path):
+    profile = tmp_path / "mine.yaml"
+    text = load_device("phone").model_dump(mode="json")
+    candidate = {"name": "m", "place": "device", "model": str(shapes_path / "SmolLM2-135M")}
+    given = scenario(devices=[{"profile": str(profile)}], candidates=[candidate])
+    answers = []
+    for overhead_s in (0.001, 0.1):
+        profile.write_text(yaml.safe_dump({**text, "overhead_s": overhead_s}))
+        answers.append(advise(given, sensitivity=False).strategies[0].tpot_s)
+    assert answers[1] - answers[0] == pytest.approx(0.099)
 
 
 def test_every_field_has_help():

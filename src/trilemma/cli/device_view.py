@@ -56,6 +56,7 @@ def device_json(
 def predict(
     model: Model, device_name: str, schemes: list[str], context: int | None, duty_cycle: str | None
 ) -> tuple[Device, DutyCycle | None, dict[str, Forecast]]:
+    """The profile, the duty cycle, and a forecast for each scheme."""
     from trilemma.core.device import load_device
     from trilemma.core.duty import DutyCycle
     from trilemma.search.forecast import SCHEMES, forecast_schemes

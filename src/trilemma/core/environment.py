@@ -33,6 +33,7 @@ class Environment(Record):
 def read_environment(
     *, isa: str = "", threads: int = 0, model_hash: str = "", recipe_hash: str = "", seed: int = 0
 ) -> Environment:
+    """This host and the versions installed, with what the caller knows of the run."""
     return Environment(
         cpu=cpu_name(), cores=usable_cores(), memory_bytes=total_memory_bytes(),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -50,6 +51,7 @@ def command_line() -> str:
 
 
 def cpu_name() -> str:
+    """The processor's name as the system gives it; perhaps only its architecture."""
     try:
         with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             for line in lines:
@@ -68,6 +70,7 @@ def usable_cores() -> int:
 
 
 def total_memory_bytes() -> int:
+    """Memory of the machine, in use or not; 0 where the system does not say."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

@@ -129,6 +129,7 @@ def write_metadata(gguf: Any, writer: Any, shape: Shape, *, name: str, most: str
 
 
 def write_vocabulary(writer: Any, found: Vocabulary) -> None:
+    """Add a tokenizer's tokens, types and merges or scores to a GGUF writer's metadata."""
     writer.add_tokenizer_model(found.kind)
     writer.add_tokenizer_pre(found.pre)
     writer.add_token_list(found.tokens)

@@ -97,6 +97,7 @@ class ArtifactSource:
 
 
 def is_artifact(folder: str | Path) -> bool:
+    """Whether Trilemma wrote this folder: it has a trilemma.json."""
     return (Path(folder) / RECORD_FILE).is_file()
 
 

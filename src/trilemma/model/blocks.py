@@ -187,6 +187,7 @@ def make_norm(config: DecoderConfig) -> RmsNorm:
 
 
 def make_ffn(spec: Dense | Experts, dim: int) -> FeedForward | ExpertBlock:
+    """The feed-forward module of a layer: (batch, time, dim) in and out."""
     return FeedForward(spec, dim) if isinstance(spec, Dense) else ExpertBlock(spec, dim)
 
 
@@ -223,6 +224,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: Attention) -> Tensor:
 
 
 def activate(x: Tensor, name: str) -> Tensor:
+    """silu, relu, gelu (by erf) or gelu_tanh, elementwise; the shape stays."""
     if name == "silu":
         return F.silu(x)
     if name == "relu":

@@ -67,6 +67,7 @@ def parameters_by_role(config: DecoderConfig) -> dict[Role, int]:
 
 
 def parameter_count(config: DecoderConfig) -> int:
+    """All parameters; a head that shares the embedding counts once, experts count whether active or not."""
     return sum(parameters_by_role(config).values())
 
 

@@ -22,6 +22,7 @@ LABELS = {
 
 
 def label(metric: str) -> str:
+    """What a metric is called for people; its own name where it has no other."""
     return LABELS.get(metric, metric)
 
 

@@ -46,6 +46,7 @@ class Scale:
         return self._start + (place - self.low) / (self.high - self.low) * (self._end - self._start)
 
     def ticks(self) -> list[float]:
+        """Values of the axis at which a line is drawn, rising."""
         if self.axis.log:
             low, high = 10**self.low, 10**self.high
             found = list(self.axis.ticks) or _dense_log_ticks(low, high)

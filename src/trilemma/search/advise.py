@@ -27,6 +27,7 @@ def advise(scenario: Scenario | str | Path, *, sensitivity: bool = True) -> Advi
     """
     from trilemma.search.advise_sensitivity import find_swaps
 
+    costs.forget_files()
     given = scenario if isinstance(scenario, Scenario) else read_scenario(scenario)
     strategies = assess_all(given)
     order = rank(strategies, given)

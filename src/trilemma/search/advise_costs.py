@@ -130,12 +130,19 @@ def _demand(path: str, scheme: str, prompt_tokens: int, output_tokens: int) -> D
     return demand_of(_model(path), form_of(_model(path), scheme), prompt_tokens, output_tokens)
 
 
+def forget_files() -> None:
+    """Read profiles and models anew: what is remembered between two variations of a scenario may have changed since."""
+    for remembered in (_changed, _profile, _model, _demand):
+        remembered.cache_clear()
+
+
 def network_s(network: Network, workload: Workload) -> float:
     """Time on the way of one request: a round trip and the prompt's bytes."""
     return network.round_trip_s + workload.prompt_tokens * network.bytes_per_token / network.bytes_per_s
 
 
 def remote_times(remote: Remote, network: Network, workload: Workload) -> Times:
+    """A provider's times with the network's on top; the device spends its radio's energy alone."""
     return Times(
         ttft_s=network_s(network, workload) + remote.ttft_s, tpot_s=remote.tpot_s, energy_j=network.radio_j_per_request
     )
@@ -148,6 +155,7 @@ def remote_price(remote: Remote, workload: Workload, requests: float) -> float:
 
 
 def traffic_price(network: Network, workload: Workload, requests: float) -> float:
+    """Money for the traffic of so many requests, in the currency of the scenario."""
     tokens = workload.prompt_tokens + workload.output_tokens
     return requests * tokens * network.bytes_per_token * network.price_per_gb / 1e9
 

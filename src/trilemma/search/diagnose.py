@@ -225,6 +225,7 @@ def _cut(value: float) -> float:
 
 
 def ratio_of(found: Interval) -> Ratio:
+    """A measured ratio with its interval, as a record."""
     return Ratio(value=found.value, low=found.low, high=found.high)
 
 

@@ -25,6 +25,7 @@ def request(engine: NativeEngine, prompt_tokens: int, output_tokens: int) -> Cas
 
 
 def prompt_only(engine: NativeEngine, prompt_tokens: int) -> Case:
+    """'prefill': seconds from a prompt of so many tokens to the first token of the answer."""
     prompt = _prompt(engine, prompt_tokens)
     settings = SamplingSettings(max_tokens=1, ignore_eos=True)
     return lambda: {"prefill": engine.generate(prompt, settings).token_times_s[0]}

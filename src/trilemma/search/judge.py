@@ -27,6 +27,7 @@ Interval = tuple[float, float]
 
 
 def is_quality(metric: str) -> bool:
+    """Whether a metric says how good answers are; it is then judged on confirm text alone."""
     return metric in QUALITY_METRICS or metric.startswith("accuracy/")
 
 

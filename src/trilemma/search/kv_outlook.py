@@ -36,6 +36,7 @@ class KvOutlook:
     break_even_macs_per_byte: dict[str, float]
 
     def sentence(self) -> str:
+        """One line in words: who is faster from where on, times at the depth, positions that fit."""
         cached = [policy for policy in self.step_s if policy != "none"]
         times = ", ".join(f"{_word(policy)} {format_quantity(s, 's')}" for policy, s in self.step_s.items())
         room = ", ".join(f"{_word(policy)} {positions:,}" for policy, positions in self.longest.items())

@@ -48,6 +48,13 @@ class TuneNorms:
     def needs_calibration(self, settings: TuneNormsSettings) -> bool:
         return True
 
+    def config_after(self, config: DecoderConfig, settings: TuneNormsSettings) -> DecoderConfig:
+        """The same shapes."""
+        return config
+
+    def exact(self, settings: TuneNormsSettings) -> bool:
+        return True
+
     def apply(self, model: Model, settings: TuneNormsSettings, build: Build) -> Model:
         """Raises RecipeError without calibration windows or an original of the same vocabulary."""
         if build.calibration is None or not build.calibration.size:

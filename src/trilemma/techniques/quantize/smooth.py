@@ -47,6 +47,13 @@ class Smooth:
     def needs_calibration(self, settings: SmoothSettings) -> bool:
         return True
 
+    def config_after(self, config: DecoderConfig, settings: SmoothSettings) -> DecoderConfig:
+        """The same shapes."""
+        return config
+
+    def exact(self, settings: SmoothSettings) -> bool:
+        return True
+
     def apply(self, model: Model, settings: SmoothSettings, build: Build) -> Model:
         """Raises RecipeError where matrices are packed already: smooth comes before quantization."""
         refuse_packed(model, self.name, "smooth+W8A8-g32")
