@@ -64,7 +64,8 @@ REPAIRS: dict[str, tuple[str, str]] = {  # scheme -> (the rung it repairs, what)
     "smooth+W4A8-g32-gptq": ("W4A8-g32", "both"),
     "W4A8-g32-gptq+tune40": ("W4A8-g32", "GPTQ, then 40 steps that train norms alone"),
 }
-_F16_TOKENS = 4_000  # torch computes f16 slowly on a CPU
+_F16_TOKENS = 3_000  # torch computes f16 slowly on a CPU
+_WINDOWS = 48  # of calibration text: enough to show what a repair does
 
 
 def measure_ladder(
@@ -72,7 +73,7 @@ def measure_ladder(
     data: Sequence[str | Path],
     *,
     context: int | None = None,
-    max_tokens: int = 20_000,
+    max_tokens: int = 12_000,
     prepare: Prepare = "none",
     prompt_tokens: int | None = None,
     output_tokens: int | None = None,
@@ -126,21 +127,36 @@ def _build(
     """Every scheme's model, and its rung with what building took. What does not fit is a failed rung."""
     built: dict[str, Model] = {}
     rungs: list[Rung] = []
+    calibration = texts.calibration[:_WINDOWS]
     for index, scheme in enumerate(schemes):
         repaired, what = REPAIRS.get(scheme, (None, PRECISIONS.get(scheme, "")))
         rung = Rung(name=scheme, what=what, repairs=repaired)
         tell(index, len(schemes), f"building {scheme}")
+        done, _, rest = scheme.rpartition("+")
+        begin, rest = (built[done], rest) if done in built else (model, scheme)
         try:
-            build = Build(calibration=texts.calibration, seed=seed, threads=threads)
+            build = Build(calibration=calibration, seed=seed, threads=threads, original=model)
             with BuildMeter() as meter:
-                built[scheme] = apply_recipe(model, scheme_to_recipe(scheme, seed=seed), build)
+                built[scheme] = apply_recipe(begin, scheme_to_recipe(rest, seed=seed), build)
         except RecipeError as error:
             if scheme == "f32":
                 raise
             rungs.append(rung.model_copy(update={"failed": str(error)}))
             continue
-        rungs.append(rung.model_copy(update={"measurements": meter.results()}))
+        spent = meter.results()
+        if begin is not model:
+            before = next(rung.measurements for rung in rungs if rung.name == done)
+            spent = {name: _sum(before[name], found) for name, found in spent.items()}
+        rungs.append(rung.model_copy(update={"measurements": spent}))
     return built, rungs
+
+
+def _sum(one: Measurement, other: Measurement) -> Measurement:
+    """Of two builds, one after the other; unavailable when either is."""
+    if one.value is None or other.value is None:
+        return one if one.value is None else other
+    low, high = zip(*(item.interval or (item.value, item.value) for item in (one, other)), strict=True)
+    return other.model_copy(update={"value": one.value + other.value, "ci95": (sum(low), sum(high))})
 
 
 def _reference(model: Model, texts: Texts, tokens: int, threads: int | None, folder: Path, tell: Step) -> Reference:
