@@ -50,6 +50,10 @@ def run_cascade(
     document: dict[str, object] = {}
     if asked.limits:
         record = _calibrate(asked, sampling, options)
+        if record is None:
+            if json:
+                console.print_json({"calibration": None})
+            raise typer.Exit(3)
         small, large, rule, code = record.small, record.large, record.rule, EXIT_CODES[outcome_of(record.verdicts)]
         document["calibration"] = record
         if not json:
@@ -66,7 +70,7 @@ def run_cascade(
     raise typer.Exit(code)
 
 
-def _calibrate(asked: Request, sampling: SamplingSettings, options: EngineOptions) -> CascadeRecord:
+def _calibrate(asked: Request, sampling: SamplingSettings, options: EngineOptions) -> CascadeRecord | None:
     from trilemma.cli import console
     from trilemma.core.environment import command_line
     from trilemma.core.errors import OutputError
@@ -89,7 +93,7 @@ def _calibrate(asked: Request, sampling: SamplingSettings, options: EngineOption
             f"much from those of {large}. Use the large model alone, a better small one, or a wider limit.",
             err=True,
         )
-        raise typer.Exit(3)
+        return None
     if asked.output is not None:
         record.write(asked.output, force=asked.force)
     return record

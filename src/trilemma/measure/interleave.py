@@ -40,6 +40,7 @@ def interleave(
     rounds: int = 15,
     time_limit_s: float = 30.0,
     progress: Progress | None = None,
+    what: str = "interleaved rounds",
 ) -> Rounds:
     """Run all cases in turn, again and again; who goes first rotates.
 
@@ -48,6 +49,7 @@ def interleave(
         threads: of the reference loop that watches the machine.
         rounds: after a discarded one.
         time_limit_s: no round begins after it, but three are always made.
+        progress: called with (rounds done, rounds, `what`).
     """
     names: Sequence[str] = list(cases)
     found = Rounds({name: {} for name in names})
@@ -65,6 +67,6 @@ def interleave(
                     found.samples[name].setdefault(quantity, []).append(seconds)
             loop.probe()
             if progress is not None:
-                progress(turn + 1, rounds, "interventions")
+                progress(turn + 1, rounds, what)
         found.noisy = loop.reason
     return found

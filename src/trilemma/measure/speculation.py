@@ -116,8 +116,7 @@ def measure_speculation(
 
     found = interleave(
         {"plain": plain, "speculative": speculative}, threads=engine.threads, rounds=rounds,
-        time_limit_s=time_limit_s,
-        progress=None if progress is None else lambda done, total, _: progress(done, total, "plain and speculative"),
+        time_limit_s=time_limit_s, progress=progress, what="plain and speculative",
     )  # fmt: skip
     tokens = sum(len(answer) for answer in answers.values())
     if not tokens:

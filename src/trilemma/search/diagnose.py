@@ -89,7 +89,14 @@ def diagnose(
             notes.append("MODEL in the commands is the checkpoint that the GGUF file was made from.")
         if progress is not None:
             progress(0, rounds, f"{len(plan)} interventions")
-        run = interleave(plan, threads=base.threads, rounds=rounds, time_limit_s=time_limit_s, progress=progress)
+        run = interleave(
+            plan,
+            threads=base.threads,
+            rounds=rounds,
+            time_limit_s=time_limit_s,
+            progress=progress,
+            what="interventions",
+        )
         reads = decode_bytes(opened.model, base.kv_cache, lengths.context)
         held = kv_bytes(opened.model.config, base.kv_cache, lengths.context)
         bandwidth = read_bandwidth(base.threads, reads).bytes_per_s
