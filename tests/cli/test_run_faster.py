@@ -99,7 +99,8 @@ def test_a_cascade_is_calibrated_kept_and_used(trilemma, hearth_path, small, tex
 
 def test_an_impossible_limit_ends_with_3(trilemma, hearth_path, small, texts_path, tmp_path):
     done = trilemma("run", "--cascade", f"{small},{hearth_path}", "--data", texts_path, "--limit", "agreement>=100%",
-                    "-o", tmp_path / "none.json", "--max-tokens", "8", "--prompts", "16", "--json", timeout=300)  # fmt: skip
+                    "-o", tmp_path / "none.json", "--max-tokens", "8", "--prompts", "16",
+                    "--json", timeout=300)  # fmt: skip
     assert done.returncode == 3, done.stderr
     assert "No threshold keeps agreement>=100%" in done.stderr
     assert json.loads(done.stdout) == {"calibration": None}
