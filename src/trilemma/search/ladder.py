@@ -155,8 +155,10 @@ def _sum(one: Measurement, other: Measurement) -> Measurement:
     """Of two builds, one after the other; unavailable when either is."""
     if one.value is None or other.value is None:
         return one if one.value is None else other
-    low, high = zip(*(item.interval or (item.value, item.value) for item in (one, other)), strict=True)
-    return other.model_copy(update={"value": one.value + other.value, "ci95": (sum(low), sum(high))})
+    ci95 = None
+    if one.ci95 is not None and other.ci95 is not None:
+        ci95 = (one.ci95[0] + other.ci95[0], one.ci95[1] + other.ci95[1])
+    return other.model_copy(update={"value": one.value + other.value, "ci95": ci95})
 
 
 def _reference(model: Model, texts: Texts, tokens: int, threads: int | None, folder: Path, tell: Step) -> Reference:
