@@ -40,12 +40,13 @@ from trilemma.techniques.cost_twin import cost_twin
 from trilemma.techniques.schemes import scheme_to_recipe
 
 FAMILIES: dict[str, tuple[str, ...]] = {
-    "experts, a quarter shared": tuple(f"experts8x{active}" for active in (7, 6, 5, 4, 3, 2)),
-    "experts, half shared": tuple(f"experts8x{active}-s50" for active in (6, 4, 2)),
-    "FFN channels removed": ("ffn12", "ffn25", "ffn38", "ffn50"),
-    "layers removed": ("layers17", "layers33"),
+    "experts, ¼ shared": tuple(f"experts8x{active}" for active in (7, 6, 5, 4, 3, 2, 1)),
+    "experts, ½ shared": tuple(f"experts8x{active}-s50" for active in (6, 4, 2)),
+    "narrower FFN": ("ffn12", "ffn25", "ffn38", "ffn50"),
+    "fewer layers": ("layers17", "layers33"),
+    "narrower, then experts": ("ffn25+experts8x4",),
 }
-EXPERTS, PRUNED = "experts, a quarter shared", "FFN channels removed"
+EXPERTS, PRUNED = "experts, ¼ shared", "narrower FFN"
 TWINS = ("experts8x4", "experts8x2")  # beside each, channels removed until as many run
 
 
@@ -81,7 +82,7 @@ def main(
     dense = rows.pop(storage)
     lines = [quality_line(name, rows[name], dense, result, built[name]) for name in built if name != storage]
     print_quality(lines, dense, result)
-    equal = equal_quality(rows, dense) + equal_time(rows, dense)
+    equal = equal_quality(rows, dense) + equal_time(rows, dense) + equal_reads(lines, dense, built[storage])
     for line in equal:
         print(f"- {line['words']}")
     lines += equal
@@ -217,6 +218,7 @@ def equal_time(rows: dict[str, CompareRow], dense: CompareRow) -> list[dict[str,
     for name in FAMILIES[PRUNED]:
         own = times_of(rows[name], "tpot_s")
         if np.median(own) < np.median(times, axis=1).min():
+            found.append({"equal": "time", "version": name, "words": f"No experts are as fast as `{name}`."})
             continue
         ratios = []
         for repetition, seconds in enumerate(own):
@@ -225,6 +227,21 @@ def equal_time(rows: dict[str, CompareRow], dense: CompareRow) -> list[dict[str,
             ratios.append(kl / value_of(rows[name], "kl_mean"))
         line: dict[str, Any] = {"equal": "time", "version": name, "kl_mean": triple(median_interval(ratios))}
         line["words"] = f"At the time of `{name}` experts have {share(line['kl_mean'])} of its KL."
+        found.append(line)
+    return found
+
+
+def equal_reads(lines: Sequence[dict[str, Any]], dense: CompareRow, path: Path) -> list[dict[str, Any]]:
+    """KL of experts where a token reads as many bytes as of each pruned version: what a memory-bound device sees."""
+    by_name = {line["version"]: line for line in lines}
+    points = sorted((by_name[name]["read_bytes"], math.log(by_name[name]["kl_mean"])) for name in FAMILIES[EXPERTS])
+    points.append((max(points[-1][0] + 1, read_bytes(path)), math.log(value_of(dense, "kl_mean"))))
+    found = []
+    for name in FAMILIES[PRUNED]:
+        own = by_name[name]
+        kl = math.exp(float(np.interp(own["read_bytes"], [reads for reads, _ in points], [log for _, log in points])))
+        line: dict[str, Any] = {"equal": "read_bytes", "version": name, "kl_mean": (kl / own["kl_mean"], None, None)}
+        line["words"] = f"Where a token reads as much as of `{name}` experts have {share(line['kl_mean'])} of its KL."
         found.append(line)
     return found
 
@@ -287,7 +304,7 @@ def picture(rows: dict[str, CompareRow], dense: CompareRow) -> str:
     by_time, by_memory = [], []
     for family, names in FAMILIES.items():
         time_points, memory_points = [], []
-        for name in reversed(names):
+        for name in names:
             row = rows[name]
             kl, ci95 = value_of(row, "kl_mean"), row.measurements["kl_mean"].ci95
             ratio = paired_ratio(dense.measurements["tpot_s"].samples, row.measurements["tpot_s"].samples)
