@@ -16,7 +16,7 @@ from torch.nn import functional
 
 _ROUNDS = 10  # of k-means; memberships stand still earlier
 _CLUSTER_TOKENS = 2_048  # that channels are compared on; 8,192 were no better beyond what the seed changes
-_FIT_STEPS = 30  # 80 were no better on other text
+_FIT_STEPS = 30  # 80 were no better on held-out documents
 
 
 @dataclass(frozen=True)
