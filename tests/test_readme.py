@@ -5,12 +5,22 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from trilemma.model.checkpoint import write_checkpoint
+
 CHEAP = {"optimize": ["--time", "40s"], "bench": ["--repetitions", "1"], "compare": ["--max-tokens", "4000"]}
+QUICK = {
+    "optimize": {"--time": "15s"},
+    "distill": {"--time": "10s"},
+    "compare": {"--max-tokens": "3000", "--repetitions": "2"},
+    "eval": {"--max-tokens": "3000"},
+    "bench": {"--repetitions": "1"},
+}
 OUTCOMES = {"optimize": {0, 3, 4}, "check": {0, 3, 4}}
 
 
@@ -41,6 +51,49 @@ def test_commands_run_in_order(readme, place):
         command = [sys.executable, "-m", "trilemma", name, *arguments, *CHEAP.get(name, [])]
         done = subprocess.run(command, capture_output=True, text=True, cwd=place, timeout=200)
         assert done.returncode in OUTCOMES.get(name, {0}), f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+@pytest.fixture(scope="module")
+def tiny_place(repository, tiny_model, tmp_path_factory):
+    """The same folder with a tiny random model where the shipped one lies: its tokenizer, 2 layers of 64."""
+    folder = tmp_path_factory.mktemp("questions")
+    (folder / "out").mkdir()
+    for name in ("texts", "shapes", "scenarios"):
+        (folder / "examples" / name).parent.mkdir(exist_ok=True)
+        (folder / "examples" / name).symlink_to(repository / "examples" / name)
+    shipped = repository / "examples" / "models" / "hearth-7m"
+    model = tiny_model(dim=64, layers=4, heads=4, kv_heads=4, head_dim=16, ffn=384, vocab=8192, context=512)
+    tiny = folder / "examples" / "models" / "hearth-7m"
+    write_checkpoint(model, tiny, dtype="bf16")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(shipped / name, tiny / name)
+    return folder
+
+
+def questions(text: str) -> list[list[str]]:
+    """The commands of each row of the table of questions."""
+    table = text.partition("## Questions")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2] for line in table.splitlines() if line.startswith("| ") and "trilemma" in line]
+    return [re.findall(r"`(trilemma [^`]+)`", row) for row in rows]
+
+
+def test_every_question_has_a_command_that_runs(readme, tiny_place):
+    rows = questions(readme)
+    assert len(rows) >= 13
+    assert all(rows)
+    first = "trilemma compress examples/models/hearth-7m -o out/hearth-w8 --scheme W8A8-g32"
+    assert first in readme
+    for line in [first, *(command for row in rows for command in row)]:
+        name, *arguments = shlex.split(line)[1:]
+        for option, value in QUICK.get(name, {}).items():
+            if option in arguments:
+                del arguments[arguments.index(option) : arguments.index(option) + 2]
+            arguments += [option, value]
+        command = [sys.executable, "-m", "trilemma", name, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tiny_place, timeout=200)
+        accepted = {0, 3, 4} if "--limit" in arguments else {0}
+        assert done.returncode in accepted, f"{line}\n{done.stdout}\n{done.stderr}"
+        assert done.stdout.strip(), line
 
 
 def test_python_runs(readme, place):
