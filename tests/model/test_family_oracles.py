@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family_cases import BASE, CASES
 
+from family_cases import BASE, CASES
 from trilemma.model.checkpoint import read_checkpoint, write_checkpoint
 from trilemma.model.decoder import Decoder
 
