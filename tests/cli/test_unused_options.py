@@ -22,7 +22,7 @@ from trilemma.core.errors import InputError
         (["inspect", "m", "--diagnose", "--plot", "a.svg"], "--plot has no meaning without --waterfall"),
         (["inspect", "m", "--device", "phone", "--prompt", "9"], "--prompt has no meaning without --diagnose or"),
         (["inspect", "m", "--device", "phone", "--diagnose"], "--device and --diagnose are different questions"),
-        (["compare", "m", "m", "--plot", "a.svg"], "--plot has no meaning without --ladder"),
+        (["compare", "m", "m", "--plot", "a.svg"], "give text with --data"),
         (["compare", "m", "--ladder", "--kv", "int8"], "Leave --kv, --isa and --runtime out"),
     ],
 )

@@ -12,6 +12,8 @@ from trilemma.core.errors import OutputError
 from trilemma.report.dot_chart import Dot, dot_chart
 from trilemma.report.plot import Axis, Chart, Mark, Point, Series, _spread, chart_row, line_chart, write_plot
 from trilemma.report.scale import Scale
+from trilemma.report.triangle import Version
+from trilemma.report.versions_chart import versions_chart
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -120,3 +122,12 @@ def test_a_plot_replaces_plots_only(tmp_path):
         with pytest.raises(OutputError):
             write_plot(bad, svg)
     assert (tmp_path / "b.svg").read_text() == "my notes"
+
+
+def test_versions_stand_over_memory_and_over_time():
+    versions = [Version("small", 4e6, 1e-4, 0.02), Version("large", 7e6, 2e-4, 0.0004), Version("same", 9e6, 3e-4, 0.0)]
+    svg = versions_chart(versions, title="two", reference=(1.4e7, 3e-4))
+    assert svg.count(">small<") == svg.count(">large<") == svg.count(">original<") == 2
+    assert ">same<" not in svg
+    with pytest.raises(ValueError, match="no version"):
+        versions_chart(versions[2:], title="none")

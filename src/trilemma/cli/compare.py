@@ -11,7 +11,7 @@ from trilemma.cli import options
 from trilemma.core.errors import InputError
 
 if TYPE_CHECKING:
-    from trilemma.measure.results import CompareRow
+    from trilemma.measure.results import CompareResult, CompareRow
 
 METRICS = (
     "weights_bytes", "engine_memory_bytes", "ttft_s", "tpot_s", "energy_j_per_output_token", "perplexity",
@@ -39,12 +39,12 @@ def compare(
         typer.Option("--ladder", help="One model in every precision: costs, instabilities, repairs and their price."),
     ] = False,
     plot: Annotated[
-        Path | None, typer.Option("--plot", help="With --ladder: a triangle for each precision, as FILE.svg.")
+        Path | None,
+        typer.Option("--plot", help="KL over memory and over time as FILE.svg; with --ladder a triangle each."),
     ] = None,
     json: options.Json = False,
 ) -> None:
     """Compare models on the same text and machine, interleaved and paired; the first is the reference."""
-    options.refuse_unused({"--ladder": ladder}, {("--ladder",): {"--plot": plot}})
     if ladder and (kv or isa or runtime != "native"):
         raise InputError("The ladder opens every engine in its own way. Leave --kv, --isa and --runtime out.")
     if ladder:
@@ -58,14 +58,20 @@ def compare(
     from trilemma.cli import console
     from trilemma.cli.evaluate import by_domain
     from trilemma.measure.compare import compare as measure
+    from trilemma.report.plot import check_plot_path, write_plot
     from trilemma.runtime.engine import EngineOptions
 
+    check_plot_path(plot)
+    if plot is not None and not data:
+        raise InputError("--plot draws quality over cost: give text with --data.")
     with console.progress("compare") as update:
         result = measure(
             models, by_domain(data) if data else None, context=context, max_tokens=max_tokens, prepare=prepare,
             prompt_tokens=prompt, output_tokens=output, repetitions=repetitions, runtime=runtime,
             options=EngineOptions(threads=threads, kv_cache=kv, isa=isa), progress=update,
         )  # fmt: skip
+    if plot is not None:
+        write_plot(plot, _plot(result))
     if json:
         console.print_json(result)
         return
@@ -75,6 +81,23 @@ def compare(
     console.table("The first is the reference; x is paired to it", ["metric", *(row.name for row in result.rows)], rows)
     for note in result.notes:
         typer.echo(note)
+
+
+def _plot(result: CompareResult) -> str:
+    """All but the reference, which has no divergence from itself."""
+    from trilemma.report.triangle import Version
+    from trilemma.report.versions_chart import versions_chart
+
+    def value(row: CompareRow, metric: str) -> float:
+        return row.measurements[metric].value or 0.0
+
+    versions = [
+        Version(row.name, value(row, "weights_bytes"), value(row, "tpot_s"), value(row, "kl_mean"))
+        for row in result.rows[1:]
+    ]
+    first = result.rows[0]
+    marks = (value(first, "weights_bytes"), value(first, "tpot_s"))
+    return versions_chart(versions, title=f"What each version loses, beside {first.name}", reference=marks)
 
 
 def _cell(row: CompareRow, metric: str) -> str:
