@@ -105,14 +105,18 @@ def test_the_last_zeros_update_is_the_exact_least_squares_one(random_generator):
 
 
 def test_the_update_makes_the_error_less(random_generator):
-    few = torch.from_numpy(random_generator.standard_normal((300, 8)))  # inputs that say much about each other
-    x = few @ torch.from_numpy(random_generator.standard_normal((8, 30)))
-    x += 0.3 * torch.from_numpy(random_generator.standard_normal(x.shape))
-    weight = torch.from_numpy(random_generator.standard_normal((40, 30)))
-    mask = lowest_per_row(weight.abs() * x.norm(dim=0), 0.5)
-    plain, updated = weight.masked_fill(mask, 0), remaining_weights(weight, 2 * x.T @ x, mask)
-    assert not updated[mask].any()
-    assert (x @ (updated - weight).T).norm() < 0.8 * (x @ (plain - weight).T).norm()
+    ratios = []
+    for _ in range(8):
+        few = torch.from_numpy(random_generator.standard_normal((300, 8)))  # inputs that say much about each other
+        x = few @ torch.from_numpy(random_generator.standard_normal((8, 30)))
+        x += 0.3 * torch.from_numpy(random_generator.standard_normal(x.shape))
+        weight = torch.from_numpy(random_generator.standard_normal((40, 30)))
+        mask = lowest_per_row(weight.abs() * x.norm(dim=0), 0.5)
+        plain, updated = weight.masked_fill(mask, 0), remaining_weights(weight, 2 * x.T @ x, mask)
+        assert not updated[mask].any()
+        ratios.append(float((x @ (updated - weight).T).norm() / (x @ (plain - weight).T).norm()))
+    assert max(ratios) < 1
+    assert sum(ratios) / len(ratios) < 0.85
 
 
 def test_wanda_calibrates_on_pruned_predecessors(tiny_model, random_generator):

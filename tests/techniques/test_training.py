@@ -194,7 +194,7 @@ def test_a_signal_stops_cleanly_with_a_checkpoint(tmp_path, number):
 
 def test_a_second_interrupt_stops_at_once(tmp_path):
     def impatient(module, batch):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         return next_token_loss(module, batch)
 
     with pytest.raises(KeyboardInterrupt):
