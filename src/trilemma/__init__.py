@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from trilemma.runtime.speculative import open_speculative
     from trilemma.runtime.text_model import TextModel
     from trilemma.runtime.text_model import open_text_model as open
-    from trilemma.search.advise import advise
     from trilemma.search.cascade import calibrate_cascade
     from trilemma.search.check import check
     from trilemma.search.diagnose import diagnose
     from trilemma.search.ladder import measure_ladder as ladder
+    from trilemma.search.strategies.advise import advise
     from trilemma.search.waterfall import waterfall
 
 _WHERE = {
@@ -40,7 +40,7 @@ _WHERE = {
     "TextModel": "runtime.text_model",
     "TrilemmaError": "core.errors",
     "Verdict": "core.verdict",
-    "advise": "search.advise",
+    "advise": "search.strategies.advise",
     "bench": "api",
     "bench_batches": "api",
     "bench_contexts": "api",

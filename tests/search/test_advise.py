@@ -12,9 +12,9 @@ import yaml
 
 from trilemma.core.device import load_device
 from trilemma.core.errors import InputError
-from trilemma.search import advise_costs as costs
-from trilemma.search.advise import advise, assess_all, winner
-from trilemma.search.advise_scenario import (
+from trilemma.search.strategies import costs
+from trilemma.search.strategies.advise import advise, assess_all, winner
+from trilemma.search.strategies.scenario import (
     BatchStep,
     Network,
     Remote,
@@ -24,7 +24,7 @@ from trilemma.search.advise_scenario import (
     numbers,
     read_scenario,
 )
-from trilemma.search.advise_sensitivity import readable, with_number
+from trilemma.search.strategies.sensitivity import readable, with_number
 
 SCENARIOS = Path(__file__).resolve().parents[2] / "examples" / "scenarios"
 WINNERS = {
@@ -272,7 +272,7 @@ def test_a_profile_that_was_edited_is_read_anew(tmp_path, shapes_path):
 def test_every_field_has_help():
     from pydantic import BaseModel
 
-    from trilemma.search import advise_scenario
+    from trilemma.search.strategies import scenario as advise_scenario
 
     for record in vars(advise_scenario).values():
         if isinstance(record, type) and issubclass(record, BaseModel) and record.__module__ == advise_scenario.__name__:

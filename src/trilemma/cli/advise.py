@@ -24,13 +24,13 @@ def advise(
     """Rank strategies (on the device, on a server, remote, cascade) for a scenario, with what would change it."""
     from trilemma.cli import console
     from trilemma.report.plot import check_plot_path, write_plot
-    from trilemma.search.advise import advise as weigh
+    from trilemma.search.strategies.advise import advise as weigh
 
     check_plot_path(plot)
     found = weigh(scenario)
     if plot is not None:
         from trilemma.report.advice import cost_plot
-        from trilemma.search.advise_curve import cost_by_requests
+        from trilemma.search.strategies.curve import cost_by_requests
 
         write_plot(plot, cost_plot(found, cost_by_requests(scenario)))
     if json:

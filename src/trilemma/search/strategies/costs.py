@@ -22,8 +22,8 @@ from trilemma.core.recipe import explain
 from trilemma.formats.artifact import load_any
 from trilemma.measure.device_model import Demand, forecast
 from trilemma.model.model import Model
-from trilemma.search.advise_scenario import Candidate, DeviceShare, Network, Remote, Scenario, Serving, Workload
 from trilemma.search.forecast import AS_IT_IS, demand_of, form_of
+from trilemma.search.strategies.scenario import Candidate, DeviceShare, Network, Remote, Scenario, Serving, Workload
 
 HOURS_PER_MONTH = 730.5
 DAYS_PER_MONTH = 30.44

@@ -2,8 +2,8 @@
 
     scenario -> strategies -> figures and broken constraints -> ranking -> what would change it
 
-Costs and times are arithmetic (`advise_costs.py`); qualities are the scenario's own. The order is
-`advise_rank.py`; what would change the winner is found by trying (`advise_sensitivity.py`).
+Costs and times are arithmetic (`costs.py`); qualities are the scenario's own. The order is
+`rank.py`; what would change the winner is found by trying (`sensitivity.py`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from trilemma.core.advice import Advice, Failure, Strategy, Swap
 from trilemma.core.quantity import format_percent, format_quantity, significant
-from trilemma.search import advise_costs as costs
-from trilemma.search.advise_costs import Fleet, OnDevice, Times
-from trilemma.search.advise_rank import explain_ranking, rank
-from trilemma.search.advise_scenario import Candidate, Cascade, Scenario, read_scenario
+from trilemma.search.strategies import costs
+from trilemma.search.strategies.costs import Fleet, OnDevice, Times
+from trilemma.search.strategies.rank import explain_ranking, rank
+from trilemma.search.strategies.scenario import Candidate, Cascade, Scenario, read_scenario
 
 
 def advise(scenario: Scenario | str | Path, *, sensitivity: bool = True) -> Advice:
@@ -25,7 +25,7 @@ def advise(scenario: Scenario | str | Path, *, sensitivity: bool = True) -> Advi
     Raises:
         InputError: a scenario, device or model that can not be used.
     """
-    from trilemma.search.advise_sensitivity import find_swaps
+    from trilemma.search.strategies.sensitivity import find_swaps
 
     costs.forget_files()
     given = scenario if isinstance(scenario, Scenario) else read_scenario(scenario)

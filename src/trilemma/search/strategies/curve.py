@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trilemma.search.advise import assess_all
-from trilemma.search.advise_scenario import Scenario, read_scenario
+from trilemma.search.strategies.advise import assess_all
+from trilemma.search.strategies.scenario import Scenario, read_scenario
 
 _HALVINGS = 6  # each way from the scenario's own rate, in steps of two
 _STEPS = 4

@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from trilemma.core.advice import Swap
 from trilemma.core.errors import InputError
-from trilemma.search.advise import winner
-from trilemma.search.advise_scenario import Preference, Reach, Scenario, numbers
+from trilemma.search.strategies.advise import winner
+from trilemma.search.strategies.scenario import Preference, Reach, Scenario, numbers
 
 FACTORS = (1.05, 1.1, 1.25, 1.5, 2, 3, 4, 6, *(2.0**power for power in range(3, 11)))
 _STEPS = 40

@@ -10,7 +10,7 @@ import math
 
 from trilemma.core.advice import Strategy
 from trilemma.core.quantity import format_percent, format_quantity, significant
-from trilemma.search.advise_scenario import Preference, Scenario
+from trilemma.search.strategies.scenario import Preference, Scenario
 
 CRITERIA: tuple[Preference, ...] = ("cost", "quality", "speed", "battery", "effort")
 
