@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trilemma.runtime.text_model import open_text_model as open
     from trilemma.search.cascade import calibrate_cascade
     from trilemma.search.check import check
-    from trilemma.search.diagnose import diagnose
+    from trilemma.search.diagnosis.diagnose import diagnose
     from trilemma.search.ladder import measure_ladder as ladder
     from trilemma.search.strategies.advise import advise
     from trilemma.search.waterfall import waterfall
@@ -48,7 +48,7 @@ _WHERE = {
     "check": "search.check",
     "compare": "measure.compare",
     "compress": "api",
-    "diagnose": "search.diagnose",
+    "diagnose": "search.diagnosis.diagnose",
     "distill": "api",
     "evaluate": "measure.evaluate",
     "export_model": "api",

@@ -12,9 +12,17 @@ from trilemma.formats.artifact import weights_bytes
 from trilemma.measure.compute_ceiling import compute_rate
 from trilemma.measure.interleave import Rounds, interleave
 from trilemma.runtime.draft_length import expected_tokens
-from trilemma.search.deployed import Deployed, hollow, narrower, nearest_format, open_deployed, restructured, shallower
-from trilemma.search.diagnose import BATCH, diagnose, judge_phase
-from trilemma.search.remedies import break_even
+from trilemma.search.diagnosis.deployed import (
+    Deployed,
+    hollow,
+    narrower,
+    nearest_format,
+    open_deployed,
+    restructured,
+    shallower,
+)
+from trilemma.search.diagnosis.diagnose import BATCH, diagnose, judge_phase
+from trilemma.search.diagnosis.remedies import break_even
 
 LEAST = {"memory": 1e-4, "compute": 1e-4}
 

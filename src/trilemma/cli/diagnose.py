@@ -31,7 +31,7 @@ def diagnose(
 ) -> None:
     """Measure, test and print; `inspect` hands its options over."""
     from trilemma.cli import console
-    from trilemma.search.diagnose import diagnose as measure
+    from trilemma.search.diagnosis.diagnose import diagnose as measure
 
     with console.progress("diagnose") as update:
         found = measure(

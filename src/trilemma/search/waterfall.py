@@ -32,7 +32,7 @@ from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import Engine, EngineOptions, KvCache
-from trilemma.search.deployed import open_deployed
+from trilemma.search.diagnosis.deployed import open_deployed
 from trilemma.search.texts import Texts, read_texts
 from trilemma.techniques.apply import apply_recipe, check_recipe, needs_calibration
 from trilemma.techniques.cost_twin import cost_twin

@@ -31,9 +31,9 @@ from trilemma.model.cost import describe, kv_bytes, macs_per_token, matrix_macs_
 from trilemma.model.model import Model
 from trilemma.runtime.engine import EngineOptions, KvCache
 from trilemma.runtime.native import NativeEngine
-from trilemma.search import diagnose_cases as cases
-from trilemma.search.deployed import Deployed, hollow, open_deployed, restructured
-from trilemma.search.remedies import Measured, candidates, find_remedies
+from trilemma.search.diagnosis import cases
+from trilemma.search.diagnosis.deployed import Deployed, hollow, open_deployed, restructured
+from trilemma.search.diagnosis.remedies import Measured, candidates, find_remedies
 
 MEMORY_SHARE = 0.5  # of the machine's memory that the model and its twins may fill together
 BATCH = 4

@@ -23,7 +23,7 @@ from trilemma.model.cost import kv_bytes, macs_per_token
 from trilemma.model.model import Model
 from trilemma.runtime.draft_length import expected_tokens
 from trilemma.runtime.engine import KvCache
-from trilemma.search.deployed import Deployed, narrower, restructured, shallower, weight_bits
+from trilemma.search.diagnosis.deployed import Deployed, narrower, restructured, shallower, weight_bits
 from trilemma.techniques.cost_twin import cost_twin
 from trilemma.techniques.schemes import scheme_to_recipe
 
