@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -121,7 +122,11 @@ def compress(
         prepare: 'book' or 'none', see `data.read_documents`; a recipe that says how is followed.
         force: replace an artifact that is there already.
 
+    A step that trains keeps its checkpoint in `<output>.work` until the artifact is written: when it is stopped, the
+    same call goes on from there.
+
     Raises:
+        StoppedError: the user stopped a step that trains.
         RecipeError: neither or both of scheme and recipe, or one that can not be used.
         OutputError: the output is taken or can not be written.
         DataError: the texts can not be used.
@@ -133,8 +138,10 @@ def compress(
     if calibration is None and data and needs_calibration(chosen, opened.config):
         calibration, record = read_calibration(opened, data, chosen.seed, record=chosen.calibration, prepare=prepare)
         chosen = chosen.model_copy(update={"calibration": record})
-    build = Build(calibration=calibration, seed=chosen.seed, threads=threads, progress=progress)
+    work = Path(output).with_name(Path(output).name + ".work")
+    build = Build(calibration=calibration, seed=chosen.seed, threads=threads, work=work, progress=progress)
     made = build_artifact(opened, chosen, output, build)
+    shutil.rmtree(work, ignore_errors=True)
     return CompressResult(
         path=str(output), recipe=chosen, weights_bytes=weights_bytes(made),
         original_weights_bytes=weights_bytes(opened), seconds=time.monotonic() - start,

@@ -23,6 +23,7 @@ from trilemma.model.decoder import Decoder, canonical_tensors
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.techniques.distill.losses import Divergence
 from trilemma.techniques.distill.objective import DistillationLoss
+from trilemma.techniques.distill.rounding import round_straight_through
 from trilemma.techniques.distill.teacher import KeptTeacher, Teacher, TorchTeacher, WholeTeacher, decoder_identity
 from trilemma.techniques.distill.windows import WindowBatches, pieces
 from trilemma.techniques.stored import refuse_packed, store_like
@@ -87,7 +88,7 @@ class Lesson:
     """One student before its teacher: the parts that training and the timing of a few steps share.
 
     Args:
-        student, original: of one vocabulary; the student's matrices are floating point.
+        student, original: of one vocabulary; the student's matrices are floating point where all weights learn.
         settings: how it learns. build: text, seed, threads, device, work folder, progress.
         held_out: windows (n, context) for the validation curve, never trained on; None draws none.
         teacher: asked instead of the original's torch module, for example an engine's logits.
@@ -111,13 +112,15 @@ class Lesson:
                 "one can learn from the other only with the same tokenizer."
             )
         for name in student:
-            if student.format_of(name) not in _PLAIN:
+            if settings.trained == "all" and student.format_of(name) not in _PLAIN:
                 raise RecipeError(f"'{name}' is stored as {student.format_of(name)}. Heal before you quantize.")
         self.student, self.original, self.settings, self.build = student, original, settings, build
         self.batches = WindowBatches(pieces(build.calibration, settings.context), settings.batch_size, build.seed)
         self.decoder = Decoder.from_model(student)
         for parameter in self.decoder.parameters():
             parameter.requires_grad_(settings.trained == "all" or parameter.ndim == 1)
+        if settings.trained == "vectors":  # the matrices stay as they are, so they may run with rounded inputs
+            round_straight_through(self.decoder, student)
         self._held_out = None if held_out is None else pieces(held_out, settings.context)
         self._teacher = teacher
         self.result: TrainingResult | None = None
@@ -172,7 +175,9 @@ class Lesson:
             again = "The same command goes on from there." if self.build.work else "Nothing was kept."
             raise StoppedError(f"Stopped at step {result.step} of {self.settings.steps}. {again}")
         learned: dict[str, Float32 | StoredMatrix] = {
-            name: store_like(self.student, name, values) for name, values in canonical_tensors(self.decoder)
+            name: store_like(self.student, name, values)
+            for name, values in canonical_tensors(self.decoder)
+            if self.settings.trained == "all" or values.ndim == 1
         }
         return self.student.with_tensors(learned)
 

@@ -10,20 +10,12 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from pydantic import Field
-from torch import Tensor, nn
 
-from trilemma.core.errors import RecipeError
 from trilemma.model.config import DecoderConfig
-from trilemma.model.decoder import Decoder
-from trilemma.model.model import Activation, Float32, Model, StoredMatrix
-from trilemma.techniques.calibration import round_activations
-from trilemma.techniques.distill.objective import DistillationLoss
-from trilemma.techniques.distill.teacher import TorchTeacher
-from trilemma.techniques.distill.windows import WindowBatches
-from trilemma.techniques.technique import Build, TechniqueSettings, report
-from trilemma.techniques.training import Progress, TrainingSettings, train
+from trilemma.model.model import Model
+from trilemma.techniques.distill.heal import HealSettings, Lesson
+from trilemma.techniques.technique import Build, TechniqueSettings
 
 
 class TuneNormsSettings(TechniqueSettings):
@@ -56,58 +48,6 @@ class TuneNorms:
         return True
 
     def apply(self, model: Model, settings: TuneNormsSettings, build: Build) -> Model:
-        """Raises RecipeError without calibration windows or an original of the same vocabulary."""
-        if build.calibration is None or not build.calibration.size:
-            raise RecipeError("Tuning needs calibration text. Give some with --data (or `data=`).")
-        original = build.original or model
-        if original.config.vocab_size != model.config.vocab_size:
-            raise RecipeError("The original has another vocabulary; the model can not learn from its answers.")
-        student = Decoder.from_model(model)
-        vectors = {name: p for name, p in student.named_parameters() if p.ndim == 1}
-        student.requires_grad_(False)
-        for parameter in vectors.values():
-            parameter.requires_grad_(True)
-        round_straight_through(student, model)
-        windows = build.calibration[:, : settings.context]
-        batches = WindowBatches(windows, settings.batch_size, build.seed)
-        how = TrainingSettings.model_validate({
-            "steps": settings.steps, "batch_size": batches.batch_size, "context": windows.shape[1],
-            "learning_rate": settings.learning_rate, "weight_decay": 0.0, "warmup_fraction": 0.1, "seed": build.seed,
-            "threads": build.threads, "device": build.device, "checkpoint_every": 0, "eval_every": 0,
-        })  # fmt: skip
-
-        def tell(state: Progress) -> None:
-            report(build, state.step, state.steps, f"tuning norms, loss {state.loss:.4g}")
-
-        teacher = TorchTeacher(Decoder.from_model(original).to(build.device))
-        result = train(student, batches, DistillationLoss(teacher), how, progress=tell)
-        if result.finish == "interrupted":
-            raise KeyboardInterrupt
-        tuned: dict[str, Float32 | StoredMatrix] = {
-            name: parameter.detach().cpu().numpy().copy() for name, parameter in vectors.items()
-        }
-        return model.with_tensors(tuned)
-
-
-def round_straight_through(decoder: Decoder, model: Model) -> None:
-    """Let every product see its input rounded as `model` says; gradients pass as if it were not."""
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.Linear):
-            _hook_input(module, model.linear(f"{name}.weight").activation)
-    if decoder.head is None:  # the final norm's only reader is then the tied head
-        activation = model.linear("embedding.weight").activation
-        decoder.final_norm.register_forward_hook(lambda _, __, output: _rounded(output, activation))
-
-
-def _hook_input(module: nn.Linear, activation: Activation) -> None:
-    if activation != "f32":
-        module.register_forward_pre_hook(lambda _, args: (_rounded(args[0], activation),))
-
-
-def _rounded(x: Tensor, activation: Activation) -> Tensor:
-    if activation == "f32":
-        return x
-    with torch.no_grad():
-        target = round_activations(x) if activation == "int8-g32" else x.to(torch.bfloat16).to(x.dtype)
-        shift = target - x
-    return x + shift
+        """Raises RecipeError without calibration windows or with an original of another vocabulary."""
+        how = HealSettings.model_validate(settings.model_dump() | {"optimizer": "adamw", "trained": "vectors"})
+        return Lesson(model, build.original or model, how, build).learn(self.name)
