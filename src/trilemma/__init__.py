@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trilemma.api import bench, bench_batches, bench_contexts, compress, distill, export_model, inspect, optimize
+    from trilemma.api import bench, bench_batches, bench_contexts, compress, export_model, inspect, optimize
     from trilemma.core.errors import TrilemmaError
     from trilemma.core.limit import Limit
     from trilemma.core.measurement import Measurement
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from trilemma.search.cascade import calibrate_cascade
     from trilemma.search.check import check
     from trilemma.search.diagnosis.diagnose import diagnose
+    from trilemma.search.distillation import distill
     from trilemma.search.ladder import measure_ladder as ladder
     from trilemma.search.strategies.advise import advise
     from trilemma.search.waterfall import waterfall
@@ -49,7 +50,7 @@ _WHERE = {
     "compare": "measure.compare",
     "compress": "api",
     "diagnose": "search.diagnosis.diagnose",
-    "distill": "api",
+    "distill": "search.distillation",
     "evaluate": "measure.evaluate",
     "export_model": "api",
     "inspect": "api",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from trilemma.model.cost import Inspection
     from trilemma.model.model import Model
     from trilemma.runtime.engine import EngineOptions
-    from trilemma.search.distillation import DistillReport
     from trilemma.search.progress import Progress
     from trilemma.search.result import OptimizeResult
     from trilemma.techniques.apply import CompressResult
@@ -293,49 +292,6 @@ def compress(
     original = load_any(model) if isinstance(model, str | Path) else model
     repaid = time_payback(original, read_artifact(Path(output)), done.build, threads=threads)
     return done.model_copy(update={"payback": repaid})
-
-
-def distill(
-    teacher: Model | str | Path,
-    output: str | Path,
-    *,
-    data: str | Path | Sequence[str | Path],
-    shrink: float = 0.5,
-    layers: int | None = None,
-    time: str | float = "10m",
-    settings: dict[str, Any] | None = None,
-    prepare: Literal["none", "book"] = "none",
-    seed: int = 0,
-    threads: int | None = None,
-    force: bool = False,
-    progress: Callable[[int, int, str], None] | None = None,
-) -> DistillReport:
-    """Cut a student out of a teacher and train it on the teacher's answers.
-
-    A stopped run goes on when it is called again with the same arguments.
-
-    Args:
-        teacher: a checkpoint, an artifact with floating-point weights, or a hub id; it stays as it is.
-        output: folder of the student, an artifact that everything else takes.
-        data: text files; a twentieth of the documents is held out and measured on.
-        shrink: share of the weights inside layers that goes.
-        layers: how many layers stay; all by default.
-        time: for cutting and training together, the teacher's part included.
-        settings: of the technique `distill`, over its defaults; with `steps` the time decides nothing.
-
-    Returns:
-        What was cut, the recipe, what building took, the learning curve, and quality before and after.
-
-    Raises:
-        InputError: a model, text, time or setting that can not be used; nothing is written then.
-        StoppedError: the user stopped it; what was done is kept.
-    """
-    from trilemma.search.distillation import distill as run
-
-    return run(
-        teacher, output, data=data, shrink=shrink, layers=layers, time=time, settings=settings, prepare=prepare,
-        seed=seed, threads=threads, force=force, progress=progress,
-    )  # fmt: skip
 
 
 def export_model(

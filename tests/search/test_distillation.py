@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from trilemma.api import compress, distill
+from trilemma import compress, distill
 from trilemma.cli.distill import curve_plot, read_share
 from trilemma.core.errors import CheckpointError, DataError, InputError, OutputError, RecipeError, StoppedError
 from trilemma.data.documents import Document

@@ -105,3 +105,10 @@ def test_a_repair_is_called_so_only_when_the_intervals_part():
 def test_random_weights_are_refused(shapes_path, texts_path):
     with pytest.raises(InputError, match="real weights"):
         measure_ladder(shapes_path / "SmolLM2-135M" / "config.json", [texts_path])
+
+
+def test_rungs_that_do_not_fit_in_memory_are_refused_before_any_work(tiny_folder, texts_path, monkeypatch):
+    monkeypatch.setattr("trilemma.search.ladder.total_memory_bytes", lambda: 1_000_000)
+    monkeypatch.setattr("trilemma.search.ladder.apply_recipe", lambda *_: pytest.fail("work was begun"))
+    with pytest.raises(InputError, match="12 rungs side by side need about"):
+        measure_ladder(tiny_folder, [texts_path], context=32)

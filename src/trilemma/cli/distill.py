@@ -57,9 +57,9 @@ def distill(
     json: options.Json = False,
 ) -> None:
     """Cut a student out of a teacher and train it on the teacher's answers; the same command resumes after Ctrl-C."""
-    from trilemma.api import distill as run
     from trilemma.cli import console
     from trilemma.report.plot import check_plot_path, write_plot
+    from trilemma.search.distillation import distill as run
 
     check_plot_path(plot)
     settings: dict[str, Any] = {

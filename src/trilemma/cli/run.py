@@ -15,7 +15,7 @@ import typer
 from trilemma.cli import options
 
 if TYPE_CHECKING:
-    from trilemma.runtime.engine import EngineOptions
+    from trilemma.runtime.engine import EngineOptions, SamplingSettings
     from trilemma.runtime.text_model import TextModel
 
 
@@ -151,17 +151,15 @@ def _open(
 
 
 def _speculation(
-    text_model: TextModel, text: str, chat: bool, sampling: object, measure: bool, json: bool
+    text_model: TextModel, text: str, chat: bool, sampling: SamplingSettings, measure: bool, json: bool
 ) -> dict[str, object]:
     """What speculation did; on request also the measured gain. Said on stderr, or returned for JSON."""
     from trilemma.cli import console
     from trilemma.measure.speculation import measure_speculation
-    from trilemma.runtime.engine import SamplingSettings
     from trilemma.runtime.speculative import SpeculativeEngine
 
     engine = text_model.engine
     assert isinstance(engine, SpeculativeEngine)
-    assert isinstance(sampling, SamplingSettings)
     assert engine.last is not None
     figures = engine.last.figures
     record: dict[str, object] = {"draft": engine.draft.name, **figures.record()}

@@ -18,8 +18,7 @@ from trilemma.measure.memory import artifact_bytes, engine_memory
 from trilemma.measure.model_energy import model_energy
 from trilemma.measure.quality import evaluate as evaluate_quality
 from trilemma.measure.results import CompareResult, CompareRow
-from trilemma.measure.speed import Progress, SpeedRun
-from trilemma.measure.stats import paired_ratio
+from trilemma.measure.speed import Progress, RelativeTimes, SpeedRun, relative_times
 from trilemma.model.model import Model
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import Engine, EngineOptions
@@ -84,7 +83,7 @@ def _measure_time(
     output_tokens: int,
     repetitions: int,
     progress: Progress | None,
-) -> dict[str, dict[str, tuple[float, float | None, float | None]]]:
+) -> dict[str, RelativeTimes]:
     run = SpeedRun(engines, prompt_tokens=prompt_tokens, output_tokens=output_tokens)
     try:
         run.warm_up()
@@ -97,13 +96,9 @@ def _measure_time(
     finally:
         run.close()
     base = next(iter(engines))
-    relative: dict[str, dict[str, tuple[float, float | None, float | None]]] = {}
+    relative: dict[str, RelativeTimes] = {}
     for name in engines:
-        pairs = {
-            metric: paired_ratio(found[base][metric].samples, found[name][metric].samples)
-            for metric in ("ttft_s", "tpot_s")
-        }
-        relative[name] = {metric: (ratio.value, ratio.low, ratio.high) for metric, ratio in pairs.items()}
+        relative[name] = relative_times(found[base], found[name])
         for metric in ("weights_bytes", "engine_memory_bytes"):
             ratio_ = (found[name][metric].value or 0.0) / (found[base][metric].value or 1.0)
             relative[name][metric] = (ratio_, ratio_, ratio_)

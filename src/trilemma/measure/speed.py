@@ -187,6 +187,15 @@ def measure_speed(
         run.close()
 
 
+RelativeTimes = dict[str, tuple[float, float | None, float | None]]
+
+
+def relative_times(baseline: Mapping[str, Measurement], candidate: Mapping[str, Measurement]) -> RelativeTimes:
+    """ttft_s and tpot_s of a candidate over those of a baseline of the same run, paired: (ratio, low, high)."""
+    pairs = {metric: relative(baseline[metric], candidate[metric]) for metric in ("ttft_s", "tpot_s")}
+    return {metric: (pair.value, pair.low, pair.high) for metric, pair in pairs.items()}
+
+
 def relative(baseline: Measurement, candidate: Measurement) -> Interval:
     """Candidate over baseline from their raw samples, paired by repetition.
 

@@ -109,18 +109,22 @@ def distill(
     force: bool = False,
     progress: Progress | None = None,
 ) -> DistillReport:
-    """Cut a student out of a teacher and train it on the teacher's answers; the artifact is floating point.
+    """Cut a student out of a teacher and train it on the teacher's answers.
 
     A stopped run goes on when it is called again with the same arguments.
 
     Args:
-        teacher: a checkpoint, an artifact with floating-point weights, or a hub id.
-        output: folder of the artifact; beside it `<output>.training` while it is made.
+        teacher: a checkpoint, an artifact with floating-point weights, or a hub id; it stays as it is.
+        output: folder of the student, an artifact that everything else takes; beside it `<output>.training` while it
+            is made.
         data: text files; a twentieth of the documents is held out and measured on.
         shrink: share of the weights inside layers that goes.
         layers: how many layers stay; all by default, since width is the better cut.
-        time: for cutting and training together, teacher included; decides the steps unless `settings` has them.
-        settings: of the technique `distill`, over its defaults.
+        time: for cutting and training together, the teacher's part included.
+        settings: of the technique `distill`, over its defaults; with `steps` the time decides nothing.
+
+    Returns:
+        What was cut, the recipe, what building took, the learning curve, and quality before and after.
 
     Raises:
         InputError: a model, text, time or setting that can not be used; nothing is written then.

@@ -11,30 +11,30 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from trilemma.core.environment import read_environment
+from trilemma.core.environment import read_environment, total_memory_bytes
 from trilemma.core.errors import EngineError, InputError, RecipeError
 from trilemma.core.ladder import Ladder, Rung
 from trilemma.core.measurement import Measurement
 from trilemma.data.documents import Prepare
 from trilemma.data.windows import TokenSet
 from trilemma.formats.artifact import load_any
-from trilemma.measure.bench import decode_bytes
+from trilemma.measure.bench import MEMORY_SHARE, decode_bytes
 from trilemma.measure.build_cost import BuildMeter
 from trilemma.measure.ceilings import read_bandwidth
 from trilemma.measure.compute_ceiling import compute_rate
 from trilemma.measure.evaluate import build_reference
 from trilemma.measure.memory import engine_memory
 from trilemma.measure.quality import Reference, evaluate
-from trilemma.measure.speed import SpeedRun
-from trilemma.measure.stats import paired_ratio
+from trilemma.measure.speed import RelativeTimes, SpeedRun, relative_times
 from trilemma.model.checkpoint import model_hash
 from trilemma.model.cost import prompt_macs
-from trilemma.model.model import Model
+from trilemma.model.model import Activation, Model
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import Engine, EngineOptions
 from trilemma.search.ladder_findings import findings
 from trilemma.search.plan import plan_lengths
+from trilemma.search.predict import predict_bytes
 from trilemma.search.texts import Texts, read_texts
 from trilemma.search.workbench import Lengths
 from trilemma.techniques.apply import apply_recipe
@@ -65,6 +65,7 @@ REPAIRS: dict[str, tuple[str, str]] = {  # scheme -> (the rung it repairs, what)
     "W4A8-g32-gptq+tune40": ("W4A8-g32", "GPTQ, then 40 steps that train norms alone"),
 }
 _F16_TOKENS = 3_000  # torch computes f16 slowly on a CPU
+_COPIES = 2  # of a rung's weights: as built, and in its engine
 _WINDOWS = 48  # of calibration text: enough to show what a repair does
 
 
@@ -102,14 +103,16 @@ def measure_ladder(
     texts = read_texts(list(data), Tokenizer.load(loaded.path), lengths.context, seed, prepare)
     tell = progress or (lambda done, total, what: None)
     chosen = list(REPAIRS) if repairs is None else list(repairs)
-    built, rungs = _build(loaded, texts, [*PRECISIONS, *chosen], seed, threads, tell)
+    schemes = [*PRECISIONS, *chosen]
+    _require_memory(loaded, schemes, lengths.context)
+    built, rungs = _build(loaded, texts, schemes, seed, threads, tell)
     ranges = activation_ranges(loaded, texts.calibration)
     with tempfile.TemporaryDirectory(prefix="trilemma-ladder-") as place:
         folder = Path(place)
         reference = _reference(loaded, texts, max_tokens, threads, folder / "all", tell)
         short = _reference(loaded, texts, min(_F16_TOKENS, max_tokens), threads, folder / "short", tell)
         rungs, engine = _measure(built, rungs, lengths, reference, threads, tell)
-        rungs += [_arithmetic(loaded, name, lengths, short, threads) for name in ARITHMETIC]
+        rungs += [_arithmetic(loaded, name, lengths, short, threads, tell) for name in ARITHMETIC]
         notes = tuple(reference.notes)
     ladder = Ladder(
         model=str(model.path if isinstance(model, Model) else model), rungs=tuple(rungs), notes=notes,
@@ -119,6 +122,18 @@ def measure_ladder(
         outlier_ratio=ranges.outlier_ratio, outlier_at=ranges.outlier_at,
     )  # fmt: skip
     return ladder.model_copy(update={"findings": findings(ladder)})
+
+
+def _require_memory(model: Model, schemes: Sequence[str], context: int) -> None:
+    """Raises InputError when all rungs, open side by side, would not fit: said before any work."""
+    sizes = [predict_bytes(model, scheme_to_recipe(scheme), context).weights_bytes for scheme in schemes]
+    needed, there = _COPIES * sum(sizes), total_memory_bytes()
+    if there and needed > MEMORY_SHARE * there:
+        raise InputError(
+            f"All {len(sizes)} rungs side by side need about {needed / 1e9:.1f} GB; this machine has "
+            f"{there / 1e9:.1f} GB. "
+            "Compare a few at a time: `trilemma compress` each, then `trilemma compare`."
+        )
 
 
 def _build(
@@ -135,7 +150,10 @@ def _build(
         done, _, rest = scheme.rpartition("+")
         begin, rest = (built[done], rest) if done in built else (model, scheme)
         try:
-            build = Build(calibration=calibration, seed=seed, threads=threads, original=model)
+            build = Build(
+                calibration=calibration, seed=seed, threads=threads, original=model,
+                progress=_named(scheme, tell),
+            )  # fmt: skip
             with BuildMeter() as meter:
                 built[scheme] = apply_recipe(begin, scheme_to_recipe(rest, seed=seed), build)
         except RecipeError as error:
@@ -149,6 +167,10 @@ def _build(
             spent = {name: _sum(before[name], found) for name, found in spent.items()}
         rungs.append(rung.model_copy(update={"measurements": spent}))
     return built, rungs
+
+
+def _named(scheme: str, tell: Step) -> Step:
+    return lambda done, total, what: tell(done, total, f"{scheme}: {what}")
 
 
 def _sum(one: Measurement, other: Measurement) -> Measurement:
@@ -185,6 +207,7 @@ def _measure(
             stack.callback(engines[name].close)
         first = next(iter(engines.values()))
         times, relative = _times(engines, lengths, tell)
+        ceilings = _Ceilings(first.threads)
         measured: list[Rung] = []
         for rung in rungs:
             if rung.failed:
@@ -194,13 +217,13 @@ def _measure(
             found = {**rung.measurements, **engine_memory(engine), **times[rung.name]}
             found |= evaluate(engine, reference, progress=tell)
             update = {"measurements": found, "relative": relative[rung.name]}
-            measured.append(rung.model_copy(update=update | _rates(built[rung.name], engine, found, lengths)))
+            measured.append(rung.model_copy(update=update | _rates(built[rung.name], engine, found, lengths, ceilings)))
         return measured, first
 
 
 def _times(
     engines: dict[str, Engine], lengths: Lengths, tell: Step
-) -> tuple[dict[str, dict[str, Measurement]], dict[str, dict[str, tuple[float, float | None, float | None]]]]:
+) -> tuple[dict[str, dict[str, Measurement]], dict[str, RelativeTimes]]:
     run = SpeedRun(engines, prompt_tokens=lengths.prompt_tokens, output_tokens=lengths.output_tokens)
     try:
         run.warm_up()
@@ -211,29 +234,41 @@ def _times(
     finally:
         run.close()
     base = found[next(iter(engines))]
-    relative = {
-        name: {
-            metric: (pair.value, pair.low, pair.high)
-            for metric in ("ttft_s", "tpot_s")
-            for pair in [paired_ratio(base[metric].samples, mine[metric].samples)]
-        }
-        for name, mine in found.items()
-    }
-    return found, relative
+    return found, {name: relative_times(base, mine) for name, mine in found.items()}
 
 
-def _rates(model: Model, engine: Engine, found: dict[str, Measurement], lengths: Lengths) -> dict[str, float]:
+class _Ceilings:
+    """What this machine was seen to read and to multiply, each probed once a run."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._compute: dict[tuple[str, Activation], float] = {}
+        self._read: dict[int, float] = {}
+
+    def macs_per_s(self, format_name: str, activation: Activation) -> float:
+        key = (format_name, activation)
+        if key not in self._compute:
+            self._compute[key] = compute_rate(format_name, activation, self._threads).macs_per_s
+        return self._compute[key]
+
+    def bytes_per_s(self, working_set: int) -> float:
+        if working_set not in self._read:
+            self._read[working_set] = read_bandwidth(self._threads, working_set).bytes_per_s
+        return self._read[working_set]
+
+
+def _rates(
+    model: Model, engine: Engine, found: dict[str, Measurement], lengths: Lengths, ceilings: _Ceilings
+) -> dict[str, float]:
     """Achieved multiply-accumulates and bytes a second, and their shares of this machine's ceilings."""
-    config, prompt = model.config, lengths.prompt_tokens
-    macs = prompt_macs(config, prompt)
-    read = decode_bytes(model, engine.kv_cache, prompt + lengths.output_tokens // 2)
-    inner = config.linear_names()[-1]
-    ceiling = compute_rate(model.format_of(inner), model.linear(inner).activation, engine.threads)
-    bandwidth = read_bandwidth(engine.threads, read)
-    achieved, moved = macs / _value(found, "ttft_s"), read / _value(found, "tpot_s")
+    read = decode_bytes(model, engine.kv_cache, lengths.prompt_tokens + lengths.output_tokens // 2)
+    inner = model.config.linear_names()[-1]
+    most = ceilings.macs_per_s(model.format_of(inner), model.linear(inner).activation)
+    achieved = prompt_macs(model.config, lengths.prompt_tokens) / _value(found, "ttft_s")
+    moved = read / _value(found, "tpot_s")
     return {
-        "prefill_macs_per_s": achieved, "compute_share": achieved / ceiling.macs_per_s,
-        "decode_bytes_per_s": moved, "bandwidth_share": moved / bandwidth.bytes_per_s,
+        "prefill_macs_per_s": achieved, "compute_share": achieved / most,
+        "decode_bytes_per_s": moved, "bandwidth_share": moved / ceilings.bytes_per_s(read),
     }  # fmt: skip
 
 
@@ -243,14 +278,16 @@ def _value(found: dict[str, Measurement], metric: str) -> float:
     return value
 
 
-def _arithmetic(model: Model, name: str, lengths: Lengths, reference: Reference, threads: int | None) -> Rung:
+def _arithmetic(
+    model: Model, name: str, lengths: Lengths, reference: Reference, threads: int | None, tell: Step
+) -> Rung:
     """Quality alone of the checkpoint's own weights with every operation in 16 bits."""
     runtime, what = ARITHMETIC[name]
     options = EngineOptions(threads=threads, max_context=lengths.context, kv_cache="f32")
     engine = open_engine(model, runtime=runtime, options=options)
     rung = Rung(name=name, what=what, runtime=runtime)
     try:
-        return rung.model_copy(update={"measurements": evaluate(engine, reference)})
+        return rung.model_copy(update={"measurements": evaluate(engine, reference, progress=tell)})
     except EngineError as error:
         return rung.model_copy(update={"failed": str(error)})
     finally:

@@ -27,6 +27,7 @@ from trilemma.formats import FORMATS
 _SUFFIX = re.compile(r"-(e|kv)(\d+)", re.IGNORECASE)
 _EMBEDDING = {"4": "int4-g32", "8": "int8-g32", "16": "bf16"}
 _KV = {"8": "int8", "16": "bf16", "32": "f32"}
+_QUANTIZERS = ("rtn", "gptq")
 _ACTIVATIONS = {"8": "int8-g32", "16": "bf16"}
 
 SCHEMES: dict[str, str] = {
@@ -78,6 +79,8 @@ def scheme_to_recipe(name: str, *, seed: int = 0) -> Recipe:
     steps: list[Step] = []
     for part in name.split("+"):
         steps += _read_part(name, part)
+    if sum(step.technique in _QUANTIZERS for step in steps) > 1:
+        raise _unknown(name, "its weights would be quantized twice; one W part is enough")
     return Recipe(name=name, seed=seed, steps=tuple(steps))
 
 
