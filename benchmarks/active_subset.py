@@ -25,11 +25,11 @@ from trilemma.core.measurement import Measurement
 from trilemma.core.quantity import format_percent, format_quantity
 from trilemma.data.documents import read_documents
 from trilemma.formats.artifact import load_any
-from trilemma.measure.batch_sweep import batch_sweep
 from trilemma.measure.bench import BenchCandidate, decode_bytes
 from trilemma.measure.compare import compare
 from trilemma.measure.results import CompareResult, CompareRow
 from trilemma.measure.stats import Interval, median_interval, paired_ratio
+from trilemma.measure.timing.batch_sweep import batch_sweep
 from trilemma.model.config import Experts
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.report.plot import Axis, Chart, Point, Series, chart_row, check_plot_path, write_plot

@@ -15,7 +15,7 @@ import yaml
 
 from trilemma.core.device import load_device
 from trilemma.core.quantity import significant
-from trilemma.measure.device_model import decode_seconds, joules
+from trilemma.measure.device.device_model import decode_seconds, joules
 
 PROMPT_TOKENS = {"phone": 64, "raspberry-pi-5": 512}  # as the sources state
 HEADERS = ("device", "model", "used to", "decode tokens/s", "prefill tokens/s", "J a token, decode")

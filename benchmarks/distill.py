@@ -26,8 +26,8 @@ from trilemma.core.measurement import Measurement
 from trilemma.core.quantity import format_percent
 from trilemma.data.documents import read_documents
 from trilemma.formats.artifact import load_any
-from trilemma.measure.evaluate import build_reference, read_token_set
-from trilemma.measure.quality import TokenScores, score, summarize
+from trilemma.measure.quality.evaluate import build_reference, read_token_set
+from trilemma.measure.quality.figures import TokenScores, score, summarize
 from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import open_engine

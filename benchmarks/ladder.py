@@ -23,7 +23,7 @@ import numpy as np
 
 from trilemma.formats.artifact import load_any
 from trilemma.measure.compare import compare
-from trilemma.measure.evaluate import choose_context, read_token_set
+from trilemma.measure.quality.evaluate import choose_context, read_token_set
 from trilemma.model.model import Model
 from trilemma.runtime import EngineOptions, open_engine
 from trilemma.techniques.apply import compress

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from trilemma.core.recipe import Recipe
     from trilemma.core.verdict import Verdict
     from trilemma.measure.compare import compare
-    from trilemma.measure.evaluate import evaluate
+    from trilemma.measure.quality.evaluate import evaluate
     from trilemma.runtime.cascade import open_cascade
     from trilemma.runtime.cascade_record import CascadeRule
     from trilemma.runtime.engine import EngineOptions, SamplingSettings
@@ -51,7 +51,7 @@ _WHERE = {
     "compress": "api",
     "diagnose": "search.diagnosis.diagnose",
     "distill": "search.distillation",
-    "evaluate": "measure.evaluate",
+    "evaluate": "measure.quality.evaluate",
     "export_model": "api",
     "inspect": "api",
     "ladder": "search.ladder:measure_ladder",

@@ -99,7 +99,7 @@ def bench_batches(
     Raises:
         InputError: a batch below 1, or lengths that a model's context does not hold.
     """
-    from trilemma.measure.batch_sweep import batch_sweep
+    from trilemma.measure.timing.batch_sweep import batch_sweep
 
     return batch_sweep(
         _bench_candidates(models, schemes, options), batches=batches, prompt_tokens=prompt_tokens,
@@ -139,7 +139,7 @@ def bench_contexts(
         InputError: depths that a model's context does not hold, an unknown policy or device.
     """
     from trilemma.core.device import load_device
-    from trilemma.measure.kv_sweep import kv_sweep
+    from trilemma.measure.timing.kv_sweep import kv_sweep
     from trilemma.search.kv_outlook import kv_outlook
 
     profiles = [load_device(device) for device in devices]
@@ -276,7 +276,7 @@ def compress(
         DataError: the texts can not be used.
     """
     from trilemma.formats.artifact import load_any, read_artifact
-    from trilemma.measure.build_cost import BuildMeter
+    from trilemma.measure.energy.build_cost import BuildMeter
     from trilemma.search.payback import time_payback
     from trilemma.techniques.apply import compress as apply
 

@@ -9,9 +9,9 @@ from trilemma.core.metric import METRICS
 from trilemma.core.results import BenchReport
 from trilemma.measure import METERS
 from trilemma.measure.bench import BenchCandidate, bench, decode_bytes
-from trilemma.measure.ceilings import read_bandwidth, roofline_share
 from trilemma.measure.compare import compare
-from trilemma.measure.evaluate import evaluate
+from trilemma.measure.device.ceilings import read_bandwidth, roofline_share
+from trilemma.measure.quality.evaluate import evaluate
 from trilemma.measure.results import CompareResult, EvaluateResult
 from trilemma.runtime.engine import EngineOptions
 

@@ -9,8 +9,8 @@ import pytest
 
 from trilemma.core.errors import InputError
 from trilemma.formats.artifact import weights_bytes
-from trilemma.measure.compute_ceiling import compute_rate
-from trilemma.measure.interleave import Rounds, interleave
+from trilemma.measure.device.compute_ceiling import compute_rate
+from trilemma.measure.timing.interleave import Rounds, interleave
 from trilemma.runtime.draft_length import expected_tokens
 from trilemma.search.diagnosis.deployed import (
     Deployed,

@@ -9,7 +9,7 @@ from made_up_trials import trial as made_up
 from trilemma.core.errors import InputError, LimitError
 from trilemma.core.limit import Limit
 from trilemma.core.measurement import Measurement
-from trilemma.measure.energy import Work, estimate_energy
+from trilemma.measure.energy.per_token import Work, estimate_energy
 from trilemma.report import render
 from trilemma.search.check import check
 from trilemma.search.decide import choose, objective_for, promise

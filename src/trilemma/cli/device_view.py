@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from trilemma.core.device import Device
     from trilemma.core.duty import DutyCycle
     from trilemma.core.measurement import Measurement
-    from trilemma.measure.device_model import Forecast
+    from trilemma.measure.device.device_model import Forecast
     from trilemma.model.model import Model
 
 COLUMNS = (

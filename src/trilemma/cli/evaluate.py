@@ -53,7 +53,7 @@ def evaluate(
     from trilemma.cli import console
     from trilemma.core.errors import InputError
     from trilemma.core.files import write_whole
-    from trilemma.measure.evaluate import evaluate_all
+    from trilemma.measure.quality.evaluate import evaluate_all
     from trilemma.report.plot import write_plot
     from trilemma.runtime.engine import EngineOptions
 

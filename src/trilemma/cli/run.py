@@ -155,7 +155,7 @@ def _speculation(
 ) -> dict[str, object]:
     """What speculation did; on request also the measured gain. Said on stderr, or returned for JSON."""
     from trilemma.cli import console
-    from trilemma.measure.speculation import measure_speculation
+    from trilemma.measure.timing.speculation import measure_speculation
     from trilemma.runtime.speculative import SpeculativeEngine
 
     engine = text_model.engine

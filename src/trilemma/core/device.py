@@ -1,7 +1,7 @@
 """A device that need not be here: what its memory, arithmetic, power and battery can do, each number with its source.
 
 The shipped profiles lie as package data in `trilemma/devices`; a user's own file has the same form. What a
-model costs there is predicted in `measure/device_model.py`, from these records and nothing else.
+model costs there is predicted in `measure/device/device_model.py`, from these records and nothing else.
 """
 
 from __future__ import annotations

@@ -13,12 +13,12 @@ from trilemma.core.measurement import Measurement
 from trilemma.data.documents import Prepare
 from trilemma.data.windows import TokenSet
 from trilemma.formats.artifact import load_any
-from trilemma.measure.evaluate import DEFAULT_TOKENS, Paths, build_reference, choose_context, read_token_set
-from trilemma.measure.memory import artifact_bytes, engine_memory
-from trilemma.measure.model_energy import model_energy
-from trilemma.measure.quality import evaluate as evaluate_quality
+from trilemma.measure.energy.model_energy import model_energy
+from trilemma.measure.memory.held import artifact_bytes, engine_memory
+from trilemma.measure.quality.evaluate import DEFAULT_TOKENS, Paths, build_reference, choose_context, read_token_set
+from trilemma.measure.quality.figures import evaluate as evaluate_quality
 from trilemma.measure.results import CompareResult, CompareRow
-from trilemma.measure.speed import Progress, RelativeTimes, SpeedRun, relative_times
+from trilemma.measure.timing.speed import Progress, RelativeTimes, SpeedRun, relative_times
 from trilemma.model.model import Model
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import Engine, EngineOptions

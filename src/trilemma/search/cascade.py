@@ -33,8 +33,8 @@ from trilemma.data.documents import Document, Prepare, read_documents
 from trilemma.data.split import split_documents
 from trilemma.data.windows import make_windows
 from trilemma.formats.artifact import load_any
+from trilemma.measure.quality.token_scores import log_normalizer, token_nll
 from trilemma.measure.stats import RESAMPLES, ratio_interval, share_interval
-from trilemma.measure.token_scores import log_normalizer, token_nll
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.model.write import model_hash
 from trilemma.runtime.cascade import CascadeEngine, confidence, open_cascade

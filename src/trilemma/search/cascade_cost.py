@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from trilemma.core.measurement import Measurement
 from trilemma.formats.artifact import load_any
 from trilemma.measure.bench import decode_bytes
-from trilemma.measure.energy import Work, estimate_energy, measure_energy
-from trilemma.measure.model_energy import precision_of
-from trilemma.measure.noise import ReferenceLoop
-from trilemma.measure.sensors import Sensor, SensorGoneError, find_sensors
+from trilemma.measure.energy.model_energy import precision_of
+from trilemma.measure.energy.per_token import Work, estimate_energy, measure_energy
+from trilemma.measure.energy.sensors import Sensor, SensorGoneError, find_sensors
 from trilemma.measure.stats import ratio_interval
+from trilemma.measure.timing.noise import ReferenceLoop
 from trilemma.model.cost import macs_per_token
 from trilemma.model.model import Model
 from trilemma.runtime.cascade import CascadeEngine, CascadeGeneration

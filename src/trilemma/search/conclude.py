@@ -9,7 +9,7 @@ from trilemma.core.payback import Payback
 from trilemma.core.results import Answer, ByteRow, Conditions, Decision, OptimizeReport
 from trilemma.core.trial import Trial
 from trilemma.core.verdict import Verdict
-from trilemma.measure.build_cost import BUILD_METRICS
+from trilemma.measure.energy.build_cost import BUILD_METRICS
 from trilemma.model.model import Model
 from trilemma.runtime.engine import Engine
 from trilemma.search import sentence

@@ -8,7 +8,7 @@ from trilemma.core.limit import Limit
 from trilemma.core.results import Answer, ByteRow
 from trilemma.core.trial import Trial
 from trilemma.formats.pack import format_bytes
-from trilemma.measure.sensors import find_sensors
+from trilemma.measure.energy.sensors import find_sensors
 from trilemma.model.cost import bytes_by_role, parameters_by_role, role_of
 from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer

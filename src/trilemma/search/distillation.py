@@ -26,9 +26,9 @@ from trilemma.data.documents import Document, Prepare, read_documents
 from trilemma.data.split import hold_out
 from trilemma.data.windows import TokenSet, make_windows
 from trilemma.formats.artifact import check_output, load_any, read_artifact, weights_bytes, write_artifact
-from trilemma.measure.build_cost import BuildMeter
-from trilemma.measure.evaluate import build_reference
-from trilemma.measure.quality import likelihood, score, summarize
+from trilemma.measure.energy.build_cost import BuildMeter
+from trilemma.measure.quality.evaluate import build_reference
+from trilemma.measure.quality.figures import likelihood, score, summarize
 from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import open_engine

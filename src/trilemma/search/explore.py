@@ -16,7 +16,7 @@ from trilemma.core.recipe import Recipe
 from trilemma.core.trial import Trial
 from trilemma.formats.artifact import read_artifact, write_artifact
 from trilemma.formats.pack import format_bytes
-from trilemma.measure.build_cost import BuildMeter
+from trilemma.measure.energy.build_cost import BuildMeter
 from trilemma.model.model import Model
 from trilemma.search.allocate import HIGH, LOW, allocation, parts_of, sensitivities
 from trilemma.search.deadline import Deadline

@@ -13,8 +13,8 @@ from trilemma.core.device import Arithmetic, Device
 from trilemma.core.duty import DutyCycle
 from trilemma.core.errors import InputError
 from trilemma.formats.pack import format_bytes
-from trilemma.measure.device_model import Demand, Forecast, forecast
-from trilemma.measure.model_energy import ARITHMETIC
+from trilemma.measure.device.device_model import Demand, Forecast, forecast
+from trilemma.measure.energy.model_energy import ARITHMETIC
 from trilemma.model.cost import (
     attention_macs_per_token,
     decode_bytes_per_token,

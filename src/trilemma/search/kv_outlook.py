@@ -12,7 +12,7 @@ from functools import partial
 
 from trilemma.core.device import Device
 from trilemma.core.quantity import format_quantity, significant
-from trilemma.measure.device_model import decode_seconds
+from trilemma.measure.device.device_model import decode_seconds
 from trilemma.model.cost import kv_bytes_per_token
 from trilemma.model.model import Model
 from trilemma.search.forecast import AS_IT_IS, demand_of, form_of

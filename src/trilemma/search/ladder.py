@@ -19,13 +19,13 @@ from trilemma.data.documents import Prepare
 from trilemma.data.windows import TokenSet
 from trilemma.formats.artifact import load_any
 from trilemma.measure.bench import MEMORY_SHARE, decode_bytes
-from trilemma.measure.build_cost import BuildMeter
-from trilemma.measure.ceilings import read_bandwidth
-from trilemma.measure.compute_ceiling import compute_rate
-from trilemma.measure.evaluate import build_reference
-from trilemma.measure.memory import engine_memory
-from trilemma.measure.quality import Reference, evaluate
-from trilemma.measure.speed import RelativeTimes, SpeedRun, relative_times
+from trilemma.measure.device.ceilings import read_bandwidth
+from trilemma.measure.device.compute_ceiling import compute_rate
+from trilemma.measure.energy.build_cost import BuildMeter
+from trilemma.measure.memory.held import engine_memory
+from trilemma.measure.quality.evaluate import build_reference
+from trilemma.measure.quality.figures import Reference, evaluate
+from trilemma.measure.timing.speed import RelativeTimes, SpeedRun, relative_times
 from trilemma.model.checkpoint import model_hash
 from trilemma.model.cost import prompt_macs
 from trilemma.model.model import Activation, Model

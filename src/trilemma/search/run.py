@@ -31,7 +31,7 @@ from trilemma.formats.artifact import (
     weights_bytes,
     write_artifact,
 )
-from trilemma.measure.build_cost import BuildMeter
+from trilemma.measure.energy.build_cost import BuildMeter
 from trilemma.model.checkpoint import model_hash
 from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer

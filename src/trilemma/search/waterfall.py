@@ -23,11 +23,11 @@ from trilemma.core.waterfall import Waterfall, WaterfallStep
 from trilemma.data.documents import Prepare
 from trilemma.data.windows import TokenSet
 from trilemma.formats.artifact import is_artifact, read_recipe
-from trilemma.measure.evaluate import build_reference
-from trilemma.measure.memory import engine_memory
-from trilemma.measure.quality import evaluate
-from trilemma.measure.speed import Progress, SpeedRun
+from trilemma.measure.memory.held import engine_memory
+from trilemma.measure.quality.evaluate import build_reference
+from trilemma.measure.quality.figures import evaluate
 from trilemma.measure.stats import paired_ratio
+from trilemma.measure.timing.speed import Progress, SpeedRun
 from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import open_engine

@@ -16,12 +16,12 @@ from trilemma.core.duty import DutyCycle
 from trilemma.core.measurement import Measurement
 from trilemma.core.record import Record
 from trilemma.data.windows import TokenSet
-from trilemma.measure.evaluate import build_reference
-from trilemma.measure.memory import artifact_bytes, engine_memory, peak_memory
-from trilemma.measure.model_energy import model_energy
-from trilemma.measure.quality import Reference, evaluate
-from trilemma.measure.sensors import NoSensor, find_sensors
-from trilemma.measure.speed import SpeedRun
+from trilemma.measure.energy.model_energy import model_energy
+from trilemma.measure.energy.sensors import NoSensor, find_sensors
+from trilemma.measure.memory.held import artifact_bytes, engine_memory, peak_memory
+from trilemma.measure.quality.evaluate import build_reference
+from trilemma.measure.quality.figures import Reference, evaluate
+from trilemma.measure.timing.speed import SpeedRun
 from trilemma.model.model import Model
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import Engine, EngineOptions

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from trilemma.measure.interleave import Case
+from trilemma.measure.timing.interleave import Case
 from trilemma.runtime.engine import SamplingSettings
 from trilemma.runtime.native import NativeEngine, SequenceBatch, Step
 

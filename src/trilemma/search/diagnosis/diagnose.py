@@ -23,10 +23,10 @@ from trilemma.core.errors import InputError
 from trilemma.core.quantity import format_percent, format_quantity
 from trilemma.formats.artifact import weights_bytes
 from trilemma.measure.bench import decode_bytes
-from trilemma.measure.ceilings import read_bandwidth
-from trilemma.measure.compute_ceiling import compute_rate
-from trilemma.measure.interleave import Case, Rounds, interleave
+from trilemma.measure.device.ceilings import read_bandwidth
+from trilemma.measure.device.compute_ceiling import compute_rate
 from trilemma.measure.stats import Interval, median_interval
+from trilemma.measure.timing.interleave import Case, Rounds, interleave
 from trilemma.model.cost import describe, kv_bytes, macs_per_token, matrix_macs_per_token, prompt_macs
 from trilemma.model.model import Model
 from trilemma.runtime.engine import EngineOptions, KvCache

@@ -15,10 +15,10 @@ from trilemma.core.diagnosis import Complaint, Phase, PhaseDiagnosis, Ratio, Rem
 from trilemma.core.environment import cpu_name
 from trilemma.formats.artifact import weights_bytes
 from trilemma.measure.bench import decode_bytes
-from trilemma.measure.energy_model import DEVICES, device_class
-from trilemma.measure.interleave import Rounds
-from trilemma.measure.model_energy import precision_of
+from trilemma.measure.energy.energy_model import DEVICES, device_class
+from trilemma.measure.energy.model_energy import precision_of
 from trilemma.measure.stats import median_interval
+from trilemma.measure.timing.interleave import Rounds
 from trilemma.model.cost import kv_bytes, macs_per_token
 from trilemma.model.model import Model
 from trilemma.runtime.draft_length import expected_tokens

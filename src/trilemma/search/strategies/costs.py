@@ -20,7 +20,7 @@ from trilemma.core.device import Device, load_device
 from trilemma.core.errors import InputError
 from trilemma.core.recipe import explain
 from trilemma.formats.artifact import load_any
-from trilemma.measure.device_model import Demand, forecast
+from trilemma.measure.device.device_model import Demand, forecast
 from trilemma.model.model import Model
 from trilemma.search.forecast import AS_IT_IS, demand_of, form_of
 from trilemma.search.strategies.scenario import Candidate, DeviceShare, Network, Remote, Scenario, Serving, Workload

@@ -1,0 +1,1 @@
+"""Joules: by counter where there is one, by a physical formula where there is none."""

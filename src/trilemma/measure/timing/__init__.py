@@ -1,0 +1,1 @@
+"""How long it takes: requests timed one after another and interleaved, sweeps, and whether the machine was quiet."""
