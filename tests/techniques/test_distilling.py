@@ -29,14 +29,6 @@ from trilemma.techniques.distill.windows import WindowBatches, pieces
 KINDS = ("forward", "reverse", "skewed")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def softmax(logits: np.ndarray) -> np.ndarray:
     wide = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     return wide / wide.sum(-1, keepdims=True)

@@ -16,11 +16,6 @@ from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.technique import Build
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def model(experts_config, random_model, random_generator):
     return random_model(experts_config(shared_hidden=20, down_bias=True), int(random_generator.integers(2**31)))

@@ -13,7 +13,6 @@ from trilemma.core.errors import RecipeError
 from trilemma.core.recipe import Recipe, Step
 from trilemma.formats.artifact import weights_bytes
 from trilemma.model.config import Experts
-from trilemma.runtime import EngineOptions, open_engine
 from trilemma.search.predict import predict_bytes
 from trilemma.techniques import TECHNIQUES, Build
 from trilemma.techniques.apply import apply_recipe
@@ -27,49 +26,35 @@ from trilemma.techniques.restructure.partition import (
 )
 from trilemma.techniques.schemes import scheme_to_recipe
 
-torch.set_num_threads(1)
-
 
 def recipe(**settings):
     return Recipe(steps=(Step(technique="experts", settings={"multiple": 4, **settings}),))
 
 
-def logits_of(model, tokens, runtime="native"):
-    engine = open_engine(model, runtime=runtime, options=EngineOptions(threads=1, kv_cache="f32"))
-    found = engine.logits(tokens)
-    engine.close()
-    return found
-
-
-@pytest.fixture
-def tokens(random_generator):
-    return random_generator.integers(0, 97, (8, 32)).astype(np.int32)
-
-
 @pytest.mark.parametrize("runtime", ["native", "torch"])
 @pytest.mark.parametrize("router", ["linear", "glu"])
-def test_with_all_experts_active_it_is_the_dense_model(tiny_model, tokens, runtime, router):
+def test_with_all_experts_active_it_is_the_dense_model(tiny_model, tokens, runtime, router, engine_logits):
     model = tiny_model(seed=int(tokens[0, 0]), ffn=84)
     made = apply_recipe(model, recipe(count=5, active=5, router=router), Build(calibration=tokens, threads=1))
     assert all(isinstance(layer.ffn, Experts) and layer.ffn.router == router for layer in made.config.layers)
-    wanted = logits_of(model, tokens[0])
-    np.testing.assert_allclose(logits_of(made, tokens[0], runtime), wanted, atol=2e-5 * np.abs(wanted).max())
+    wanted = engine_logits(model, tokens[0])
+    np.testing.assert_allclose(engine_logits(made, tokens[0], runtime), wanted, atol=2e-5 * np.abs(wanted).max())
 
 
-def test_both_engines_agree_when_some_are_silent(tiny_model, tokens):
+def test_both_engines_agree_when_some_are_silent(tiny_model, tokens, engine_logits):
     model = tiny_model(seed=int(tokens[0, 1]), ffn=84)
     made = apply_recipe(model, recipe(count=4, active=2, shared=0.1), Build(calibration=tokens, threads=1))
-    native, torch_ = logits_of(made, tokens[1]), logits_of(made, tokens[1], "torch")
+    native, torch_ = engine_logits(made, tokens[1]), engine_logits(made, tokens[1], "torch")
     assert np.quantile(np.abs(native - torch_), 0.9) <= 1e-4 * np.abs(torch_).max()
 
 
-def test_more_active_experts_come_nearer(tiny_model, tokens):
+def test_more_active_experts_come_nearer(tiny_model, tokens, engine_logits):
     model = tiny_model(seed=7, ffn=84)
-    wanted = logits_of(model, tokens[0])
+    wanted = engine_logits(model, tokens[0])
 
     def error(active: int, **more) -> float:
         made = apply_recipe(model, recipe(count=4, active=active, **more), Build(calibration=tokens, threads=1))
-        return float(np.square(logits_of(made, tokens[0]) - wanted).mean())
+        return float(np.square(engine_logits(made, tokens[0]) - wanted).mean())
 
     assert error(1) > error(3) > error(4)
     assert error(2) < error(2, compensation=False)
@@ -134,12 +119,12 @@ def test_energy_is_that_of_an_experts_channels(random_generator):
     np.testing.assert_allclose(energy[:, 1], contributions[:, partition.experts[1]].square().sum(1), rtol=1e-6)
 
 
-def test_experts_can_be_quantized_afterwards(tiny_model, tokens):
+def test_experts_can_be_quantized_afterwards(tiny_model, tokens, engine_logits):
     model = tiny_model(seed=2, ffn=84)
     parts = Recipe(steps=(*recipe(count=4, active=2).steps, *scheme_to_recipe("W8A8-g32").steps))
     made = apply_recipe(model, parts, Build(calibration=tokens, threads=1))
     assert made.format_of("layers.0.ffn.experts.1.up.weight") == "int8-g32"
-    assert np.isfinite(logits_of(made, tokens[0])).all()
+    assert np.isfinite(engine_logits(made, tokens[0])).all()
 
 
 def test_what_can_not_be_done_is_refused(tiny_model, tokens):

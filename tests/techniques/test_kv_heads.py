@@ -10,7 +10,6 @@ from trilemma.core.errors import RecipeError
 from trilemma.core.recipe import Recipe, Step
 from trilemma.formats.artifact import read_artifact, write_artifact
 from trilemma.model.cost import kv_bytes_per_token
-from trilemma.model.decoder import Decoder
 from trilemma.runtime import EngineOptions, open_engine
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe, check_recipe, needs_calibration
@@ -19,25 +18,8 @@ from trilemma.techniques.schemes import scheme_to_recipe
 D = 16
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def recipe(**settings):
     return Recipe(steps=(Step(technique="kv-heads", settings=settings),))
-
-
-def windows(model, random_generator):
-    return random_generator.integers(0, model.config.vocab_size, (8, 32)).astype(np.int32)
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return Decoder.from_model(model)(torch.from_numpy(tokens.astype(np.int64)))
 
 
 def rotation(random_generator, size):
@@ -94,41 +76,43 @@ def with_equal_heads(model, random_generator, pairs, *, turned):
         ({"group": "similar", "merge": "project"}, [(2, 0), (3, 1)], True),
     ],
 )
-def test_pooling_heads_that_are_equal_changes_nothing(tiny_model, random_generator, settings, pairs, turned, bias):
+def test_pooling_heads_that_are_equal_changes_nothing(
+    tiny_model, random_generator, settings, pairs, turned, bias, windows, logits
+):
     seed = int(random_generator.integers(1000))
     model = tiny_model(seed=seed, heads=8, kv_heads=4, head_dim=D, qkv_bias=bias)
     model = with_equal_heads(model, random_generator, pairs, turned=turned)
-    build = Build(calibration=windows(model, random_generator), threads=1)
+    build = Build(calibration=windows(model), threads=1)
     made = apply_recipe(model, recipe(heads=2, **settings), build)
     assert {layer.attention.kv_heads for layer in made.config.layers} == {2}
-    fresh = windows(model, random_generator)
+    fresh = windows(model)
     torch.testing.assert_close(logits(made, fresh), logits(model, fresh), rtol=1e-3, atol=2e-3)
 
 
-def test_grouping_turns_out_the_wrong_heads_would_change_much(tiny_model, random_generator):
+def test_grouping_turns_out_the_wrong_heads_would_change_much(tiny_model, random_generator, windows, logits):
     """The test above can fail: by the mean, or with the wrong neighbours, the model is another one."""
     model = tiny_model(seed=int(random_generator.integers(1000)), heads=8, kv_heads=4, head_dim=D)
     model = with_equal_heads(model, random_generator, [(2, 0), (3, 1)], turned=True)
-    build, fresh = Build(calibration=windows(model, random_generator), threads=1), windows(model, random_generator)
+    build, fresh = Build(calibration=windows(model), threads=1), windows(model)
     for settings in ({"group": "adjacent", "merge": "project"}, {"group": "similar", "merge": "mean"}):
         made = apply_recipe(model, recipe(heads=2, **settings), build)
         assert (logits(made, fresh) - logits(model, fresh)).abs().max() > 0.05
 
 
-def test_a_projection_is_nearer_than_the_mean_for_random_heads(tiny_model, random_generator):
+def test_a_projection_is_nearer_than_the_mean_for_random_heads(tiny_model, random_generator, windows, logits):
     errors = {"project": 0.0, "mean": 0.0}
     for _ in range(3):
         model = tiny_model(seed=int(random_generator.integers(1000)), heads=4, kv_heads=4, head_dim=D)
-        tokens = windows(model, random_generator)
+        tokens = windows(model)
         for merge in errors:
             made = apply_recipe(model, recipe(heads=2, merge=merge), Build(calibration=tokens, threads=1))
             errors[merge] += float((logits(made, tokens) - logits(model, tokens)).square().mean())
     assert errors["project"] < errors["mean"]
 
 
-def test_the_cache_shrinks_and_the_native_engine_agrees(tiny_model, random_generator, tmp_path):
+def test_the_cache_shrinks_and_the_native_engine_agrees(tiny_model, random_generator, tmp_path, windows, logits):
     model = tiny_model(seed=int(random_generator.integers(1000)), heads=6, kv_heads=6, head_dim=10, dim=40)
-    tokens = windows(model, random_generator)
+    tokens = windows(model)
     made = apply_recipe(model, scheme_to_recipe("kvheads2"), Build(calibration=tokens, threads=1))
     assert kv_bytes_per_token(made.config, "bf16") * 3 == kv_bytes_per_token(model.config, "bf16")
     write_artifact(made, tmp_path / "a", Recipe())
@@ -141,10 +125,10 @@ def test_the_cache_shrinks_and_the_native_engine_agrees(tiny_model, random_gener
     np.testing.assert_allclose(ours, wanted, atol=2e-5 * np.abs(wanted).max())
 
 
-def test_a_number_that_does_not_divide_is_refused_with_those_that_do(tiny_model, random_generator):
+def test_a_number_that_does_not_divide_is_refused_with_those_that_do(tiny_model, windows):
     model = tiny_model(heads=6, kv_heads=6)
     with pytest.raises(RecipeError, match=r"6 key-value heads.*into 4.*1, 2, 3, 6"):
-        apply_recipe(model, scheme_to_recipe("kvheads4"), Build(calibration=windows(model, random_generator)))
+        apply_recipe(model, scheme_to_recipe("kvheads4"), Build(calibration=windows(model)))
 
 
 def test_adjacent_means_need_no_text(tiny_model):

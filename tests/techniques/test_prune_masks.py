@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
 import pytest
 import torch
 
@@ -25,18 +24,6 @@ from trilemma.techniques.prune.masks import (
 from trilemma.techniques.prune.unstructured import Wanda, wanda_scores
 from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.technique import read_settings
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def windows(model, random_generator, count=4, length=24):
-    return random_generator.integers(0, model.config.vocab_size, (count, length)).astype(np.int32)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.37, 0.5, 0.9])
@@ -119,10 +106,10 @@ def test_the_update_makes_the_error_less(random_generator):
     assert sum(ratios) / len(ratios) < 0.85
 
 
-def test_wanda_calibrates_on_pruned_predecessors(tiny_model, random_generator):
+def test_wanda_calibrates_on_pruned_predecessors(tiny_model, random_generator, windows):
     """The second layer's choice is brute-forced from the inputs that the pruned first layer gives it."""
     model = tiny_model(seed=int(random_generator.integers(1000)))
-    tokens = windows(model, random_generator)
+    tokens = windows(model)
     made = apply_recipe(model, scheme_to_recipe("wanda50"), Build(calibration=tokens, threads=1))
     with torch.no_grad():
         hidden = torch.from_numpy(made.tensor("embedding.weight")[tokens])
@@ -137,9 +124,9 @@ def test_wanda_calibrates_on_pruned_predecessors(tiny_model, random_generator):
 
 
 @pytest.mark.parametrize("scheme", ["magnitude30", "wanda30", "sparsegpt30", "magnitude2:4", "wanda4:8"])
-def test_so_many_zeros_and_not_a_byte_less(tiny_model, random_generator, tmp_path, scheme):
+def test_so_many_zeros_and_not_a_byte_less(tiny_model, random_generator, tmp_path, scheme, windows):
     model = tiny_model(seed=int(random_generator.integers(1000)))
-    build = Build(calibration=windows(model, random_generator), threads=1)
+    build = Build(calibration=windows(model), threads=1)
     made = apply_recipe(model, scheme_to_recipe(scheme), build)
     share = 0.5 if ":" in scheme else 0.3
     for name in model.config.linear_names():
@@ -150,9 +137,9 @@ def test_so_many_zeros_and_not_a_byte_less(tiny_model, random_generator, tmp_pat
 
 
 @pytest.mark.parametrize("scheme", ["wanda50", "prune25", "kvheads1", "magnitude50"])
-def test_quantized_weights_are_refused_with_the_right_order(tiny_model, random_generator, scheme):
+def test_quantized_weights_are_refused_with_the_right_order(tiny_model, scheme, windows):
     model = tiny_model()
-    build = Build(calibration=windows(model, random_generator))
+    build = Build(calibration=windows(model))
     quantized = apply_recipe(model, scheme_to_recipe("W8A8"), build)
     with pytest.raises(RecipeError, match=r"quantize afterwards: \w+\+W"):
         apply_recipe(quantized, scheme_to_recipe(scheme), build)

@@ -11,7 +11,6 @@ import torch
 from trilemma.core.errors import RecipeError, UnsupportedModelError
 from trilemma.core.recipe import Recipe, Step
 from trilemma.formats.artifact import read_artifact, weights_bytes, write_artifact
-from trilemma.model.decoder import Decoder
 from trilemma.runtime import EngineOptions, open_engine
 from trilemma.search.predict import predict_bytes
 from trilemma.techniques import Build
@@ -28,23 +27,6 @@ from trilemma.techniques.prune.compensate import (
 from trilemma.techniques.prune.depth import DepthSettings, PruneDepth, removable, search, without
 from trilemma.techniques.prune.widths import find_slots, spread_by_error, spread_evenly
 from trilemma.techniques.schemes import scheme_to_recipe
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def windows(model, random_generator, count=6, length=32):
-    return random_generator.integers(0, model.config.vocab_size, (count, length)).astype(np.int32)
-
-
-def logits(model, tokens):
-    with torch.no_grad():
-        return Decoder.from_model(model)(torch.from_numpy(tokens.astype(np.int64)))
 
 
 def recipe(technique, **settings):
@@ -120,10 +102,10 @@ def test_elimination_by_groups_takes_one_from_each(random_generator):
 
 
 @pytest.mark.parametrize("compensation", ["least-squares", "affine", "none"])
-def test_removing_dead_channels_and_heads_changes_nothing(tiny_model, random_generator, compensation):
+def test_removing_dead_channels_and_heads_changes_nothing(tiny_model, random_generator, compensation, windows, logits):
     """Channels whose way down is zero, channels that are never active, and a head that nobody listens to."""
     model = tiny_model(seed=int(random_generator.integers(1000)), ffn=64, kv_heads=4, heads=4)
-    tokens = windows(model, random_generator)
+    tokens = windows(model)
     dead, changed = {}, {}
     for layer in range(2):
         prefix = f"layers.{layer}"
@@ -140,23 +122,21 @@ def test_removing_dead_channels_and_heads_changes_nothing(tiny_model, random_gen
     settings = {"share": 0.25, "allocation": "uniform", "multiple": 16, "compensation": compensation, "damping": 1e-8}
     made = apply_recipe(model, recipe("prune-width", **settings), Build(calibration=tokens, threads=1))
     assert [(layer.ffn.hidden, layer.attention.heads) for layer in made.config.layers] == [(48, 3)] * 2
-    fresh = windows(model, random_generator)
+    fresh = windows(model)
     torch.testing.assert_close(logits(made, fresh), logits(model, fresh), rtol=1e-3, atol=2e-3)
 
 
-def error_of(made, model, tokens):
-    return float((logits(made, tokens) - logits(model, tokens)).square().mean())
-
-
-def test_compensation_pays_and_global_allocation_takes_at_least_the_share(tiny_model, random_generator):
+def test_compensation_pays_and_global_allocation_takes_at_least_the_share(
+    tiny_model, random_generator, windows, logits
+):
     model = tiny_model(seed=int(random_generator.integers(1000)), ffn=96, layers=3)
-    tokens = windows(model, random_generator, count=24)
+    tokens = windows(model, count=24)
     build = Build(calibration=tokens, threads=1)
     settings = {"share": 0.4, "parts": "ffn", "multiple": 8}
-    errors = {
-        kind: error_of(apply_recipe(model, recipe("prune-width", compensation=kind, **settings), build), model, tokens)
-        for kind in ("least-squares", "none")
-    }
+    errors = {}
+    for kind in ("least-squares", "none"):
+        made = apply_recipe(model, recipe("prune-width", compensation=kind, **settings), build)
+        errors[kind] = float((logits(made, tokens) - logits(model, tokens)).square().mean())
     assert errors["least-squares"] < errors["none"]
     made = apply_recipe(model, recipe("prune-width", **settings), build)
     widths = [layer.ffn.hidden for layer in made.config.layers]
@@ -173,9 +153,11 @@ def test_compensation_pays_and_global_allocation_takes_at_least_the_share(tiny_m
         ({"share": 0.5, "parts": "ffn", "compensation": "bias"}, {"ffn": 100}),
     ],
 )
-def test_the_result_is_saved_and_runs_in_the_native_engine(tiny_model, random_generator, tmp_path, settings, sizes):
+def test_the_result_is_saved_and_runs_in_the_native_engine(
+    tiny_model, random_generator, tmp_path, settings, sizes, windows, logits
+):
     model = tiny_model(seed=int(random_generator.integers(1000)), layers=3, **sizes)
-    tokens = windows(model, random_generator)
+    tokens = windows(model)
     made = apply_recipe(model, recipe("prune-width", **settings), Build(calibration=tokens, threads=1))
     for layer in made.config.layers:
         assert layer.attention.heads % layer.attention.kv_heads == 0
@@ -192,10 +174,10 @@ def test_the_result_is_saved_and_runs_in_the_native_engine(tiny_model, random_ge
     np.testing.assert_allclose(ours, wanted, atol=2e-5 * np.abs(wanted).max())
 
 
-def test_more_than_the_floors_allow_is_refused_with_the_share_that_can_go(tiny_model, random_generator):
+def test_more_than_the_floors_allow_is_refused_with_the_share_that_can_go(tiny_model, windows):
     model = tiny_model()
     with pytest.raises(RecipeError, match=r"90% can not be removed.*allow \d+% here"):
-        apply_recipe(model, scheme_to_recipe("prune90"), Build(calibration=windows(model, random_generator)))
+        apply_recipe(model, scheme_to_recipe("prune90"), Build(calibration=windows(model)))
 
 
 def test_budget_goes_to_the_slots_of_least_error_for_their_weights(tiny_model, random_generator):
@@ -224,12 +206,6 @@ def test_even_spreading_takes_the_nearest_width(tiny_model):
     assert list(spread_evenly(slots, 0.55).values()) == [2, 2] * 2
 
 
-def brute_force(model, tokens, gone):
-    """KL from the whole model to the one without these layers, built anew from its tensors."""
-    p, q = (logits(m, tokens).log_softmax(-1) for m in (model, drop(model, gone)))
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
 def drop(model, gone):
     kept = [i for i in range(len(model.config.layers)) if i not in gone]
     config = model.config.model_copy(update={"layers": tuple(model.config.layers[i] for i in kept)})
@@ -243,22 +219,28 @@ def drop(model, gone):
     return type(model)(config, model.source, replaced=tensors)
 
 
-def test_the_layer_whose_absence_costs_least_kl_goes(tiny_model, random_generator):
+def test_the_layer_whose_absence_costs_least_kl_goes(tiny_model, random_generator, windows, logits):
     model = tiny_model(seed=int(random_generator.integers(1000)), layers=4)
-    tokens = windows(model, random_generator)
+    tokens = windows(model)
     build = Build(calibration=tokens, threads=1)
+
+    def brute_force(*gone):
+        """KL from the whole model to the one without these layers, built anew from its tensors."""
+        p, q = (logits(m, tokens).log_softmax(-1) for m in (model, drop(model, gone)))
+        return float((p.exp() * (p - q)).sum(-1).mean())
+
     gone = [index for index, _ in search(model, DepthSettings(share=0.5), build)]
-    costs = [brute_force(model, tokens, [i]) for i in range(4)]
+    costs = [brute_force(i) for i in range(4)]
     assert gone[0] == int(np.argmin(costs))
-    second = {i: brute_force(model, tokens, [gone[0], i]) for i in range(4) if i != gone[0]}
+    second = {i: brute_force(gone[0], i) for i in range(4) if i != gone[0]}
     assert gone[1] == min(second, key=second.__getitem__)
     made = apply_recipe(model, recipe("prune-depth", share=0.5), build)
     torch.testing.assert_close(logits(made, tokens), logits(drop(model, gone), tokens))
 
 
-def test_parts_go_and_the_rest_is_renamed_with_what_was_replaced_and_how_it_runs(tiny_model, random_generator):
+def test_parts_go_and_the_rest_is_renamed_with_what_was_replaced_and_how_it_runs(tiny_model, windows):
     model = apply_recipe(tiny_model(seed=3, layers=4), scheme_to_recipe("bf16"), Build())
-    tokens = windows(model, random_generator)
+    tokens = windows(model)
     made = apply_recipe(model, recipe("prune-depth", share=0.3, unit="parts"), Build(calibration=tokens, threads=1))
     gone = search(model, DepthSettings(share=0.3, unit="parts"), Build(calibration=tokens, threads=1))
     _, kept = without(model.config, gone)
@@ -270,36 +252,36 @@ def test_parts_go_and_the_rest_is_renamed_with_what_was_replaced_and_how_it_runs
         assert made.format_of(name) == "bf16"
 
 
-def test_one_layer_stays_whole(tiny_model, random_generator):
+def test_one_layer_stays_whole(tiny_model, windows):
     config = tiny_model(layers=2).config
     assert len(removable(config, "layers", [])) == 2
     assert removable(config, "layers", [(0, "layer")]) == []
     assert removable(config, "parts", [(0, "attention")]) == [(0, "ffn")]
     model = tiny_model(layers=2)
     with pytest.raises(RecipeError, match=r"80%.*50% can"):
-        apply_recipe(model, scheme_to_recipe("layers80"), Build(calibration=windows(model, random_generator)))
+        apply_recipe(model, scheme_to_recipe("layers80"), Build(calibration=windows(model)))
     with pytest.raises(UnsupportedModelError, match="one layer"):
         apply_recipe(tiny_model(layers=1), scheme_to_recipe("layers25"), Build())
     assert PruneDepth().config_after(config, DepthSettings(share=0.5)).layers == config.layers[:1]
 
 
 @pytest.mark.parametrize(("share", "left"), [(0.05, 5), (0.17, 5), (0.24, 5), (0.26, 4), (0.5, 3), (0.8, 1)])
-def test_the_nearest_number_of_layers_goes(tiny_model, random_generator, share, left):
+def test_the_nearest_number_of_layers_goes(tiny_model, share, left, windows):
     model = tiny_model(layers=6)
     settings = DepthSettings(share=share, windows=1)
     assert len(PruneDepth().config_after(model.config, settings).layers) == left
     if share in (0.17, 0.26):
-        build = Build(calibration=windows(model, random_generator), threads=1)
+        build = Build(calibration=windows(model), threads=1)
         assert len(apply_recipe(model, recipe("prune-depth", share=share, windows=1), build).config.layers) == left
 
 
 @pytest.mark.parametrize(
     "scheme", ["prune25", "prune25-even+W8A8", "ffn50+W4A8-g32", "layers25+W8A8", "kvheads1", "wanda50+W4A8-g32-kv8"]
 )
-def test_twins_and_predictions_have_the_shapes_of_the_real_thing(tiny_model, random_generator, scheme):
+def test_twins_and_predictions_have_the_shapes_of_the_real_thing(tiny_model, scheme, windows):
     model = tiny_model(layers=4, ffn=128, heads=4, kv_heads=4)
     found = scheme_to_recipe(scheme)
-    made = apply_recipe(model, found, Build(calibration=windows(model, random_generator), threads=1))
+    made = apply_recipe(model, found, Build(calibration=windows(model), threads=1))
     twin, predicted = cost_twin(model, found), predict_bytes(model, found, 64)
     assert twin.run == made.run
     if predicted.exact:

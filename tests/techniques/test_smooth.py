@@ -7,7 +7,6 @@ import pytest
 
 from trilemma.core.errors import RecipeError
 from trilemma.core.recipe import Recipe, Step
-from trilemma.runtime import EngineOptions, open_engine
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.quantize.smooth import channel_scales
@@ -15,13 +14,6 @@ from trilemma.techniques.schemes import scheme_to_recipe
 
 READERS = {"attention_norm": "attention.q attention.k attention.v", "ffn_norm": "ffn.gate ffn.up"}
 SMOOTH = Recipe(steps=(Step(technique="smooth", settings={}),))
-
-
-def logits_of(model, tokens):
-    engine = open_engine(model, options=EngineOptions(threads=1, kv_cache="f32"))
-    found = engine.logits(tokens)
-    engine.close()
-    return found
 
 
 def with_outliers(model, generator):
@@ -51,23 +43,23 @@ def with_outliers(model, generator):
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_the_function_stays_the_same_to_the_bit(tiny_model, random_generator, biased):
+def test_the_function_stays_the_same_to_the_bit(tiny_model, random_generator, biased, engine_logits):
     model = tiny_model(seed=int(random_generator.integers(1000)), qkv_bias=biased, kv_heads=1 if biased else 2)
     tokens = random_generator.integers(0, 97, (8, 32)).astype(np.int32)
     smoothed = apply_recipe(model, SMOOTH, Build(calibration=tokens, threads=1))
-    np.testing.assert_array_equal(logits_of(model, tokens[0]), logits_of(smoothed, tokens[0]))
+    np.testing.assert_array_equal(engine_logits(model, tokens[0]), engine_logits(smoothed, tokens[0]))
     assert any(not np.array_equal(model.tensor(name), smoothed.tensor(name)) for name in model)
 
 
-def test_it_repairs_int8_with_outliers(tiny_model, random_generator):
+def test_it_repairs_int8_with_outliers(tiny_model, random_generator, engine_logits):
     model = with_outliers(tiny_model(seed=int(random_generator.integers(1000))), random_generator)
     tokens = random_generator.integers(0, 97, (16, 32)).astype(np.int32)
     build = Build(calibration=tokens, threads=1)
-    wanted = logits_of(model, tokens[0])
+    wanted = engine_logits(model, tokens[0])
     w8a8 = scheme_to_recipe("W8A8-g32")
-    plain = np.abs(logits_of(apply_recipe(model, w8a8, build), tokens[0]) - wanted).mean()
+    plain = np.abs(engine_logits(apply_recipe(model, w8a8, build), tokens[0]) - wanted).mean()
     both = Recipe(steps=(*SMOOTH.steps, *w8a8.steps))
-    smoothed = np.abs(logits_of(apply_recipe(model, both, build), tokens[0]) - wanted).mean()
+    smoothed = np.abs(engine_logits(apply_recipe(model, both, build), tokens[0]) - wanted).mean()
     assert smoothed < 0.5 * plain
 
 
