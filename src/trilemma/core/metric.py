@@ -61,7 +61,7 @@ METRICS: dict[str, Metric] = _table(
     ("build_energy_j", "J", "lower", None, "energy that building the model took"),
 )  # fmt: skip
 
-_SYNONYMS = {"time_to_first_token": "ttft_s", "time_per_output_token": "tpot_s", "kl_div": "kl_mean"}
+SYNONYMS = {"time_to_first_token": "ttft_s", "time_per_output_token": "tpot_s", "kl_div": "kl_mean"}
 
 
 def resolve_metric(name: str) -> Metric:
@@ -77,7 +77,7 @@ def resolve_metric(name: str) -> Metric:
     for metric in METRICS.values():
         if name == metric.alias:
             return metric
-    if name in _SYNONYMS:
-        return METRICS[_SYNONYMS[name]]
+    if name in SYNONYMS:
+        return METRICS[SYNONYMS[name]]
     aliases = [metric.alias for metric in METRICS.values() if metric.alias]
     raise UnknownNameError("metric", name, {*METRICS, *aliases})
