@@ -140,6 +140,12 @@ bool signal_raised() {
   return PyErr_CheckSignals() != 0;
 }
 
+KvMode kv_mode_of(const std::string& name) {
+  return named<KvMode>(
+      name, "kv_cache",
+      {{"none", KvMode::kNone}, {"f32", KvMode::kF32}, {"bf16", KvMode::kBf16}, {"int8", KvMode::kInt8}});
+}
+
 // A context is used by one thread at a time; a second one is told so instead of corrupting the cache.
 class PyContext {
   template <class Work>
@@ -161,13 +167,7 @@ class PyContext {
  public:
   PyContext(std::shared_ptr<const Model> model, int threads, const std::string& isa, const std::string& kv_cache,
             int max_context, int max_sequences, int chunk)
-      : context_(
-            std::move(model),
-            {threads, isa,
-             named<KvMode>(
-                 kv_cache, "kv_cache",
-                 {{"none", KvMode::kNone}, {"f32", KvMode::kF32}, {"bf16", KvMode::kBf16}, {"int8", KvMode::kInt8}}),
-             max_context, max_sequences, chunk}) {}
+      : context_(std::move(model), {threads, isa, kv_mode_of(kv_cache), max_context, max_sequences, chunk}) {}
 
   Logits forward(const std::vector<std::tuple<int, TokenArray, std::string>>& steps) {
     std::vector<Slice> slices;
@@ -229,6 +229,16 @@ class PyContext {
   std::atomic<bool> busy_{false};
 };
 
+// (KV cache, scratch) in bytes; `products` are the (activation, asymmetric) pairs of the matrices.
+nb::tuple plan(const nb::dict& config, const std::vector<std::tuple<std::string, bool>>& products,
+               const std::string& kv_cache, int max_context, int max_sequences) {
+  InputForms forms;
+  for (const auto& [activation, asymmetric] : products) forms.add(activation_of(activation), asymmetric);
+  const MemoryUse use =
+      plan_memory(read_config(config), forms, {1, "", kv_mode_of(kv_cache), max_context, max_sequences, 0});
+  return nb::make_tuple(use.kv, use.scratch);
+}
+
 void bind_model(nb::module_& m) {
   nb::class_<Model>(m, "Model", "The immutable weights; filled tensor by tensor, then finalized.")
       .def(
@@ -289,6 +299,8 @@ NB_MODULE(_native, m) {
   m.doc() = "Trilemma's native engine: a decoder step on the CPU.";
   nb::exception<trilemma::EngineFault>(m, "NativeError", PyExc_ValueError);
   m.def("supported_isas", &trilemma::supported_isas);
+  m.def("plan_memory", &trilemma::plan, "config"_a, "products"_a, nb::kw_only(), "kv_cache"_a, "max_context"_a,
+        "max_sequences"_a = 1);
   trilemma::bind_model(m);
   trilemma::bind_context(m);
 }

@@ -7,20 +7,10 @@
 namespace trilemma {
 namespace {
 
-constexpr int kDefaultChunk = 128;
-
-const ContextOptions& validated(const Model& model, const ContextOptions& o) {
-  const auto require = [](bool ok, const std::string& what) {
-    if (!ok) throw EngineFault(what);
-  };
-  require(model.finalized(), "The model is not finalized: some of its tensors may be missing.");
-  require(o.threads >= 1 && o.threads <= 1024, "threads=" + std::to_string(o.threads) + " must be in 1..1024.");
-  require(o.max_sequences >= 1, "max_sequences=" + std::to_string(o.max_sequences) + " must be at least 1.");
-  require(o.chunk >= 0, "chunk=" + std::to_string(o.chunk) + " must not be negative.");
-  require(o.max_context >= 1 && o.max_context <= model.config().max_context,
-          "max_context=" + std::to_string(o.max_context) + " must be in 1.." +
-              std::to_string(model.config().max_context) + ", the model's own context.");
-  return o;
+const ContextOptions& validated(const Model& model, const ContextOptions& options) {
+  if (!model.finalized()) throw EngineFault("The model is not finalized: some of its tensors may be missing.");
+  validate(model.config(), options);
+  return options;
 }
 
 }  // namespace
@@ -31,67 +21,31 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
       threads_(options.threads),
       kv_(model_->config(), options.kv, options.max_context, options.max_sequences),
       rope_(model_->config(), options.max_context) {
-  // A pass can not be longer than what all sequences together may hold.
-  const long long most = static_cast<long long>(options.max_context) * options.max_sequences;
-  const int chunk = options.chunk ? options.chunk : kDefaultChunk;
-  scratch_.chunk = int(std::min<long long>(chunk, most));
-  scratch_.pass = options.kv == KvMode::kNone ? options.max_context : scratch_.chunk;
-  scratch_.chunk = std::min(scratch_.chunk, scratch_.pass);
-  reserve();
+  reserve(plan_scratch(model_->config(), options));
 }
 
-void Context::reserve() {
-  const DecoderConfig& c = model_->config();
-  const size_t dim = size_t(c.dim);
-  size_t q = 0, kv = 0, hidden = 0;
-  bool apart = false, both_apart = false, split = false;
+void Context::reserve(const ScratchPlan& plan) {
+  Scratch& s = scratch_;
+  s.pass = plan.pass;
+  s.chunk = plan.chunk;
+  s.rows = plan.rows;
+  s.x = AlignedBuffer(plan.x);
+  s.normed = AlignedBuffer(plan.normed);
+  s.q = AlignedBuffer(plan.q);
+  s.k = AlignedBuffer(plan.k);
+  s.v = AlignedBuffer(plan.v);
+  s.attended = AlignedBuffer(plan.attended);
+  s.gate = AlignedBuffer(plan.gate);
+  s.up = AlignedBuffer(plan.up);
+  for (const int i : {0, 1}) s.part[i] = AlignedBuffer(plan.part[i]);
+  s.scores = AlignedBuffer(plan.scores);
+  s.gathered = AlignedBuffer(plan.gathered);
+  s.routed = AlignedBuffer(plan.routed);
+  s.routing.reserve(plan.pairs, plan.firsts);
   InputForms forms;
   forms.add(model_->head());
-  Scratch& s = scratch_;
-  s.rows = s.chunk;
-  for (size_t i = 0; i < c.layers.size(); ++i) {
-    const LayerConfig& layer = c.layers[i];
-    forms.add(model_->layers()[i]);
-    apart |= layer.parallel || layer.post_norms;
-    both_apart |= layer.parallel && layer.post_norms;
-    if (const auto& a = layer.attention) {
-      q = std::max(q, size_t(a->q_dim()));
-      kv = std::max(kv, size_t(a->kv_dim()));
-    }
-    if (layer.ffn) hidden = std::max(hidden, size_t(layer.ffn->hidden));
-    if (const auto& e = layer.experts) {
-      hidden = std::max({hidden, size_t(e->hidden), size_t(e->shared_hidden)});
-      s.rows = std::max(s.rows, e->active);
-      split = true;
-    }
-  }
-  const auto rows = [](int tokens, size_t width) { return AlignedBuffer(size_t(tokens) * width * sizeof(float)); };
-  s.x = rows(s.pass, dim);
-  s.normed = rows(s.chunk, round_up(dim, kBlock));
-  s.q = rows(s.chunk, q);
-  s.k = rows(s.chunk, kv);
-  s.v = rows(s.chunk, kv);
-  s.attended = rows(s.chunk, round_up(q, kBlock));
-  s.gate = rows(s.rows, round_up(hidden, kBlock));
-  s.up = rows(s.rows, hidden);
-  if (apart) s.part[0] = rows(s.chunk, dim);
-  if (both_apart) s.part[1] = rows(s.chunk, dim);
-  if (split) reserve_experts();
-  s.input.reserve(forms, int(std::max({dim, q, hidden})), s.rows, split);
-}
-
-void Context::reserve_experts() {
-  Scratch& s = scratch_;
-  const size_t dim = size_t(model_->config().dim), size = sizeof(float);
-  size_t scores = 0;
-  for (const LayerConfig& layer : model_->config().layers) {
-    if (!layer.experts) continue;
-    scores = std::max(scores, size_t(layer.experts->router_rows()));
-    s.routing.reserve(*layer.experts, s.chunk);
-  }
-  s.scores = AlignedBuffer(size_t(s.chunk) * scores * size);
-  s.gathered = AlignedBuffer(size_t(s.rows) * round_up(dim, kBlock) * size);
-  s.routed = AlignedBuffer(size_t(s.rows) * dim * size);
+  for (const LayerWeights& layer : model_->layers()) forms.add(layer);
+  s.input.reserve(forms, plan.columns, plan.rows, plan.split);
 }
 
 MemoryUse Context::memory() const {

@@ -10,22 +10,12 @@
 #include <span>
 #include <string>
 
-#include "kv_pool.h"
-#include "product.h"
+#include "memory_plan.h"
 #include "rope_table.h"
 #include "routing.h"
 #include "thread_pool.h"
 
 namespace trilemma {
-
-struct ContextOptions {
-  int threads = 1;
-  std::string isa;  // empty: the fastest
-  KvMode kv = KvMode::kBf16;
-  int max_context = 0;
-  int max_sequences = 1;
-  int chunk = 0;  // tokens that run through a layer together; 0: a good default
-};
 
 enum class LogitsMode { kNone, kLast, kAll };
 
@@ -33,10 +23,6 @@ struct Slice {
   int sequence;
   std::span<const std::int32_t> tokens;
   LogitsMode logits;
-};
-
-struct MemoryUse {
-  std::size_t weights, kv, scratch;
 };
 
 // Asked now and then during long work; true stops it by throwing Interrupted.
@@ -78,7 +64,7 @@ class Context {
   };
   struct Pass;
 
-  void reserve();
+  void reserve(const ScratchPlan& plan);
   void check(std::span<const Slice> slices) const;
   void run_cached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted);
   void run_uncached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted);
@@ -97,7 +83,6 @@ class Context {
   float* write_logits(const Pass& pass, float* logits);
   void norm(const InputForms& forms, const Norm& norm, int first, int count);
   void norm_row(const Norm& norm, const float* x, float* out) const;
-  void reserve_experts();
   // Row-wise work, of about `floats` a row.
   template <class Task>
   void each_token(int count, double floats, const Task& task) const {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <tuple>
 
 namespace trilemma {
 namespace {
@@ -10,49 +11,56 @@ KvType type_of(KvMode mode) { return mode == KvMode::kInt8 ? kKvInt8 : mode == K
 
 std::size_t element_bytes(KvType type) { return type == kKvF32 ? 4 : type == kKvBf16 ? 2 : 1; }
 
+int padded(int capacity) { return int(round_up(size_t(capacity), kKvTile)); }
+
 }  // namespace
 
 KvPool::KvPool(const DecoderConfig& config, KvMode mode, int capacity, int sequences)
-    : mode_(mode),
-      type_(type_of(mode)),
-      capacity_(capacity),
-      padded_capacity_(int(round_up(size_t(capacity), kKvTile))) {
-  std::size_t end = 0, largest = 0;
-  for (const LayerConfig& layer : config.layers) {
-    Layout layout;
-    if (layer.attention) {
-      layout.heads = layer.attention->kv_heads;
-      layout.head_dim = layer.attention->head_dim;
-      layout.padded_dim = int(round_up(size_t(layout.head_dim), 16));
-      // Without a cache every layer starts at the front of the shared buffer.
-      end = lay_out(layout, mode == KvMode::kNone ? 0 : end);
-      largest = std::max(largest, end);
-    }
-    layers_.push_back(layout);
-  }
+    : mode_(mode), type_(type_of(mode)), capacity_(capacity), padded_capacity_(padded(capacity)) {
+  std::size_t block = 0;
+  std::tie(layers_, block) = lay_out(config, mode, capacity);
   slots_.resize(size_t(sequences));
   if (mode == KvMode::kNone) {
-    shared_ = AlignedBuffer(largest);
+    shared_ = AlignedBuffer(block);
     for (Slot& s : slots_) s.history.reserve(size_t(capacity));
   } else {
-    for (Slot& s : slots_) s.data = AlignedBuffer(largest);
+    for (Slot& s : slots_) s.data = AlignedBuffer(block);
   }
 }
 
-std::size_t KvPool::lay_out(Layout& layout, std::size_t at) const {
-  const size_t positions = size_t(layout.heads) * size_t(padded_capacity_);
+std::pair<std::vector<KvPool::Layout>, std::size_t> KvPool::lay_out(const DecoderConfig& config, KvMode mode,
+                                                                    int capacity) {
+  const KvType type = type_of(mode);
+  std::vector<Layout> layers;
+  std::size_t at = 0, largest = 0;
   const auto take = [&](std::size_t bytes) {
     const std::size_t start = at;
     at += round_up(bytes, 64);
     return start;
   };
-  layout.k = take(positions * size_t(layout.head_dim) * element_bytes(type_));
-  layout.v = take(positions * size_t(layout.padded_dim) * element_bytes(type_));
-  if (type_ == kKvInt8) {
-    layout.k_scale = take(positions * sizeof(float));
-    layout.v_scale = take(positions * sizeof(float));
+  for (const LayerConfig& layer : config.layers) {
+    Layout& l = layers.emplace_back();
+    if (!layer.attention) continue;
+    if (mode == KvMode::kNone) at = 0;  // every layer starts at the front of the shared buffer
+    l.heads = layer.attention->kv_heads;
+    l.head_dim = layer.attention->head_dim;
+    l.padded_dim = int(round_up(size_t(l.head_dim), 16));
+    const std::size_t positions = size_t(l.heads) * size_t(padded(capacity));
+    l.k = take(positions * size_t(l.head_dim) * element_bytes(type));
+    l.v = take(positions * size_t(l.padded_dim) * element_bytes(type));
+    if (type == kKvInt8) {
+      l.k_scale = take(positions * sizeof(float));
+      l.v_scale = take(positions * sizeof(float));
+    }
+    largest = std::max(largest, at);
   }
-  return at;
+  return {std::move(layers), largest};
+}
+
+std::size_t KvPool::bytes_of(const DecoderConfig& config, KvMode mode, int capacity, int sequences) {
+  const std::size_t block = lay_out(config, mode, capacity).second;
+  if (mode == KvMode::kNone) return block + size_t(sequences) * size_t(capacity) * sizeof(std::int32_t);
+  return size_t(sequences) * block;
 }
 
 KvPool::Slot& KvPool::slot(int sequence) { return const_cast<Slot&>(static_cast<const KvPool*>(this)->slot(sequence)); }

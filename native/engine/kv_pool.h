@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "aligned.h"
@@ -33,6 +34,8 @@ class KvPool {
 
   KvView view(int sequence, int layer) const;
   std::size_t bytes() const;
+  // What a pool of these sizes would take.
+  static std::size_t bytes_of(const DecoderConfig& config, KvMode mode, int capacity, int sequences);
 
  private:
   struct Layout {  // of one layer inside a sequence's block, in bytes
@@ -46,7 +49,8 @@ class KvPool {
     AlignedBuffer data;
   };
 
-  std::size_t lay_out(Layout& layout, std::size_t at) const;
+  // Layouts of all layers, and the bytes of a sequence's block (kNone: of the buffer that all layers share).
+  static std::pair<std::vector<Layout>, std::size_t> lay_out(const DecoderConfig& config, KvMode mode, int capacity);
   Slot& slot(int sequence);
   const Slot& slot(int sequence) const;
   void copy_positions(const Slot& from, Slot& to) const;

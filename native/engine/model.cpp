@@ -2,6 +2,10 @@
 
 #include <cstring>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 namespace trilemma {
 namespace {
 
@@ -154,6 +158,9 @@ void Model::finalize() {
   final_norm_ = norm("final_norm");
   head_ = linear(config_.tied ? "embedding" : "head", false);
   finalized_ = true;
+#if defined(__GLIBC__)
+  malloc_trim(0);  // glibc keeps up to 64 MB of what tensors were read into; the cache would come on top
+#endif
 }
 
 std::size_t Model::weights_bytes() const {

@@ -40,13 +40,15 @@ size_t int8_rows(int rows) { return rows > kTokenTile ? round_up(size_t(rows), k
 
 }  // namespace
 
-void InputForms::add(const Linear& linear) {
-  if (!linear.weight) return;
-  const Matrix& w = *linear.weight;
-  const bool b = w.activation() == Activation::kBf16;
-  int8 |= w.activation() == Activation::kInt8;
+void InputForms::add(Activation activation, bool asymmetric) {
+  const bool b = activation == Activation::kBf16;
+  int8 |= activation == Activation::kInt8;
   bf16 |= b;
-  if (w.asymmetric() && w.activation() != Activation::kInt8) (b ? bf16_sums : sums) = true;
+  if (asymmetric && activation != Activation::kInt8) (b ? bf16_sums : sums) = true;
+}
+
+void InputForms::add(const Linear& linear) {
+  if (linear.weight) add(linear.weight->activation(), linear.weight->asymmetric());
 }
 
 void InputForms::add(const FfnWeights& ffn) {
@@ -61,19 +63,32 @@ void InputForms::add(const LayerWeights& layer) {
   for (const FfnWeights& expert : layer.experts.experts) add(expert);
 }
 
-void ProductInput::reserve(const InputForms& forms, int columns, int rows, bool split) {
+ProductInput::Sizes ProductInput::sizes_of(const InputForms& forms, int columns, int rows, bool split) {
   const size_t blocks = round_up(size_t(columns), kBlock) / kBlock, n = size_t(rows);
-  if (forms.bf16) bf16_ = AlignedBuffer(n * blocks * kBlock * 4);
-  if (forms.sums) sums_ = AlignedBuffer(n * blocks * 4);
-  if (forms.bf16_sums) bf16_sums_ = AlignedBuffer(n * blocks * 4);
-  if (!forms.int8) return;
+  Sizes sizes;
+  if (forms.bf16) sizes.bf16 = n * blocks * kBlock * 4;
+  if (forms.sums) sizes.sums = n * blocks * 4;
+  if (forms.bf16_sums) sizes.bf16_sums = n * blocks * 4;
+  if (!forms.int8) return sizes;
   // Parts of 17 rows and more are rounded up to whole tiles: at worst nearly twice the rows.
   const size_t cells = (split ? 2 * n : int8_rows(rows)) * blocks;
-  codes_ = AlignedBuffer(cells * kBlock);
-  scale_ = AlignedBuffer(cells * 4);
-  bias8_ = AlignedBuffer(cells * 4);
-  bias128_ = AlignedBuffer(cells * 4);
-  code_sums_ = AlignedBuffer(cells * 4);
+  sizes.codes = cells * kBlock;
+  sizes.cells = cells * 4;
+  return sizes;
+}
+
+void ProductInput::reserve(const InputForms& forms, int columns, int rows, bool split) {
+  const Sizes sizes = sizes_of(forms, columns, rows, split);
+  bf16_ = AlignedBuffer(sizes.bf16);
+  sums_ = AlignedBuffer(sizes.sums);
+  bf16_sums_ = AlignedBuffer(sizes.bf16_sums);
+  codes_ = AlignedBuffer(sizes.codes);
+  for (AlignedBuffer* b : {&scale_, &bias8_, &bias128_, &code_sums_}) *b = AlignedBuffer(sizes.cells);
+}
+
+std::size_t ProductInput::bytes_of(const InputForms& forms, int columns, int rows, bool split) {
+  const Sizes s = sizes_of(forms, columns, rows, split);
+  return s.bf16 + s.sums + s.bf16_sums + s.codes + 4 * s.cells;
 }
 
 std::size_t ProductInput::bytes() const {

@@ -15,6 +15,7 @@ namespace trilemma {
 struct InputForms {
   bool sums = false, bf16 = false, bf16_sums = false, int8 = false;
 
+  void add(Activation activation, bool asymmetric);
   void add(const Linear& linear);
   void add(const FfnWeights& ffn);
   void add(const LayerWeights& layer);
@@ -27,6 +28,8 @@ class ProductInput {
   // For up to `rows` rows, in several parts where `split`.
   void reserve(const InputForms& forms, int columns, int rows, bool split);
   std::size_t bytes() const;
+  // What `reserve` of the same would take.
+  static std::size_t bytes_of(const InputForms& forms, int columns, int rows, bool split);
 
   // Rows of `x` are `ld` floats apart, ld = columns rounded up to 32.
   void begin(const InputForms& forms, float* x, int columns, int rows) { begin(forms, x, columns, {&rows, 1}); }
@@ -39,6 +42,12 @@ class ProductInput {
   int rows(int part) const { return parts_[size_t(part)].rows; }
 
  private:
+  struct Sizes {
+    std::size_t bf16 = 0, sums = 0, bf16_sums = 0;
+    std::size_t codes = 0, cells = 0;  // cells: each of the four buffers beside the codes
+  };
+  static Sizes sizes_of(const InputForms& forms, int columns, int rows, bool split);
+
   struct Part {
     int first, rows;
     Int8Input int8;

@@ -1,5 +1,6 @@
 #include "rope_table.h"
 
+#include <algorithm>
 #include <cmath>
 
 namespace trilemma {
@@ -25,6 +26,19 @@ int RopeTables::find_or_build(const RopeSpec& spec, int positions) {
     }
   tables_.push_back(std::move(table));
   return int(tables_.size()) - 1;
+}
+
+std::size_t RopeTables::bytes_of(const DecoderConfig& config, int positions) {
+  std::vector<const RopeSpec*> seen;
+  std::size_t total = 0;
+  for (const LayerConfig& layer : config.layers) {
+    if (!layer.attention || !layer.attention->rope) continue;
+    const RopeSpec& spec = *layer.attention->rope;
+    if (std::any_of(seen.begin(), seen.end(), [&](const RopeSpec* other) { return *other == spec; })) continue;
+    seen.push_back(&spec);
+    total += 2 * size_t(positions) * spec.inverse_frequencies.size() * sizeof(float);
+  }
+  return total;
 }
 
 std::size_t RopeTables::bytes() const {

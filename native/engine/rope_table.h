@@ -17,6 +17,8 @@ class RopeTables {
   const float* cos(int layer, int position) const { return table(layer)->cos.as<float>() + offset(layer, position); }
   const float* sin(int layer, int position) const { return table(layer)->sin.as<float>() + offset(layer, position); }
   std::size_t bytes() const;
+  // What a table of these positions would take.
+  static std::size_t bytes_of(const DecoderConfig& config, int positions);
 
  private:
   struct Table {

@@ -29,14 +29,12 @@ float exponentials(const Kernels& kernels, float* values, int n) {
 
 }  // namespace
 
-void Routing::reserve(const ExpertsSpec& spec, int tokens) {
-  const auto grow = [](auto& v, size_t n) { v.reserve(std::max(v.capacity(), n)); };
-  const size_t pairs = size_t(tokens) * size_t(spec.active);
-  grow(expert_, pairs);
-  grow(row_, pairs);
-  grow(gate_, pairs);
-  grow(token_, pairs);
-  grow(first_, size_t(spec.count) + 1);
+void Routing::reserve(std::size_t pairs, std::size_t firsts) {
+  expert_.reserve(pairs);
+  row_.reserve(pairs);
+  gate_.reserve(pairs);
+  token_.reserve(pairs);
+  first_.reserve(firsts);
 }
 
 std::size_t Routing::bytes() const {

@@ -9,7 +9,9 @@ namespace trilemma {
 
 class Routing {
  public:
-  void reserve(const ExpertsSpec& spec, int tokens);
+  // pairs: (token, expert) pairs of a chunk; firsts: one more than experts.
+  void reserve(std::size_t pairs, std::size_t firsts);
+  static std::size_t bytes_of(std::size_t pairs, std::size_t firsts) { return 4 * (4 * pairs + firsts); }
   std::size_t bytes() const;
 
   void begin(const ExpertsSpec& spec, int tokens);

@@ -9,6 +9,14 @@ from numpy.typing import NDArray
 class NativeError(ValueError): ...
 
 def supported_isas() -> list[str]: ...
+def plan_memory(
+    config: Mapping[str, Any],
+    products: Sequence[tuple[str, bool]],
+    *,
+    kv_cache: str,
+    max_context: int,
+    max_sequences: int = 1,
+) -> tuple[int, int]: ...
 
 class Model:
     def __init__(self, config: Mapping[str, Any]) -> None: ...

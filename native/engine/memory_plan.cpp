@@ -1,0 +1,101 @@
+#include "memory_plan.h"
+
+#include <algorithm>
+
+#include "rope_table.h"
+#include "routing.h"
+
+namespace trilemma {
+namespace {
+
+constexpr int kDefaultChunk = 128;
+
+// Of all layers, the widest.
+struct Widths {
+  size_t q = 0, kv = 0, hidden = 0, scores = 0;
+};
+
+void plan_rows(ScratchPlan& plan, const DecoderConfig& config, const ContextOptions& options) {
+  // A pass can not be longer than what all sequences together may hold.
+  const long long most = static_cast<long long>(options.max_context) * options.max_sequences;
+  plan.chunk = int(std::min<long long>(options.chunk ? options.chunk : kDefaultChunk, most));
+  plan.pass = options.kv == KvMode::kNone ? options.max_context : plan.chunk;
+  plan.chunk = std::min(plan.chunk, plan.pass);
+  plan.rows = plan.chunk;
+  for (const LayerConfig& layer : config.layers)
+    if (layer.experts) plan.rows = std::max(plan.rows, layer.experts->active);
+}
+
+Widths plan_experts(ScratchPlan& plan, const DecoderConfig& config, Widths widest) {
+  for (const LayerConfig& layer : config.layers) {
+    const auto& e = layer.experts;
+    if (!e) continue;
+    plan.split = true;
+    plan.pairs = std::max(plan.pairs, size_t(plan.chunk) * size_t(e->active));
+    plan.firsts = std::max(plan.firsts, size_t(e->count) + 1);
+    widest.hidden = std::max({widest.hidden, size_t(e->hidden), size_t(e->shared_hidden)});
+    widest.scores = std::max(widest.scores, size_t(e->router_rows()));
+  }
+  return widest;
+}
+
+}  // namespace
+
+void validate(const DecoderConfig& config, const ContextOptions& o) {
+  const auto require = [](bool ok, const std::string& what) {
+    if (!ok) throw EngineFault(what);
+  };
+  require(o.threads >= 1 && o.threads <= 1024, "threads=" + std::to_string(o.threads) + " must be in 1..1024.");
+  require(o.max_sequences >= 1, "max_sequences=" + std::to_string(o.max_sequences) + " must be at least 1.");
+  require(o.chunk >= 0, "chunk=" + std::to_string(o.chunk) + " must not be negative.");
+  require(o.max_context >= 1 && o.max_context <= config.max_context,
+          "max_context=" + std::to_string(o.max_context) + " must be in 1.." + std::to_string(config.max_context) +
+              ", the model's own context.");
+}
+
+ScratchPlan plan_scratch(const DecoderConfig& config, const ContextOptions& options) {
+  ScratchPlan plan;
+  plan_rows(plan, config, options);
+  Widths w = plan_experts(plan, config, {});
+  bool apart = false, both_apart = false;
+  for (const LayerConfig& layer : config.layers) {
+    apart |= layer.parallel || layer.post_norms;
+    both_apart |= layer.parallel && layer.post_norms;
+    if (layer.attention) {
+      w.q = std::max(w.q, size_t(layer.attention->q_dim()));
+      w.kv = std::max(w.kv, size_t(layer.attention->kv_dim()));
+    }
+    if (layer.ffn) w.hidden = std::max(w.hidden, size_t(layer.ffn->hidden));
+  }
+  const size_t dim = size_t(config.dim), wide = round_up(dim, kBlock);
+  const auto floats = [](int rows, size_t width) { return size_t(rows) * width * sizeof(float); };
+  plan.x = floats(plan.pass, dim);
+  plan.normed = floats(plan.chunk, wide);
+  plan.q = floats(plan.chunk, w.q);
+  plan.k = plan.v = floats(plan.chunk, w.kv);
+  plan.attended = floats(plan.chunk, round_up(w.q, kBlock));
+  plan.gate = floats(plan.rows, round_up(w.hidden, kBlock));
+  plan.up = floats(plan.rows, w.hidden);
+  if (apart) plan.part[0] = floats(plan.chunk, dim);
+  if (both_apart) plan.part[1] = floats(plan.chunk, dim);
+  plan.columns = int(std::max({dim, w.q, w.hidden}));
+  if (!plan.split) return plan;
+  plan.scores = floats(plan.chunk, w.scores);
+  plan.gathered = floats(plan.rows, wide);
+  plan.routed = floats(plan.rows, dim);
+  return plan;
+}
+
+MemoryUse plan_memory(const DecoderConfig& config, const InputForms& forms, const ContextOptions& options) {
+  config.validate();
+  validate(config, options);
+  const ScratchPlan s = plan_scratch(config, options);
+  const std::size_t buffers = s.x + s.normed + s.q + s.k + s.v + s.attended + s.gate + s.up + s.part[0] + s.part[1] +
+                              s.scores + s.gathered + s.routed;
+  const std::size_t derived = ProductInput::bytes_of(forms, s.columns, s.rows, s.split);
+  const std::size_t scratch =
+      buffers + derived + Routing::bytes_of(s.pairs, s.firsts) + RopeTables::bytes_of(config, options.max_context);
+  return {0, KvPool::bytes_of(config, options.kv, options.max_context, options.max_sequences), scratch};
+}
+
+}  // namespace trilemma
