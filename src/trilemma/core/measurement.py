@@ -17,6 +17,7 @@ class Measurement(Record):
     """A number with its unit, source, 95% interval and raw samples.
 
     `conditions` states what the value holds for ("prompt_tokens": 512, "context": 512, ...).
+    `set_aside` keeps raw values that the value is not made of, because the machine was disturbed.
     An unavailable measurement has no value and always a reason; nothing writes 0 for unknown.
     """
 
@@ -31,6 +32,7 @@ class Measurement(Record):
     ci95: tuple[float, float] | None = None
     n: int = 0
     samples: tuple[float, ...] = ()
+    set_aside: tuple[float, ...] = ()
     window_s: float | None = None
     noisy: bool = False
     reason: str | None = None
@@ -57,6 +59,7 @@ class Measurement(Record):
         ci95: tuple[float, float] | None = None,
         n: int = 1,
         samples: tuple[float, ...] = (),
+        set_aside: tuple[float, ...] = (),
         window_s: float | None = None,
         noisy: bool = False,
         conditions: dict[str, str | int | float] | None = None,
@@ -65,7 +68,7 @@ class Measurement(Record):
         known = resolve_metric(metric)
         return cls(
             metric=known.name, value=float(value), unit=known.unit, direction=known.direction, source=source,
-            method=method, sensor=sensor, scope=scope, ci95=ci95, n=n, samples=samples,
+            method=method, sensor=sensor, scope=scope, ci95=ci95, n=n, samples=samples, set_aside=set_aside,
             window_s=window_s, noisy=noisy, conditions=conditions or {},
         )  # fmt: skip
 

@@ -20,7 +20,8 @@ from trilemma.formats.artifact import load_any, short_name, weights_bytes
 from trilemma.formats.pack import format_bytes
 from trilemma.measure.device.ceilings import Bandwidth, read_bandwidth, roofline_share
 from trilemma.measure.memory.held import engine_memory, peak_memory
-from trilemma.measure.timing.speed import Progress, SpeedRun
+from trilemma.measure.timing.settle import Progress
+from trilemma.measure.timing.speed import SpeedRun
 from trilemma.model.cost import decode_bytes_per_token, parameter_count
 from trilemma.model.model import Model
 from trilemma.runtime import open_engine

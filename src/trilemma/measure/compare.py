@@ -18,7 +18,8 @@ from trilemma.measure.memory.held import artifact_bytes, engine_memory
 from trilemma.measure.quality.evaluate import DEFAULT_TOKENS, Paths, build_reference, choose_context, read_token_set
 from trilemma.measure.quality.figures import evaluate as evaluate_quality
 from trilemma.measure.results import CompareResult, CompareRow
-from trilemma.measure.timing.speed import Progress, RelativeTimes, SpeedRun, relative_times
+from trilemma.measure.timing.settle import Progress
+from trilemma.measure.timing.speed import RelativeTimes, SpeedRun, relative_times
 from trilemma.model.model import Model
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import Engine, EngineOptions

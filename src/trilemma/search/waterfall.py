@@ -27,7 +27,8 @@ from trilemma.measure.memory.held import engine_memory
 from trilemma.measure.quality.evaluate import build_reference
 from trilemma.measure.quality.figures import evaluate
 from trilemma.measure.stats import paired_ratio
-from trilemma.measure.timing.speed import Progress, SpeedRun
+from trilemma.measure.timing.settle import Progress
+from trilemma.measure.timing.speed import SpeedRun
 from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import open_engine
@@ -182,7 +183,7 @@ def _cost(
             if progress is not None:
                 progress(turn + 1, repetitions, "speed of every step")
         speeds = run.results()
-        noisy = run.loop.reason
+        noisy = run.reason
     finally:
         run.close()
     return {name: {**engine_memory(engine), **speeds[name]} for name, engine in engines.items()}, noisy

@@ -7,9 +7,9 @@ import pytest
 
 from trilemma.core.errors import InputError
 from trilemma.core.results import BenchReport
-from trilemma.measure.timing import kv_sweep as kv_module
 from trilemma.measure.bench import BenchCandidate
 from trilemma.measure.memory.kv_memory import longest_context
+from trilemma.measure.timing import kv_sweep as kv_module
 from trilemma.measure.timing.batch_sweep import batch_sweep
 from trilemma.measure.timing.kv_sweep import kv_sweep
 from trilemma.model.cost import attention_macs_per_token, kv_bytes, macs_per_token, prompt_macs

@@ -21,7 +21,9 @@ from trilemma.measure.bench import BenchCandidate, bench_report, bench_row, cand
 from trilemma.measure.memory.held import memory_measurements
 from trilemma.measure.stats import paired_ratio
 from trilemma.measure.timing.noise import ReferenceLoop
-from trilemma.measure.timing.speed import Progress, timed_measurement
+from trilemma.measure.timing.quiet import Sifted, sift
+from trilemma.measure.timing.settle import Progress
+from trilemma.measure.timing.speed import round_conditions, timed_measurement
 from trilemma.model.cost import kv_bytes
 from trilemma.runtime import open_engine
 from trilemma.runtime.batch import batch_engine, generate_batch
@@ -73,7 +75,7 @@ def batch_sweep(
     output_tokens: int = 32,
     runtime: str = "native",
     options: EngineOptions | Sequence[EngineOptions] | None = None,
-    repetitions: int = 5,
+    repetitions: int = 15,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> BenchReport:
@@ -83,7 +85,7 @@ def batch_sweep(
         models: as for `bench`.
         batches: numbers of sequences that run together.
         prompt_tokens, output_tokens: of each sequence; prompts are random and differ.
-        repetitions: after a discarded round.
+        repetitions: after a discarded round; from ten on, disturbed ones are set aside.
 
     Returns:
         A BenchReport with a row for each model and batch ('bf16 x8'): throughput_tokens_per_s (all output tokens
@@ -110,8 +112,9 @@ def batch_sweep(
                 if progress is not None:
                     progress(turn * len(held) + number + 1, (repetitions + 1) * len(held), f"batch of {one.size}")
             loop.probe()
-        rows = [_row(one, prompt_tokens, output_tokens, loop) for one in held]
-        notes = [note for item in candidates for note in _gain([one for one in held if one.candidate is item])]
+        about = sift([one.tpot_s for one in held])
+        rows = [_row(one, prompt_tokens, output_tokens, loop, about) for one in held]
+        notes = [note for item in candidates for note in _gain([one for one in held if one.candidate is item], about)]
         return bench_report(rows, notes, isa=held[0].engine.isa, threads=held[0].engine.threads, seed=seed)
 
 
@@ -158,26 +161,33 @@ def _open(
     return [_Batch(item, engine, engine.open_sequences(size), prompts[:size]) for size in sizes]
 
 
-def _row(one: _Batch, prompt_tokens: int, output_tokens: int, loop: ReferenceLoop) -> BenchRow:
+def _row(one: _Batch, prompt_tokens: int, output_tokens: int, loop: ReferenceLoop, about: Sifted) -> BenchRow:
     conditions: dict[str, str | int | float] = {
         "sweep": SWEEP, "form": one.candidate.form, "batch": one.size,
         "prompt_tokens": prompt_tokens, "output_tokens": output_tokens,
         "context": prompt_tokens + output_tokens, "kv_cache": one.engine.kv_cache, "threads": one.engine.threads,
-        "isa": one.engine.isa, "drift": round(loop.drift, 4),
+        "isa": one.engine.isa, "drift": round(loop.drift, 4), **round_conditions(range(len(one.tpot_s)), about),
     }  # fmt: skip
+    reason = loop.reason or about.reason
     method = f"median of {len(one.tpot_s)} interleaved repetitions after a warm-up; 95% interval of the median"
-    if loop.reason:
-        method += f"; noisy: {loop.reason}"
+    if not about.kept.all():
+        method += f"; {about.share_aside:.0%} of them set aside"
+    if reason:
+        method += f"; noisy: {reason}"
     series = {
         "throughput_tokens_per_s": one.throughput, "ttft_s": one.ttft_s, "tpot_s": one.tpot_s, "itl_s": one.itl_s,
     }  # fmt: skip
     found: dict[str, Measurement] = memory_measurements(one.engine, one.room.memory(), conditions)
     for metric, samples in series.items():
-        found[metric] = timed_measurement(metric, samples, method, loop.noisy, conditions)
+        values = np.asarray(samples)
+        found[metric] = timed_measurement(
+            metric, values[about.kept].tolist(), method, bool(reason), conditions,
+            set_aside=values[~about.kept].tolist(),
+        )  # fmt: skip
     return bench_row(one.candidate, f"{one.candidate.form} x{one.size}", found)
 
 
-def _gain(held: Sequence[_Batch]) -> list[str]:
+def _gain(held: Sequence[_Batch], about: Sifted) -> list[str]:
     """What the largest batch brings over the smallest, paired by repetition."""
     if len(held) < 2:
         return []
@@ -186,7 +196,7 @@ def _gain(held: Sequence[_Batch]) -> list[str]:
     for what, ours, theirs in (
         ("throughput", large.throughput, small.throughput), ("time per token", large.tpot_s, small.tpot_s)
     ):  # fmt: skip
-        ratio = paired_ratio(theirs, ours)
+        ratio = paired_ratio(*(np.asarray(own)[about.kept].tolist() for own in (theirs, ours)))
         edges = "" if ratio.low is None else f" [{ratio.low:.2f}, {ratio.high:.2f}]"
         words.append(f"{what} x{ratio.value:.2f}{edges}")
     name = f"{small.candidate.name} {small.candidate.form}"

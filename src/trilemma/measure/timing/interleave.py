@@ -2,7 +2,7 @@
 
 `speed.py` times requests; here a case is a function that returns the seconds of its quantities, so
 that a batch, half a prompt or another model take their turns in the same rounds. Ratios are paired
-by round; the first round is discarded.
+by round; the first round is discarded, and of ten and more those in which the machine was disturbed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.measure.timing.noise import ReferenceLoop
+from trilemma.measure.timing.quiet import sift
 
 Case = Callable[[], Mapping[str, float]]
 Progress = Callable[[int, int, str], None]
@@ -24,10 +25,14 @@ LEAST_ROUNDS = 3
 
 @dataclass
 class Rounds:
-    """samples[case][quantity]: seconds, one entry a round; `noisy` says why the machine is not to be trusted."""
+    """samples[case][quantity]: seconds, one entry a quiet round; `noisy` says why the machine is not to be trusted.
+
+    set_aside[case][quantity] holds those of the disturbed rounds.
+    """
 
     samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     noisy: str | None = None
+    set_aside: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def of(self, case: str, quantity: str) -> NDArray[np.float64]:
         return np.asarray(self.samples[case][quantity], np.float64)
@@ -69,4 +74,17 @@ def interleave(
             if progress is not None:
                 progress(turn + 1, rounds, what)
         found.noisy = loop.reason
-    return found
+    return _quiet(found)
+
+
+def _quiet(found: Rounds) -> Rounds:
+    """Without the rounds in which the machine was disturbed, for all cases alike."""
+    about = sift([values for quantities in found.samples.values() for values in quantities.values()])
+
+    def part(chosen: NDArray[np.bool_]) -> dict[str, dict[str, list[float]]]:
+        return {
+            case: {quantity: np.asarray(values)[chosen].tolist() for quantity, values in quantities.items()}
+            for case, quantities in found.samples.items()
+        }
+
+    return Rounds(part(about.kept), found.noisy or about.reason, part(~about.kept))

@@ -28,7 +28,8 @@ from trilemma.measure.memory.kv_memory import longest_context, memory_sentence
 from trilemma.measure.stats import Interval, paired_ratio
 from trilemma.measure.timing.crossover import Crossing, crossover
 from trilemma.measure.timing.noise import ReferenceLoop
-from trilemma.measure.timing.speed import Progress, timed_measurement
+from trilemma.measure.timing.settle import Progress
+from trilemma.measure.timing.speed import timed_measurement
 from trilemma.model.cost import prompt_macs
 from trilemma.runtime import open_engine
 from trilemma.runtime.batch import batch_engine

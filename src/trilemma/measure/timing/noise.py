@@ -1,8 +1,9 @@
 """Did the machine move while we measured? A fixed piece of work, timed again and again, tells.
 
 The work runs on as many threads as the engine uses, so that a busy neighbour on any of those cores
-is felt. On Linux the share of the cores that other processes took (and that a hypervisor stole) is
-read as well.
+is felt. On Linux what other processes took of the cores (and what a hypervisor stole) is read as well;
+an engine in a child process counts as ours. A pass over memory beside it was tried and does not predict
+a model's slow rounds (docs/log.md); those are found in the rounds themselves, see `quiet.py`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-MOVED = 0.05  # the machine moved when the loop's time changed by more than this
-FOREIGN_SHARE = 0.05  # or when others took more than this share of the cores
+from trilemma.core.environment import usable_cores
+from trilemma.measure.timing.quiet import LEAST_ROUNDS, MOVED, level_moved
+
+FOREIGN_SHARE = 0.05  # others took more than this share of the cores: noisy
+FOREIGN_CORES = 0.5  # or more than half a core, however many there are
 _TRIES = 3
-_TARGET_S = 0.005
+_TARGET_S = 0.0007  # three tries stay below 5 ms where threads are slow to start
 _LEAST_ACCOUNT_S = 0.2  # core-seconds below which the kernel's ticks say nothing
 _TICKS_OF_DOUBT = 2
 
@@ -43,13 +47,18 @@ class ReferenceLoop:
         self._began = self._account()
 
     def probe(self) -> float:
-        """Seconds of the work now: the median of three tries."""
-        self.times_s.append(sorted(self._pass() for _ in range(_TRIES))[_TRIES // 2])
+        """Seconds of the work now: the least of three tries."""
+        self.times_s.append(self._best_of(_TRIES))
         return self.times_s[-1]
 
     @property
     def drift(self) -> float:
-        """Largest relative difference between two probes."""
+        """How far the machine moved: its quiet level in one half of the probes against the other.
+
+        With fewer than ten probes, the largest relative difference between two.
+        """
+        if len(self.times_s) >= LEAST_ROUNDS:
+            return abs(level_moved(self.times_s))
         return max(self.times_s) / min(self.times_s) - 1 if len(self.times_s) > 1 else 0.0
 
     @property
@@ -65,14 +74,22 @@ class ReferenceLoop:
         return max(0.0, (now[1] - began[1]) - (now[2] - began[2]) - doubt) / (now[0] - began[0])
 
     @property
+    def foreign_reason(self) -> str | None:
+        """What others took, where that makes a run noisy."""
+        share = self.foreign_share
+        if share is None:
+            return None
+        if share > FOREIGN_SHARE:
+            return f"other work took {share:.0%} of the cores"
+        cores = share * usable_cores()
+        return f"other work took {cores:.1f} cores" if cores > FOREIGN_CORES else None
+
+    @property
     def reason(self) -> str | None:
         """Why the run is noisy, or None when it is not."""
         if self.drift > MOVED:
             return f"the reference loop moved by {self.drift:.0%}"
-        share = self.foreign_share
-        if share is not None and share > FOREIGN_SHARE:
-            return f"other work took {share:.0%} of the cores"
-        return None
+        return self.foreign_reason
 
     @property
     def noisy(self) -> bool:
@@ -113,5 +130,28 @@ class ReferenceLoop:
             return None
         total = sum(map(sum, rows)) / tick
         idle = sum(row[3] + row[4] for row in rows) / tick
-        own = time.process_time()
-        return total, total - idle, own
+        return total, total - idle, time.process_time() + _children_s()
+
+
+def _children_s() -> float:
+    """Processor seconds of this process's children and theirs, alive or waited for."""
+    tick = os.sysconf("SC_CLK_TCK")
+    parents: dict[int, tuple[int, float]] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            try:
+                # After the name in parentheses: state, parent, ...; utime, stime, cutime, cstime are 12th to 15th.
+                fields = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+            except OSError:
+                continue  # it has ended
+            parents[int(folder.name)] = int(fields[1]), sum(map(int, fields[11:15])) / tick
+    here = os.getpid()
+    waited = os.times()
+
+    def ours(process: int) -> bool:
+        while process in parents and process != here:
+            process = parents[process][0]
+        return process == here
+
+    alive = sum(seconds for process, (_, seconds) in parents.items() if process != here and ours(process))
+    return alive + waited.children_user + waited.children_system
