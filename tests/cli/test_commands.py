@@ -79,7 +79,8 @@ def test_a_recipe_replayed_gives_the_same_bytes(trilemma, artifact, hearth_path,
 def test_eval_with_and_without_a_reference(trilemma, artifact, hearth_path, texts_path):
     alone = document(trilemma("eval", artifact, "--data", texts_path, *SMALL, "--json"))
     (row,) = alone["rows"]
-    assert set(row["measurements"]) == {"perplexity", "bits_per_byte"}
+    likelihoods = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
+    assert set(row["measurements"]) == likelihoods
     paired = document(
         trilemma("eval", artifact, "--data", f"kids={texts_path}", "--reference", hearth_path, *SMALL, "--json")
     )

@@ -66,7 +66,7 @@ def test_domains_in_one_table(trilemma, hearth_path, texts_path, repository, tmp
     alone = trilemma("eval", hearth_path, *domains, *short, "-o", "csv")
     found = list(csv.DictReader(io.StringIO(alone.stdout)))
     assert {row["domain"] for row in found} == {"all", "kids", "docs"}
-    assert {row["metric"] for row in found} == {"perplexity", "bits_per_byte"}
+    assert {row["metric"] for row in found} == {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
 
 
 @pytest.mark.parametrize(

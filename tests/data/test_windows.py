@@ -7,7 +7,8 @@ import pytest
 
 from trilemma.core.errors import DataError
 from trilemma.data.documents import Document
-from trilemma.data.windows import TokenSet, make_windows, sample_calibration
+from trilemma.data.llama_cpp_windows import llama_cpp_windows
+from trilemma.data.windows import TokenSet, count_words, make_windows, sample_calibration
 
 
 def encode(text):
@@ -95,3 +96,100 @@ def test_short_documents_are_joined_and_too_little_text_is_an_error():
     assert sample_calibration(documents([9, 9, 9, 9]), encode, 16, 8).shape == (2, 16)
     with pytest.raises(DataError, match="fewer than 16 tokens"):
         sample_calibration(documents([5, 5]), encode, 16, 8)
+
+
+def positions(found: TokenSet, starts: list[int]) -> list[int]:
+    """Places of the scored tokens in their document, window by window."""
+    places = []
+    for index, (window, start) in enumerate(zip(found.windows, starts, strict=True)):
+        end = start + len(window)
+        places += range(end - len(found.targets(index)), end)
+    return places
+
+
+@pytest.mark.parametrize("length", [2, 7, 8, 9, 13, 40, 41, 83])
+@pytest.mark.parametrize("stride", [1, 3, 5, 7])
+def test_with_a_stride_every_token_is_scored_once_with_context(length, stride):
+    """The loop of the transformers documentation, written anew, is the oracle."""
+    (given,) = documents([length])
+    found = make_windows([given], encode, 8, stride=stride, decode=decode)
+    windows, targets, before = [], [], 0
+    for begin in range(0, length, stride):
+        end = min(begin + 8, length)
+        windows.append(encode(given.text)[begin:end])
+        targets.append(encode(given.text)[max(before, begin + 1) : end])
+        before = end
+        if end == length:
+            break
+    assert [window.tolist() for window in found.windows] == windows
+    assert [found.targets(index).tolist() for index in range(len(windows))] == targets
+    assert positions(found, list(range(0, stride * len(windows), stride))) == list(range(1, length))
+    assert found.text_bytes.sum() == len(given.text[1:].encode())
+    assert found.stride == stride
+
+
+def test_a_stride_of_the_context_is_no_overlap_and_others_are_refused():
+    given = documents([30, 17])
+    assert make_windows(given, encode, 8, stride=8).hash == make_windows(given, encode, 8).hash
+    for stride in (0, 9, -1):
+        with pytest.raises(DataError, match="stride"):
+            make_windows(given, encode, 8, stride=stride)
+
+
+def test_a_limit_counts_overlaps_once():
+    given = documents([100, 100, 100, 100])
+    found = make_windows(given, encode, 10, 60, stride=4)
+    assert found.predicted_tokens == 60 - 4  # each document's first is context only
+    assert found.document_count == 4
+    assert make_windows(given, encode, 10, stride=4).predicted_tokens == 4 * 99
+
+
+def test_what_is_scored_is_part_of_the_identity():
+    given = documents([40, 40])
+    plain, overlapping = make_windows(given, encode, 8), make_windows(given, encode, 8, stride=4)
+    unscored = TokenSet(plain.windows, plain.documents, plain.text_bytes, 8, plain.sources, plain.domains,
+                        np.ones(len(plain.windows), np.int64))  # fmt: skip
+    assert len({plain.hash, overlapping.hash, unscored.hash}) == 3
+    assert overlapping.take(np.arange(len(overlapping.windows))).hash == overlapping.hash
+    parts = [make_windows([item], encode, 8, stride=4) for item in given]
+    assert TokenSet.joined(parts).hash == overlapping.hash
+    with pytest.raises(ValueError, match="strides"):
+        TokenSet.joined([plain, overlapping])
+
+
+def test_words_are_counted_as_lm_eval_counts_them():
+    assert count_words("one two  three\nfour") == 4
+    given = [Document("the cat sat on a mat by the door", "d", "1")]
+    whole = make_windows(given, encode, 64, decode=decode)
+    assert whole.text_words.tolist() == [8]  # the first letter's word was begun by context
+    cut = make_windows(given, encode, 8, stride=3, decode=decode)
+    assert cut.text_words.sum() == 8
+    assert make_windows(given, encode, 64).text_words.sum() == pytest.approx(9, rel=0.05)
+
+
+@pytest.mark.parametrize(("length", "context"), [(16, 8), (31, 8), (47, 9), (100, 11)])
+@pytest.mark.parametrize("bos", [[], [1]])
+def test_the_windows_of_llama_cpp(length, context, bos):
+    """Chunks, the BOS in place of a token, and the scored places as the tool's loop has them."""
+    (given,) = documents([length])
+    found = llama_cpp_windows(given.text + "\n", encode, context, bos=bos, decode=decode)
+    tokens = bos + encode(given.text)
+    first, targets, windows = context // 2, [], []
+    for chunk in range(len(tokens) // context):
+        start = chunk * context
+        windows.append((bos or tokens[start : start + 1]) + tokens[start + 1 : start + context])
+        targets.append([tokens[start + first + at + 1] for at in range(context - 1 - first)])
+    assert [window.tolist() for window in found.windows] == windows
+    assert [found.targets(index).tolist() for index in range(len(windows))] == targets
+    assert found.predicted_tokens == len(windows) * (context - first - 1)
+    assert found.document_count == len(windows)
+    assert found.protocol == "llama.cpp"
+
+
+def test_llama_cpp_refuses_less_than_two_windows_and_stops_at_a_limit():
+    (given,) = documents([100])
+    with pytest.raises(DataError, match="at least two windows"):
+        llama_cpp_windows(given.text[:15], encode, 8, decode=decode)
+    with pytest.raises(DataError, match="at least 4"):
+        llama_cpp_windows(given.text, encode, 3, decode=decode)
+    assert len(llama_cpp_windows(given.text, encode, 8, 39, decode=decode).windows) == 4

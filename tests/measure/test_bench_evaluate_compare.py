@@ -73,7 +73,7 @@ def test_evaluate_by_domain_and_against_itself(hearth_path, texts_path, tmp_path
     low, high = books.measurements["perplexity"].ci95
     assert low < books.measurements["perplexity"].value < high
     alone = evaluate(hearth_path, {"books": texts_path}, context=64, max_tokens=1500)
-    assert set(alone.rows[0].measurements) == {"perplexity", "bits_per_byte"}
+    assert set(alone.rows[0].measurements) == {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"}
     assert alone.rows[0].measurements["perplexity"].value == pytest.approx(
         books.measurements["perplexity"].value, rel=1e-6
     )

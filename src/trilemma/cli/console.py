@@ -133,4 +133,4 @@ def _interval(measurement: Measurement) -> str:
 
 def _quantity(metric: str, value: float, unit: str) -> str:
     # perplexity is a bare number, not a share that reads as per cent
-    return significant(value) if metric == "perplexity" else format_quantity(value, unit)
+    return significant(value) if metric.endswith("perplexity") else format_quantity(value, unit)

@@ -24,6 +24,7 @@ _UNITS: dict[str, dict[str, float]] = {
     "W": {"": 1, "w": 1, "mw": 1e-3, "kw": 1e3},
     "h": {"": 1, "h": 1, "min": 1 / 60, "d": 24},
     "tokens/s": {"": 1, "tokens/s": 1, "tok/s": 1, "t/s": 1},
+    "tokens": {"": 1, "tokens": 1},
     "ratio": {"": 1},
     "nats": {"": 1, "nats": 1},
     "bits/byte": {"": 1, "bits/byte": 1},

@@ -49,29 +49,46 @@ METRICS: dict[str, Metric] = _table(
     ("idle_power_w", "W", "lower", None, "mean power before the work"),
     ("battery_h", "h", "higher", "battery", "hours of battery at the stated duty cycle"),
     ("perplexity", "ratio", "lower", "ppl", "per token, at the stated context and stride"),
+    ("word_perplexity", "ratio", "lower", None, "per word between white space (lm-eval's definition)"),
+    ("byte_perplexity", "ratio", "lower", None, "per byte of text (lm-eval's definition)"),
     ("bits_per_byte", "bits/byte", "lower", None, "cross-entropy per byte of text"),
     ("ppl_increase", "ratio", "lower", "ppl_increase", "paired relative increase of perplexity over the unmodified model"),
     ("kl_mean", "nats", "lower", "kl", "mean KL(reference || model) per token, same tokens"),
     ("kl_p99", "nats", "lower", None, "99th percentile of the per-token KL"),
     ("kl_p999", "nats", "lower", None, "99.9th percentile of the per-token KL"),
     ("top1_agreement", "ratio", "higher", "agreement", "share of tokens whose most likely next token is the reference's"),
+    ("repetition_rate", "ratio", "lower", None, "share of an answer's 4-grams that occurred before in it, mean over greedy answers"),
+    ("looping_rate", "ratio", "lower", None, "share of greedy answers that end in a loop of at most 8 tokens over half of the answer"),
+    ("empty_rate", "ratio", "lower", None, "share of greedy answers of fewer than 3 tokens"),
+    ("answer_tokens", "tokens", "higher", None, "mean length of the greedy answers"),
+    ("changed_answers", "ratio", "lower", None, "share of greedy answers that differ from the reference's"),
+    ("agreed_tokens", "tokens", "higher", None, "mean tokens before a greedy answer parts from the reference's"),
     ("answer_s", "s", "lower", None, "request in to the whole answer out"),
     ("energy_j_per_answer", "J", "lower", None, "gross energy of a request with its whole answer"),
     ("build_s", "s", "lower", None, "time that building the model took"),
     ("build_energy_j", "J", "lower", None, "energy that building the model took"),
 )  # fmt: skip
 
+TASK_METRICS = {
+    "accuracy": "share of a task's items answered right (lm-eval's acc)",
+    "accuracy_norm": "the same with log-likelihoods divided by the answer's characters (lm-eval's acc_norm)",
+    "accuracy_change": "accuracy less the reference's on the same items",
+}
+
 SYNONYMS = {"time_to_first_token": "ttft_s", "time_per_output_token": "tpot_s", "kl_div": "kl_mean"}
 
 
 def resolve_metric(name: str) -> Metric:
-    """The metric of a name, an alias or a known synonym; `accuracy/<task>` is open-ended.
+    """The metric of a name, an alias or a known synonym.
+
+    `accuracy/<task>`, `accuracy_norm/<task>` and `accuracy_change/<task>` are open-ended.
 
     Raises:
         UnknownNameError: no such metric; the message lists names and aliases.
     """
-    if name.startswith("accuracy/"):
-        return Metric(name=name, unit="ratio", direction="higher", alias=None, what="task accuracy")
+    family, _, task = name.partition("/")
+    if task and family in TASK_METRICS:
+        return Metric(name=name, unit="ratio", direction="higher", alias=None, what=TASK_METRICS[family])
     if name in METRICS:
         return METRICS[name]
     for metric in METRICS.values():

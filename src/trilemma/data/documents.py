@@ -75,6 +75,15 @@ def read_documents(
     return [document for document in ready if document.text.strip()]
 
 
+def read_text(path: str | Path) -> str:
+    """The whole text of a file as it stands, unpacked where its name ends in .xz or .gz; line ends are \\n.
+
+    Raises:
+        DataError: a file that is missing, empty, binary or not UTF-8.
+    """
+    return _decode(Path(path), _read_bytes(Path(path)))
+
+
 def prepare_text(text: str, how: Prepare) -> str:
     """Bring a text into the form that a model was trained on (see `read_documents`).
 

@@ -18,6 +18,41 @@ class DomainRow(Record):
     measurements: dict[str, Measurement]
 
 
+class TaskRow(Record):
+    """One task of right and wrong answers; `answers` holds the chosen option of each item (1 or 0 where there is none).
+
+    gained, lost: items that the reference had wrong and this model right, and the other way round.
+    """
+
+    task: str
+    kind: str  # choices, contexts or continuation
+    items: int
+    truncated: int = 0  # items whose text was cut at the left to fit the context
+    measurements: dict[str, Measurement]
+    gained: int | None = None
+    lost: int | None = None
+    answers: tuple[int, ...] = ()
+
+
+class AnswerPair(Record):
+    """A prompt continued greedily by the reference and by the model; `first_difference` is a token's index."""
+
+    prompt: str
+    reference: str | None
+    answer: str
+    first_difference: int | None
+
+
+class GenerationRow(Record):
+    """What greedy continuations of the texts look like, with a few of them side by side."""
+
+    prompts: int
+    max_tokens: int
+    collapsed: bool
+    measurements: dict[str, Measurement]
+    answers: tuple[AnswerPair, ...] = ()
+
+
 class EvaluateResult(Record):
     """Quality of one model, with what it was compared to."""
 
@@ -29,6 +64,10 @@ class EvaluateResult(Record):
     environment: Environment
     rows: tuple[DomainRow, ...]
     notes: tuple[str, ...] = ()
+    protocol: str = "windows"
+    stride: int | None = None
+    tasks: tuple[TaskRow, ...] = ()
+    generation: GenerationRow | None = None
 
 
 class CompareRow(Record):

@@ -19,8 +19,9 @@ from trilemma.core.trial import Trial
 from trilemma.core.verdict import Outcome, Verdict
 
 QUALITY_METRICS = frozenset(
-    {"perplexity", "bits_per_byte", "ppl_increase", "kl_mean", "kl_p99", "kl_p999", "top1_agreement"}
-)
+    {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ppl_increase", "kl_mean", "kl_p99",
+     "kl_p999", "top1_agreement"}
+)  # fmt: skip
 EXIT_CODES: dict[Outcome, int] = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4}
 
 Interval = tuple[float, float]
@@ -28,7 +29,7 @@ Interval = tuple[float, float]
 
 def is_quality(metric: str) -> bool:
     """Whether a metric says how good answers are; it is then judged on confirm text alone."""
-    return metric in QUALITY_METRICS or metric.startswith("accuracy/")
+    return metric in QUALITY_METRICS or metric.startswith(("accuracy/", "accuracy_norm/"))
 
 
 def verdict(

@@ -1,7 +1,8 @@
 """How good a model is: perplexity, bits per byte, and paired divergence from its reference.
 
-Reference and candidate see the same tokens; every interval is over documents. The first token of a
-window is context only. Left out: tasks, and the generation check (`generation.py`).
+Reference and candidate see the same tokens; every interval is over documents (over windows in llama.cpp's
+protocol, whose windows know no documents). Which tokens are scored is the token set's affair. Left out: tasks
+(`tasks/`), and the generation check (`generation.py`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ __all__ = [
     "token_likelihood",
 ]
 
-_INTERVAL = "95% symmetric percentile-t bootstrap over documents"
+_INTERVAL = "95% symmetric percentile-t bootstrap over"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class TokenScores:
 
 
 def perplexity_of(engine: Engine, token_set: TokenSet, progress: Progress | None = None) -> dict[str, Measurement]:
-    """Perplexity and bits per byte without a reference.
+    """Perplexity a token, a word and a byte, and bits per byte, without a reference.
 
     Raises:
         EngineError: logits that are not finite, or windows longer than the engine's context.
@@ -66,7 +67,7 @@ def token_likelihood(engine: Engine, token_set: TokenSet, progress: Progress | N
     """Negative log-likelihood of every predicted token in nats, (rows,). Raises as `perplexity_of`."""
     parts = []
     with RowPool(engine.threads) as pool:
-        for index, window in enumerate(token_set.windows):
+        for index in range(len(token_set.windows)):
             logits = window_logits(engine, token_set, index)
             normalizer = np.empty(len(logits), np.float64)
 
@@ -75,7 +76,7 @@ def token_likelihood(engine: Engine, token_set: TokenSet, progress: Progress | N
 
             pool.map(work, len(logits))
             require_finite(normalizer, index, engine)
-            parts.append(token_nll(logits, window[1:], normalizer))
+            parts.append(token_nll(logits, token_set.targets(index), normalizer))
             _tell(progress, index, token_set, "perplexity")
     return np.concatenate(parts)
 
@@ -86,7 +87,7 @@ def evaluate(
     """Perplexity, bits per byte, and what changed against the reference on the same tokens.
 
     Returns:
-        metric -> Measurement for perplexity, bits_per_byte, ppl_increase, kl_mean, kl_p99, kl_p999, top1_agreement.
+        metric -> Measurement: what `perplexity_of` gives, ppl_increase, kl_mean, kl_p99, kl_p999, top1_agreement.
 
     Raises:
         DataError: `token_set` is not the one that the reference saw.
@@ -108,7 +109,7 @@ def score(engine: Engine, reference: Reference, progress: Progress | None = None
     nll, kl = np.empty(rows_total, np.float64), np.empty(rows_total, np.float64)
     agrees = np.empty(rows_total, np.bool_)
     with RowPool(engine.threads) as pool:
-        for index, window in enumerate(tokens.windows):
+        for index in range(len(tokens.windows)):
             logits = window_logits(engine, tokens, index)
             if logits.shape[1] != reference.vocab_size:
                 raise EngineError(
@@ -118,6 +119,7 @@ def score(engine: Engine, reference: Reference, progress: Progress | None = None
             start = int(reference.starts[index])
             packed = reference.window(index)
             normalizer = np.empty(len(logits), np.float64)
+            chosen = tokens.targets(index)
 
             def work(
                 rows: slice,
@@ -125,7 +127,7 @@ def score(engine: Engine, reference: Reference, progress: Progress | None = None
                 normalizer: Float64 = normalizer,
                 packed: PackedLogProbs = packed,
                 start: int = start,
-                targets: NDArray[np.int32] = window[1:],
+                targets: NDArray[np.int32] = chosen,
             ) -> None:
                 here = slice(start + rows.start, start + rows.stop)
                 normalizer[rows] = log_normalizer(logits[rows])
@@ -151,7 +153,7 @@ def summarize(
     paired = ratio_interval(per_document(scores.nll - reference_nll, tokens), counts)
     kl = ratio_interval(per_document(scores.kl, tokens), counts, scale="log")
     agreement = share_interval(per_document(scores.agrees.astype(np.float64), tokens), counts)
-    versus = f"against {reference_name} f32 on the same tokens; {_INTERVAL}"
+    versus = f"against {reference_name} f32 on the same tokens; {_interval(tokens)}"
     found = likelihood(scores.nll, tokens)
     found["ppl_increase"] = _measure(
         "ppl_increase",
@@ -169,8 +171,8 @@ def summarize(
 
 
 def token_documents(token_set: TokenSet) -> NDArray[np.int64]:
-    """The document of every predicted token, (rows,)."""
-    return np.repeat(token_set.documents, [len(window) - 1 for window in token_set.windows])
+    """The document of every scored token, (rows,)."""
+    return np.repeat(token_set.documents, token_set.predicted)
 
 
 def per_document(values: NDArray[np.floating], token_set: TokenSet) -> Float64:
@@ -180,18 +182,46 @@ def per_document(values: NDArray[np.floating], token_set: TokenSet) -> Float64:
 
 
 def likelihood(nll: Float64, token_set: TokenSet) -> dict[str, Measurement]:
-    """Perplexity and bits per byte from per-token figures."""
+    """Perplexity a token, a word and a byte, and bits per byte, from per-token figures.
+
+    Words and bytes as lm-eval's word_perplexity, byte_perplexity and bits_per_byte count them: pieces between runs
+    of white space, and bytes of UTF-8.
+    """
     sums = per_document(nll, token_set)
     counts = per_document(np.ones(len(nll)), token_set)
-    text_bytes = np.bincount(token_set.documents, weights=token_set.text_bytes, minlength=token_set.document_count)
+    how = _interval(token_set)
+    text_bytes = _of_windows(token_set.text_bytes, token_set)
     nats = ratio_interval(sums, counts, scale="log")
     bits = ratio_interval(sums / math.log(2), text_bytes, scale="log")
-    return {
-        "perplexity": _measure("perplexity", _map(nats, _exp), token_set, f"exp of mean nats a token; {_INTERVAL}"),
-        "bits_per_byte": _measure(
-            "bits_per_byte", bits, token_set, _INTERVAL, text_bytes=float(token_set.text_bytes.sum())
+    amount = {"text_bytes": float(text_bytes.sum())}
+    found = {
+        "perplexity": _measure("perplexity", _map(nats, _exp), token_set, f"exp of mean nats a token; {how}"),
+        "bits_per_byte": _measure("bits_per_byte", bits, token_set, how, **amount),
+        "byte_perplexity": _measure(
+            "byte_perplexity", _map(bits, _exp2), token_set, f"2 to the bits a byte; {how}", **amount
         ),
     }
+    if token_set.text_words is not None:
+        found["word_perplexity"] = _by_word(sums, _of_windows(token_set.text_words, token_set), token_set)
+    return found
+
+
+def _by_word(sums: Float64, words: Float64, token_set: TokenSet) -> Measurement:
+    if words.sum() < len(words):
+        return Measurement.unavailable("word_perplexity", "the text has hardly any words set apart by white space")
+    nats = ratio_interval(sums, words, scale="log")
+    method = f"exp of mean nats a word between white space; {_interval(token_set)}"
+    return _measure("word_perplexity", _map(nats, _exp), token_set, method, text_words=float(words.sum()))
+
+
+def _of_windows(values: NDArray[np.floating], token_set: TokenSet) -> Float64:
+    """Sums of window figures over documents, (documents,)."""
+    sums = np.bincount(token_set.documents, weights=values, minlength=token_set.document_count)
+    return sums.astype(np.float64)
+
+
+def _interval(token_set: TokenSet) -> str:
+    return f"{_INTERVAL} {'windows' if token_set.protocol == 'llama.cpp' else 'documents'}"
 
 
 def _measure(
@@ -205,7 +235,8 @@ def _measure(
         n=token_set.document_count,
         conditions={
             "context": token_set.context,
-            "stride": token_set.context,
+            "stride": token_set.stride or token_set.context,
+            "protocol": token_set.protocol,
             "documents": token_set.document_count,
             "tokens": token_set.predicted_tokens,
             "token_set": token_set.hash,
@@ -227,6 +258,10 @@ def _expm1(value: float) -> float:
 
 def _exp(value: float) -> float:
     return math.exp(min(value, 700.0))
+
+
+def _exp2(value: float) -> float:
+    return math.exp2(min(value, 1000.0))
 
 
 def _tell(progress: Progress | None, index: int, token_set: TokenSet, what: str) -> None:

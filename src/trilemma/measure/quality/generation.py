@@ -52,7 +52,7 @@ def generation_check(
         raise InputError("The generation check needs at least one prompt.")
     settings = SamplingSettings(max_tokens=max_tokens)
     answers = tuple(tuple(engine.generate(list(prompt), settings).tokens) for prompt in prompts)
-    looping = float(np.mean([_loops(answer) for answer in answers]))
+    looping = float(np.mean([loops(answer) for answer in answers]))
     empty = float(np.mean([len(answer) < 3 for answer in answers]))
     failing = looping + empty
     allowed = 0.5 if baseline is None else min(1.0, baseline.looping + baseline.empty + WORSE_BY)
@@ -72,7 +72,7 @@ def repetition_rate(tokens: Sequence[int], n: int = NGRAM) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _loops(tokens: Sequence[int]) -> bool:
+def loops(tokens: Sequence[int]) -> bool:
     """Whether the tail repeats with a short period over a large share of the answer, at least three turns."""
     for period in range(1, LOOP_PERIOD + 1):
         same = 0

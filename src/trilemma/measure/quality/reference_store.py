@@ -32,7 +32,7 @@ LEAST_WINDOWS = 5
 
 @dataclass
 class Reference:
-    """What the unmodified model in f32 says of a token set. Made by `build`; rows are predicted tokens.
+    """What the unmodified model in f32 says of a token set. Made by `build`; rows are scored tokens.
 
     token_set: what was scored (shorter than asked for where a note says so);
     nll: (rows,) nats; best: (rows,) most likely token; notes: what the user should know.
@@ -50,8 +50,7 @@ class Reference:
     starts: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
-        sizes = [len(window) - 1 for window in self.token_set.windows]
-        self.starts = np.concatenate(([0], np.cumsum(sizes))).astype(np.int64)
+        self.starts = np.concatenate(([0], np.cumsum(self.token_set.predicted))).astype(np.int64)
 
     @property
     def vocab_size(self) -> int:
@@ -119,7 +118,7 @@ def bound_token_set(token_set: TokenSet, vocab_size: int, max_bytes: int) -> tup
     if token_set.predicted_tokens <= rows:
         return token_set, ()
     order = np.argsort(_turns(token_set.documents), kind="stable")  # first windows of all documents first
-    sizes = np.cumsum([len(token_set.windows[index]) - 1 for index in order])
+    sizes = np.cumsum(token_set.predicted[order])
     count = int(np.searchsorted(sizes, rows, side="right"))
     if count < min(LEAST_WINDOWS, len(token_set.windows)):
         raise DataError(
@@ -135,7 +134,7 @@ def bound_token_set(token_set: TokenSet, vocab_size: int, max_bytes: int) -> tup
 
 
 def window_logits(engine: Engine, token_set: TokenSet, index: int) -> Float32:
-    """Logits that predict tokens 1..n-1 of a window, (n-1, vocab).
+    """Logits that predict the scored tokens of a window, (predicted, vocab).
 
     Raises:
         EngineError: the window is longer than the engine's context.
@@ -146,7 +145,7 @@ def window_logits(engine: Engine, token_set: TokenSet, index: int) -> Float32:
             f"A window of {len(window)} tokens does not fit the engine's context of {engine.max_context}. "
             f"Measure with a context of at most {engine.max_context}."
         )
-    return engine.logits(window)[:-1]
+    return engine.logits(window)[len(window) - 1 - int(token_set.predicted[index]) : -1]
 
 
 def require_finite(normalizer: Float64, window: int, engine: Engine) -> None:
@@ -214,7 +213,7 @@ def _write(engine: Engine, token_set: TokenSet, folder: Path, progress: Progress
 def _scored(
     engine: Engine, token_set: TokenSet, pool: RowPool
 ) -> Iterator[tuple[int, PackedLogProbs, Float64, NDArray[np.int32]]]:
-    for index, window in enumerate(token_set.windows):
+    for index in range(len(token_set.windows)):
         logits = window_logits(engine, token_set, index)
         count, vocab = logits.shape
         normalizer = np.empty(count, np.float64)
@@ -238,7 +237,7 @@ def _scored(
 
         pool.map(work, count)
         require_finite(normalizer, index, engine)
-        yield index, packed, token_nll(logits, window[1:], normalizer), best
+        yield index, packed, token_nll(logits, token_set.targets(index), normalizer), best
 
 
 def _turns(documents: NDArray[np.int64]) -> NDArray[np.int64]:
