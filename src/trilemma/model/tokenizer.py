@@ -64,6 +64,10 @@ class Tokenizer:
         found: int | None = self._fast.token_to_id(token)
         return found
 
+    def special_text(self, kind: str) -> str | None:
+        """The text of 'bos_token', 'eos_token', 'unk_token' or 'pad_token', where the model's settings name it."""
+        return self._special_tokens().get(kind)
+
     def difference(self, other: Tokenizer) -> str | None:
         """Why token ids of the two do not mean the same, or None: every token must have the same id in both."""
         ours, theirs = (one._fast.get_vocab(with_added_tokens=True) for one in (self, other))
