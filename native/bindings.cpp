@@ -11,8 +11,13 @@
 #include <memory>
 #include <optional>
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 #include "engine/dispatch.h"
 #include "engine/generate.h"
+#include "engine/probe.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -229,6 +234,13 @@ class PyContext {
   std::atomic<bool> busy_{false};
 };
 
+// glibc keeps up to 64 MB of what tensors were read into; other allocators have nothing to be told.
+void release_free_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
+#endif
+}
+
 // (KV cache, scratch) in bytes; `products` are the (activation, asymmetric) pairs of the matrices.
 nb::tuple plan(const nb::dict& config, const std::vector<std::tuple<std::string, bool>>& products,
                const std::string& kv_cache, int max_context, int max_sequences) {
@@ -299,6 +311,9 @@ NB_MODULE(_native, m) {
   m.doc() = "Trilemma's native engine: a decoder step on the CPU.";
   nb::exception<trilemma::EngineFault>(m, "NativeError", PyExc_ValueError);
   m.def("supported_isas", &trilemma::supported_isas);
+  m.def("time_products", &trilemma::time_products, "model"_a, "jobs"_a, nb::kw_only(), "tokens"_a, "threads"_a,
+        "isa"_a = "", "passes"_a = 1, nb::call_guard<nb::gil_scoped_release>());
+  m.def("release_free_memory", &trilemma::release_free_memory);
   m.def("plan_memory", &trilemma::plan, "config"_a, "products"_a, nb::kw_only(), "kv_cache"_a, "max_context"_a,
         "max_sequences"_a = 1);
   trilemma::bind_model(m);

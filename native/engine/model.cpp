@@ -2,10 +2,6 @@
 
 #include <cstring>
 
-#if defined(__GLIBC__)
-#include <malloc.h>
-#endif
-
 namespace trilemma {
 namespace {
 
@@ -99,6 +95,12 @@ void Model::add_vector(const std::string& name, const float* values, std::size_t
   if (!vectors_.emplace(name, std::move(buffer)).second) throw EngineFault("Tensor '" + name + "' was given twice.");
 }
 
+const Matrix& Model::matrix(const std::string& name) const {
+  const auto found = matrices_.find(name);
+  if (found == matrices_.end()) throw EngineFault("The model has no matrix named '" + name + "'.");
+  return found->second;
+}
+
 const float* Model::vector(const std::string& name) const { return vectors_.at(name).as<float>(); }
 
 Linear Model::linear(const std::string& prefix, bool bias) const {
@@ -158,9 +160,6 @@ void Model::finalize() {
   final_norm_ = norm("final_norm");
   head_ = linear(config_.tied ? "embedding" : "head", false);
   finalized_ = true;
-#if defined(__GLIBC__)
-  malloc_trim(0);  // glibc keeps up to 64 MB of what tensors were read into; the cache would come on top
-#endif
 }
 
 std::size_t Model::weights_bytes() const {

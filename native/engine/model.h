@@ -60,6 +60,8 @@ class Model {
   const std::map<std::string, std::pair<int, int>>& expected() const { return expected_; }
   const std::vector<LayerWeights>& layers() const { return layers_; }
   const Matrix& embedding() const { return *embedding_; }
+  // Any matrix by canonical name; throws EngineFault when there is none.
+  const Matrix& matrix(const std::string& name) const;
   // Null without learned positions.
   const Matrix* positions() const { return positions_; }
   const Norm& final_norm() const { return final_norm_; }
