@@ -8,11 +8,12 @@ import pytest
 
 from trilemma.core.errors import OutputError, RecipeError, UnsupportedModelError
 from trilemma.export import EXPORTERS
-from trilemma.export.gguf import export_gguf, gguf_name
+from trilemma.export.gguf import export_gguf
 from trilemma.formats import FORMATS
 from trilemma.formats.artifact import load_any
 from trilemma.formats.random_weights import with_random_weights
 from trilemma.model.config import Experts
+from trilemma.model.gguf import gguf_name
 from trilemma.model.rope import make_rope
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe

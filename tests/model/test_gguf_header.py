@@ -159,9 +159,9 @@ def test_a_folder_means_its_only_model(tmp_path, hearth_path):
         find_gguf(tmp_path)
 
 
-def test_other_commands_say_where_a_gguf_file_can_be_used(tmp_path):
-    from trilemma.model.checkpoint import read_checkpoint
+def test_a_file_of_the_magic_alone_is_refused(tmp_path):
+    from trilemma.formats.artifact import load_any
 
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match="inspect --diagnose"):
-        read_checkpoint(tmp_path / "model.gguf")
+    with pytest.raises(CheckpointError, match="ends inside its header"):
+        load_any(tmp_path / "model.gguf")

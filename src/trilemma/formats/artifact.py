@@ -38,6 +38,7 @@ from trilemma.formats.artifact_record import (
 from trilemma.formats.artifact_write import check_output, replace_folder, write_artifact
 from trilemma.formats.blobs import BlobReader
 from trilemma.formats.pack import PackedMatrix, check_layout
+from trilemma.model.gguf import find_gguf
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.model.plain import PlainMatrix
 
@@ -135,7 +136,7 @@ def read_recipe(folder: str | Path) -> Recipe:
 
 
 def load_any(path_or_id: str | Path) -> Model:
-    """Open whatever it is: an artifact, a checkpoint folder, a bare config.json (random weights), a hub id.
+    """Open whatever it is: artifact, checkpoint folder, GGUF file, bare config.json (random weights), hub id.
 
     Raises:
         CheckpointError: nothing usable is there; the message says what was looked for.
@@ -145,6 +146,11 @@ def load_any(path_or_id: str | Path) -> Model:
 
     if is_artifact(path_or_id):
         return read_artifact(path_or_id)
+    file = find_gguf(path_or_id)
+    if file is not None:
+        from trilemma.formats.gguf.read import read_gguf
+
+        return read_gguf(file)
     return read_checkpoint(path_or_id)
 
 

@@ -31,6 +31,7 @@ from trilemma.formats.pack import PackedMatrix, pack
 from trilemma.formats.plain import to_plain
 from trilemma.model.model import Model
 from trilemma.model.plain import PlainDtype, PlainMatrix
+from trilemma.model.tokenizer import tokenizer_files
 
 
 def check_output(folder: str | Path, *, force: bool = False) -> Path:
@@ -87,6 +88,9 @@ def _write_files(model: Model, folder: Path, recipe: Recipe) -> None:
     (folder / RECIPE_FILE).write_text(recipe.to_yaml(), encoding="utf-8")
     if model.path is None:
         return
+    if model.path.is_file():  # a GGUF file
+        for name, text in tokenizer_files(model.path).items():
+            (folder / name).write_text(text, encoding="utf-8")
     for name in COPIED_FILES:
         if (model.path / name).is_file():
             shutil.copyfile(model.path / name, folder / name)

@@ -245,7 +245,7 @@ def _what_lies_there(folder: Path) -> str:
         return _pickle_message(pickles[0])
     ggufs = sorted(path.name for path in folder.glob("*.gguf"))
     if ggufs:
-        return f"It has {ggufs[0]}: GGUF is written, not read. Start from the model's safetensors."
+        return f"It has {ggufs[0]}: give that file itself."
     if (folder / "config.json").is_file():
         return "Fetch the weights (*.safetensors), or give the path of config.json itself for random weights."
     return "Give the folder that holds config.json and the safetensors files."
@@ -265,11 +265,6 @@ def _not_a_folder(path: Path) -> CheckpointError:
         return CheckpointError(f"{path} is not read. {_pickle_message(path.name).removeprefix('It has ')}")
     if path.suffix == ".safetensors":
         return CheckpointError(f"{path} holds weights alone. Give its folder, which must have config.json too.")
-    if path.suffix == ".gguf":
-        return CheckpointError(
-            f"{path} is another runtime's model. `trilemma inspect --diagnose` measures a twin of it; everything else "
-            "takes the checkpoint that it was made from."
-        )
     return CheckpointError(f"{path} is no model. Give a folder with config.json and safetensors, or a config.json.")
 
 

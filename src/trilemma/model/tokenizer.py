@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as FastTokenizer
 
 from trilemma.core.errors import CheckpointError, InputError
 
+_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 _BROKEN = "\ufffd"  # what decoders put for bytes that are no UTF-8 (yet)
 
 
@@ -33,11 +34,17 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """Read tokenizer.json, and tokenizer_config.json and chat_template.jinja where they are.
+        """Read tokenizer.json, and tokenizer_config.json and chat_template.jinja where they are; or a GGUF file's own.
 
         Raises:
             CheckpointError: no tokenizer.json, or one that can not be read.
         """
+        if Path(folder).is_file():
+            files = tokenizer_files(Path(folder))
+            if "tokenizer.json" not in files:
+                raise CheckpointError(f"{folder} carries no vocabulary, so it can not read text.")
+            settings = json.loads(files["tokenizer_config.json"])
+            return cls(FastTokenizer.from_str(files["tokenizer.json"]), settings, settings.get("chat_template"))
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise CheckpointError(_missing(Path(folder)))
@@ -167,6 +174,19 @@ class TextStream:
             return ""
         self._start, self._shown = self._shown, len(self._ids)
         return after[len(before) :]
+
+
+def tokenizer_files(place: Path) -> dict[str, str]:
+    """Name -> text of the files that make the tokenizer of a folder, or of a GGUF file translated into them.
+
+    Raises:
+        CheckpointError: a damaged GGUF file. UnsupportedModelError: one whose vocabulary can not be translated.
+    """
+    if place.is_file():
+        from trilemma.model.gguf.tokenizer import gguf_tokenizer_files
+
+        return gguf_tokenizer_files(place)
+    return {name: (place / name).read_text(encoding="utf-8") for name in _FILES if (place / name).is_file()}
 
 
 def _missing(folder: Path) -> str:

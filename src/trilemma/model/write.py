@@ -20,6 +20,7 @@ from trilemma.model.families.place import Place
 from trilemma.model.model import Model
 from trilemma.model.plain import PlainDtype, PlainMatrix, f32_to_bf16
 from trilemma.model.safetensors import Planned, write_safetensors
+from trilemma.model.tokenizer import tokenizer_files
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "tokenizer.model",
@@ -69,6 +70,9 @@ def _fill(model: Model, config: dict[str, Any], folder: Path, dtype: PlainDtype 
     if model.config.bos_token_id is not None:
         generation["bos_token_id"] = model.config.bos_token_id
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
+    if model.path is not None and model.path.is_file():  # a GGUF file
+        for name, text in tokenizer_files(model.path).items():
+            (folder / name).write_text(text, encoding="utf-8")
     for name in TOKENIZER_FILES:
         if model.path is not None and (model.path / name).is_file():
             shutil.copyfile(model.path / name, folder / name)

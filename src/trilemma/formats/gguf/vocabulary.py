@@ -14,13 +14,9 @@ from typing import Any
 
 from trilemma.core.errors import CheckpointError, UnsupportedModelError
 from trilemma.model.config import DecoderConfig
-from trilemma.model.tokenizer import Tokenizer
-
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-_BEFORE_NUMBERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_AFTER_NUMBERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_LLAMA3 = _BEFORE_NUMBERS + r"\p{N}{1,3}" + _AFTER_NUMBERS
-_QWEN2 = _BEFORE_NUMBERS + r"\p{N}" + _AFTER_NUMBERS
+from trilemma.model.gguf.pretokenizers import LLAMA3, QWEN2
+from trilemma.model.gguf.tokenizer import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, padding
+from trilemma.model.tokenizer import Tokenizer, tokenizer_files
 
 
 @dataclass
@@ -35,6 +31,7 @@ class Vocabulary:
     merges: list[str] | None = None
     bos: int | None = None
     eos: int | None = None
+    turn_end: int | None = None  # a second end, of a turn of a chat
     unknown: int | None = None
     add_bos: bool = False
     add_eos: bool = False
@@ -51,7 +48,8 @@ def read_vocabulary(folder: Path, config: DecoderConfig) -> Vocabulary:
         UnsupportedModelError: neither kind of BPE.
     """
     tokenizer = Tokenizer.load(folder)
-    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    files = tokenizer_files(folder)
+    raw = json.loads(files["tokenizer.json"])
     model = raw["model"]
     if model.get("type") != "BPE":
         raise UnsupportedModelError(
@@ -59,7 +57,7 @@ def read_vocabulary(folder: Path, config: DecoderConfig) -> Vocabulary:
         )
     tokens, types = _tokens(raw, config.vocab_size)
     kind = "llama" if model.get("byte_fallback") else "gpt2"
-    found = Vocabulary(kind, "default", tokens, types, chat_template=_template(folder))
+    found = Vocabulary(kind, "default", tokens, types, chat_template=_template(files))
     _mark_ends(found, tokenizer, config)
     merges = [tuple(item) if isinstance(item, list) else tuple(item.split(" ", 1)) for item in model["merges"]]
     if kind == "llama":
@@ -72,7 +70,7 @@ def read_vocabulary(folder: Path, config: DecoderConfig) -> Vocabulary:
 
 def _tokens(raw: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
     """Token texts and types of ids 0..size-1; ids that the tokenizer does not use are padding."""
-    texts = [f"[PAD{index}]" for index in range(size)]
+    texts = [padding(index) for index in range(size)]
     types = [UNUSED] * size
     entries = [(index, text, NORMAL) for text, index in raw["model"]["vocab"].items()]
     for added in raw.get("added_tokens") or []:
@@ -86,7 +84,7 @@ def _tokens(raw: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
 
 def _mark_ends(found: Vocabulary, tokenizer: Tokenizer, config: DecoderConfig) -> None:
     found.bos = config.bos_token_id
-    found.eos = config.eos_token_ids[0] if config.eos_token_ids else None
+    found.eos, found.turn_end = (*config.eos_token_ids, None, None)[:2]
     plain, full = tokenizer.encode_plain("a"), tokenizer.encode("a")
     found.add_bos = len(full) > len(plain) and full[0] == found.bos
     found.add_eos = len(full) > len(plain) + found.add_bos and full[-1] == found.eos
@@ -118,9 +116,9 @@ def _pre_tokenizer(raw: Mapping[str, Any], notes: list[str]) -> str:
     patterns = [item["pattern"].get("Regex") for item in parts if item.get("type") == "Split"]
     digits = [item.get("individual_digits") for item in parts if item.get("type") == "Digits"]
     own_expression = any(item.get("type") == "ByteLevel" and item.get("use_regex", True) for item in parts)
-    if patterns == [_LLAMA3]:
+    if patterns == [LLAMA3]:
         return "llama-bpe" if raw["model"].get("ignore_merges") else "dbrx"  # the same expression, by merges alone
-    if patterns == [_QWEN2]:
+    if patterns == [QWEN2]:
         return "qwen2"
     if own_expression and not patterns:
         return "smollm" if digits == [True] else "gpt-2"
@@ -137,12 +135,8 @@ def _flat(part: Mapping[str, Any] | None, children: str) -> list[Mapping[str, An
     return list(part[children]) if part.get("type") == "Sequence" else [part]
 
 
-def _template(folder: Path) -> str | None:
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
-    settings = folder / "tokenizer_config.json"
-    if not settings.is_file():
-        return None
-    found = json.loads(settings.read_text(encoding="utf-8")).get("chat_template")
+def _template(files: Mapping[str, str]) -> str | None:
+    if "chat_template.jinja" in files:
+        return files["chat_template.jinja"]
+    found = json.loads(files.get("tokenizer_config.json", "{}")).get("chat_template")
     return found if isinstance(found, str) else None

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.core.errors import UnsupportedModelError
-from trilemma.export.gguf_vocabulary import Vocabulary
+from trilemma.formats.gguf.vocabulary import Vocabulary
 from trilemma.model.config import Attention, DecoderConfig, Dense, Experts, Rope
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
@@ -142,6 +142,7 @@ def write_vocabulary(writer: Any, found: Vocabulary) -> None:
     for add, value in (
         (writer.add_bos_token_id, found.bos),
         (writer.add_eos_token_id, found.eos),
+        (writer.add_eot_token_id, found.turn_end),
         (writer.add_unk_token_id, found.unknown),
         (writer.add_chat_template, found.chat_template),
     ):
