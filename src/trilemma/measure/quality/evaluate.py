@@ -1,4 +1,4 @@
-"""Quality of one model on the user's texts, by domain; against a reference also what changed."""
+"""Quality of one model or several: on texts by domain, on tasks, in what they write; alone or against a reference."""
 
 from __future__ import annotations
 
@@ -12,65 +12,100 @@ from numpy.typing import NDArray
 from trilemma.core.environment import read_environment
 from trilemma.core.errors import DataError, InputError
 from trilemma.core.measurement import Measurement
-from trilemma.data.documents import Document, Prepare, read_documents
-from trilemma.data.windows import TokenSet, make_windows
+from trilemma.data.documents import Prepare
+from trilemma.data.windows import Protocol, TokenSet
 from trilemma.formats.artifact import load_any
+from trilemma.measure.quality.answers import prompts_from
+from trilemma.measure.quality.asked import Answers, Work, ask, task_rows, written_row
 from trilemma.measure.quality.figures import likelihood, score, summarize, token_documents, token_likelihood
 from trilemma.measure.quality.reference_store import Progress, Reference
+from trilemma.measure.quality.tasks.items import read_task
+from trilemma.measure.quality.texts import (
+    DEFAULT_TOKENS,
+    Paths,
+    choose_context,
+    read_token_set,
+)
 from trilemma.measure.results import DomainRow, EvaluateResult
 from trilemma.model.model import Model, RunSettings
-from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import open_engine
-from trilemma.runtime.engine import EngineOptions
+from trilemma.runtime.engine import Engine, EngineOptions
 
-DEFAULT_CONTEXT = 2048
-DEFAULT_TOKENS = 30_000
+__all__ = [
+    "DEFAULT_TOKENS",
+    "Paths",
+    "build_reference",
+    "choose_context",
+    "evaluate",
+    "evaluate_all",
+    "read_token_set",
+]
 
-Paths = str | Path | Sequence[str | Path]
+ANSWER_TOKENS = 64
 
 
 def evaluate(
     model: Model | str | Path,
-    data: Paths | Mapping[str, Paths],
+    data: Paths | Mapping[str, Paths] | None = None,
     *,
     reference: Model | str | Path | None = None,
     context: int | None = None,
+    stride: int | None = None,
+    protocol: Protocol = "windows",
     max_tokens: int | None = DEFAULT_TOKENS,
     prepare: Prepare = "none",
+    tasks: Mapping[str, str | Path] | None = None,
+    limit_items: int | None = None,
+    generate: int = 0,
+    answer_tokens: int = ANSWER_TOKENS,
     runtime: str = "native",
     options: EngineOptions | None = None,
     progress: Progress | None = None,
 ) -> EvaluateResult:
-    """Perplexity and bits per byte with intervals over documents; with a reference also paired figures.
+    """Perplexity a token, word and byte with intervals over documents; tasks; with a reference also paired figures.
 
     Args:
         model: a model, or a path of one.
-        data: text files, or domain -> text files.
-        reference: the unmodified model; adds ppl_increase, kl_mean, kl_p99, kl_p999 and top1_agreement.
+        data: text files, or domain -> text files. May be left out where there are tasks.
+        reference: the unmodified model; adds ppl_increase, kl_mean, kl_p99, kl_p999 and top1_agreement, and what
+            changed in tasks and answers.
         context: tokens a window; the model's own up to 2048 by default.
+        stride: tokens from one window's start to the next, of which only so many are scored; None: no overlap.
+        protocol: 'windows' within documents, or 'llama.cpp', as its perplexity tool cuts and scores.
         max_tokens: for each domain, spread evenly over its documents; None takes all.
         prepare: 'book' or 'none', see `data.read_documents`.
+        tasks: name -> file of log-likelihood items, see `measure.quality.tasks.items`.
+        limit_items: of each task, the first so many.
+        generate: prompts from the beginnings of the texts that are continued greedily; 0: none.
+        answer_tokens: the most that such a continuation has.
         runtime, options: how the model is run.
 
     Raises:
-        DataError: texts that can not be used. CheckpointError: the model has no tokenizer.
-        InputError: a context longer than the model's.
+        DataError: texts or tasks that can not be used. CheckpointError: the model has no tokenizer.
+        InputError: a context longer than the model's, or prompts without texts.
     """
     found = evaluate_all(
-        [model], data, reference=reference, context=context, max_tokens=max_tokens, prepare=prepare, runtime=runtime,
-        options=options, progress=progress,
+        [model], data, reference=reference, context=context, stride=stride, protocol=protocol, max_tokens=max_tokens,
+        prepare=prepare, tasks=tasks, limit_items=limit_items, generate=generate, answer_tokens=answer_tokens,
+        runtime=runtime, options=options, progress=progress,
     )  # fmt: skip
     return found[0]
 
 
 def evaluate_all(
     models: Sequence[Model | str | Path],
-    data: Paths | Mapping[str, Paths],
+    data: Paths | Mapping[str, Paths] | None = None,
     *,
     reference: Model | str | Path | None = None,
     context: int | None = None,
+    stride: int | None = None,
+    protocol: Protocol = "windows",
     max_tokens: int | None = DEFAULT_TOKENS,
     prepare: Prepare = "none",
+    tasks: Mapping[str, str | Path] | None = None,
+    limit_items: int | None = None,
+    generate: int = 0,
+    answer_tokens: int = ANSWER_TOKENS,
     runtime: str = "native",
     options: EngineOptions | None = None,
     progress: Progress | None = None,
@@ -78,7 +113,7 @@ def evaluate_all(
     """`evaluate` for several models on the same text; the reference is run once.
 
     With a reference all models are scored on the same tokens, the first one's; without, each reads the text
-    with its own tokenizer.
+    with its own tokenizer. Tasks are always read with a model's own.
 
     Raises:
         InputError: no model. EngineError: with a reference, a model of another vocabulary. Else as `evaluate`.
@@ -88,108 +123,129 @@ def evaluate_all(
     loaded = [_load(model) for model in models]
     length = min(choose_context(model, context) for model in loaded)
     chosen = (options or EngineOptions()).model_copy(update={"max_context": length})
-    notes: list[str] = []
+    items = tuple(read_task(name, path, limit_items) for name, path in (tasks or {}).items())
+    _check_asked(bool(data), bool(items), generate, answer_tokens, length)
+
+    def work_of(model: Model) -> Work:
+        if not data:
+            return Work(None, items, [], answer_tokens)
+        texts = read_token_set(model, data, length, max_tokens, prepare, stride=stride, protocol=protocol)
+        return Work(texts, items, prompts_from(texts, generate), answer_tokens)
+
     if reference is None:
-        sets = [read_token_set(model, data, length, max_tokens, prepare) for model in loaded]
-        measured = [_alone(model, texts, runtime, chosen, progress) for model, texts in zip(loaded, sets, strict=True)]
+        measured = [_alone(model, work_of(model), runtime, chosen, progress) for model in loaded]
+        notes: list[str] = []
     else:
-        token_set = read_token_set(loaded[0], data, length, max_tokens, prepare)
-        measured, notes = _paired(loaded, _load(reference), token_set, runtime, chosen, progress)
+        measured, notes = _paired(loaded, _load(reference), work_of(loaded[0]), runtime, chosen, progress)
     return [
-        EvaluateResult(
-            model=_name(model), reference=None if reference is None else _name(reference), context=length,
-            prepare=prepare, environment=read_environment(isa=isa, threads=threads), rows=tuple(rows),
-            notes=tuple(notes),
-        )
-        for model, (rows, isa, threads) in zip(models, measured, strict=True)
+        found.model_copy(update={
+            "model": _name(model), "reference": None if reference is None else _name(reference), "context": length,
+            "stride": stride, "protocol": protocol, "prepare": prepare, "notes": (*notes, *_notes(found)),
+        })
+        for model, found in zip(models, measured, strict=True)
     ]  # fmt: skip
-
-
-def choose_context(model: Model, asked: int | None) -> int:
-    """Tokens a window. Raises InputError when more was asked for than the model has."""
-    if asked is not None and asked > model.config.max_context:
-        raise InputError(
-            f"A context of {asked} is longer than the model's {model.config.max_context}. Ask for at most that."
-        )
-    return asked or min(DEFAULT_CONTEXT, model.config.max_context)
-
-
-def read_token_set(
-    model: Model, data: Paths | Mapping[str, Paths], context: int, max_tokens: int | None, prepare: Prepare
-) -> TokenSet:
-    """Windows of the texts in the model's own tokens, `max_tokens` of each domain.
-
-    Raises:
-        DataError: no texts. CheckpointError: no tokenizer.
-    """
-    if not data:
-        raise DataError("Quality needs text. Give at least one file with --data, or name=file with --domain.")
-    if model.path is None:
-        raise InputError("This model came from no folder, so it has no tokenizer; quality of text needs one.")
-    tokenizer = Tokenizer.load(model.path)
-    if isinstance(data, Mapping):
-        documents = [item for name, paths in data.items() for item in read_documents(paths, name, prepare=prepare)]
-    else:
-        documents = read_documents(data, prepare=prepare)
-    by_domain: dict[str, list[Document]] = {}
-    for document in documents:
-        by_domain.setdefault(document.domain, []).append(document)
-    sets = [
-        make_windows(texts, tokenizer.encode_plain, context, max_tokens, decode=tokenizer.decode)
-        for texts in by_domain.values()
-    ]
-    return TokenSet.joined(sets)
 
 
 def build_reference(
     base: Model, token_set: TokenSet, folder: str | Path, *, runtime: str = "native",
     options: EngineOptions | None = None, key: str = "", progress: Progress | None = None,
 ) -> Reference:  # fmt: skip
-    """The checkpoint's own weights in f32 arithmetic with an f32 cache, as `Reference`.
+    """Score a token set with the unmodified model; its own KV policy is replaced by f32.
 
     The engine is `runtime`, or 'torch' for those that compute in 16 bits.
     """
-    chosen = (options or EngineOptions()).model_copy(update={"kv_cache": "f32", "max_context": token_set.context})
-    plain = base.with_run(RunSettings(kv_cache="f32"))
-    engine = open_engine(plain, runtime=runtime.removesuffix("-f16").removesuffix("-bf16"), options=chosen)
+    engine = _open_base(base, runtime, (options or EngineOptions()).model_copy(update={
+        "max_context": token_set.context
+    }))  # fmt: skip
     try:
         return Reference.build(engine, token_set, folder, key=key, progress=progress)
     finally:
         engine.close()
 
 
-def _alone(
-    model: Model, token_set: TokenSet, runtime: str, options: EngineOptions, progress: Progress | None
-) -> tuple[list[DomainRow], str, int]:
+def _open_base(base: Model, runtime: str, options: EngineOptions) -> Engine:
+    plain = base.with_run(RunSettings(kv_cache="f32"))
+    chosen = options.model_copy(update={"kv_cache": "f32"})
+    return open_engine(plain, runtime=runtime.removesuffix("-f16").removesuffix("-bf16"), options=chosen)
+
+
+def _check_asked(texts: bool, tasks: bool, generate: int, answer_tokens: int, context: int) -> None:
+    if not texts and not tasks:
+        raise DataError(
+            "Quality needs text or tasks. Give a file with --data, name=file with --domain, or name=file with --task."
+        )
+    if generate < 0 or (generate and not texts):
+        raise InputError(f"{generate} prompts can not be taken from no texts. Give texts with --data as well.")
+    if generate and not 1 <= answer_tokens <= context // 2:
+        raise InputError(f"Answers of {answer_tokens} tokens do not fit the context of {context}; at most half of it.")
+
+
+def _alone(model: Model, work: Work, runtime: str, options: EngineOptions, progress: Progress | None) -> EvaluateResult:
     engine = open_engine(model, runtime=runtime, options=options)
     try:
-        nll = token_likelihood(engine, token_set, progress)
+        rows: list[DomainRow] = []
+        if work.token_set is not None:
+            nll = token_likelihood(engine, work.token_set, progress)
+            parts = _by_domain(work.token_set)
+            rows = [_row(name, part, likelihood(nll[chosen], part)) for name, part, chosen in parts]
+        answers = ask(engine, model, work, None, progress)
     finally:
         engine.close()
-    rows = [_row(name, part, likelihood(nll[chosen], part)) for name, part, chosen in _by_domain(token_set)]
-    return rows, engine.isa, engine.threads
+    return _result(engine, rows, work, answers, None, model)
 
 
 def _paired(
-    models: Sequence[Model], base: Model, token_set: TokenSet, runtime: str, options: EngineOptions,
+    models: Sequence[Model], base: Model, work: Work, runtime: str, options: EngineOptions,
     progress: Progress | None,
-) -> tuple[list[tuple[list[DomainRow], str, int]], list[str]]:  # fmt: skip
+) -> tuple[list[EvaluateResult], list[str]]:  # fmt: skip
+    before = _base_answers(base, work, runtime, options, progress)
     measured = []
     with tempfile.TemporaryDirectory(prefix="trilemma-reference-") as folder:
-        reference = build_reference(base, token_set, folder, runtime=runtime, options=options, progress=progress)
-        parts = _by_domain(reference.token_set)
+        reference = None
+        if work.token_set is not None:
+            reference = build_reference(
+                base, work.token_set, folder, runtime=runtime, options=options, progress=progress
+            )
         for model in models:
             engine = open_engine(model, runtime=runtime, options=options)
             try:
-                scores = score(engine, reference, progress)
+                rows = [] if reference is None else _paired_rows(engine, reference, progress)
+                answers = ask(engine, model, work, before, progress)
             finally:
                 engine.close()
-            rows = [
-                _row(name, part, summarize(scores.rows(chosen), part, reference.nll[chosen], reference.engine_name))
-                for name, part, chosen in parts
-            ]
-            measured.append((rows, engine.isa, engine.threads))
-        return measured, list(reference.notes)
+            measured.append(_result(engine, rows, work, answers, before, model))
+        return measured, [] if reference is None else list(reference.notes)
+
+
+def _paired_rows(engine: Engine, reference: Reference, progress: Progress | None) -> list[DomainRow]:
+    scores = score(engine, reference, progress)
+    return [
+        _row(name, part, summarize(scores.rows(chosen), part, reference.nll[chosen], reference.engine_name))
+        for name, part, chosen in _by_domain(reference.token_set)
+    ]
+
+
+def _base_answers(
+    base: Model, work: Work, runtime: str, options: EngineOptions, progress: Progress | None
+) -> Answers | None:
+    if not work.tasks and not work.prompts:
+        return None
+    engine = _open_base(base, runtime, options)
+    try:
+        return ask(engine, base, work, None, progress)
+    finally:
+        engine.close()
+
+
+def _result(
+    engine: Engine, rows: Sequence[DomainRow], work: Work, found: Answers, before: Answers | None, model: Model
+) -> EvaluateResult:
+    """The measured part of a record; `evaluate_all` fills in what it was asked."""
+    return EvaluateResult(
+        model="", reference=None, context=engine.max_context, prepare="none",
+        environment=read_environment(isa=engine.isa, threads=engine.threads), rows=tuple(rows),
+        tasks=task_rows(work, found, before, engine.max_context), generation=written_row(work, found, before, model),
+    )  # fmt: skip
 
 
 def _by_domain(token_set: TokenSet) -> list[tuple[str, TokenSet, NDArray[np.bool_]]]:
@@ -205,6 +261,15 @@ def _row(name: str, token_set: TokenSet, found: dict[str, Measurement]) -> Domai
     return DomainRow(
         domain=name, documents=token_set.document_count, tokens=token_set.predicted_tokens, measurements=found
     )
+
+
+def _notes(found: EvaluateResult) -> list[str]:
+    cut = [row for row in found.tasks if row.truncated]
+    return [
+        f"{row.truncated} of {row.items} items of {row.task} were cut at the left to fit the context of "
+        f"{found.context} tokens"
+        for row in cut
+    ]
 
 
 def _load(model: Model | str | Path) -> Model:

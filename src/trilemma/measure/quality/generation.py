@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ def generation_check(
     *,
     max_tokens: int = 64,
     baseline: GenerationCheck | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
 ) -> GenerationCheck:
     """Continue prompts greedily and look for loops and empty answers.
 
@@ -51,7 +52,12 @@ def generation_check(
     if not prompts:
         raise InputError("The generation check needs at least one prompt.")
     settings = SamplingSettings(max_tokens=max_tokens)
-    answers = tuple(tuple(engine.generate(list(prompt), settings).tokens) for prompt in prompts)
+    written = []
+    for number, prompt in enumerate(prompts, 1):
+        written.append(tuple(engine.generate(list(prompt), settings).tokens))
+        if progress is not None:
+            progress(number, len(prompts), "answers")
+    answers = tuple(written)
     looping = float(np.mean([loops(answer) for answer in answers]))
     empty = float(np.mean([len(answer) < 3 for answer in answers]))
     failing = looping + empty

@@ -1,0 +1,1 @@
+"""Log-likelihood tasks from local files: items, what the model chooses, and how often that is right."""
