@@ -20,7 +20,7 @@ from trilemma.model.plain import PlainDtype, PlainMatrix, bf16_to_f32, f32_to_bf
 from trilemma.model.safetensors import SafetensorsFile
 
 PLAIN_OF: dict[str, PlainDtype] = {"F32": "f32", "F16": "f16", "BF16": "bf16", "F64": "f32"}
-_CHUNK = 1 << 20  # elements looked at together while searching for NaN
+_CHUNK = 1 << 17  # elements drawn, or searched for NaN, together: little memory beside the tensor
 
 
 class CheckpointSource:
@@ -63,6 +63,15 @@ class CheckpointSource:
             return PlainMatrix(dtype, raw)
         values = bf16_to_f32(raw) if dtype == "bf16" else raw.astype(np.float32, copy=False)
         return values + np.float32(place.add) if place.add else values
+
+    def reading_bytes(self, name: str) -> int:
+        """Most bytes held while one tensor is read: the stored one, and its copy where it is a part or turned."""
+        file, place = self._place(name)
+        entry = file.entries[place.name]
+        if place.rows is None and not place.transposed:
+            return entry.nbytes
+        rows = place.rows
+        return entry.nbytes + (entry.nbytes if rows is None else entry.nbytes * rows.block // rows.stride)
 
     def _place(self, name: str) -> tuple[SafetensorsFile, Place]:
         if name not in self._places:

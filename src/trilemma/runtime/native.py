@@ -15,21 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.core.environment import usable_cores
-from trilemma.core.errors import CheckpointError, EngineError, InputError, UnsupportedModelError
-from trilemma.formats.grid import QuantizedMatrix
-from trilemma.formats.pack import PackedMatrix, pack
+from trilemma.core.errors import EngineError, InputError
 from trilemma.model.model import Model
-from trilemma.model.plain import PlainMatrix
 from trilemma.runtime.engine import EngineMemory, EngineOptions, Generation, SamplingSettings
+from trilemma.runtime.native_weights import _native
+from trilemma.runtime.native_weights import load_weights as load_weights
 from trilemma.runtime.sampling import check_sampling
-
-try:
-    from trilemma import _native
-except ImportError as error:  # pragma: no cover - only where the build was skipped
-    raise EngineError(
-        f"The native engine is not built ({error}). Build it with 'make native' or 'pip install .', "
-        "or choose the torch engine."
-    ) from None
 
 DEFAULT_CONTEXT = 4096
 """Context of an engine when nobody asks for more: long enough to work, short enough not to fill a device."""
@@ -203,58 +194,6 @@ class SequenceBatch:
 
     def memory(self) -> EngineMemory:
         return EngineMemory(*self._context.memory())
-
-
-def load_weights(model: Model) -> _native.Model:
-    """Copy a model's tensors into the engine one at a time, so that they are never twice in memory."""
-    try:
-        weights = _native.Model(model.config.model_dump())
-    except _native.NativeError as fault:
-        raise UnsupportedModelError(str(fault)) from None
-    for name in model.names():
-        try:
-            _add(weights, name, model)
-        except _native.NativeError as fault:
-            raise CheckpointError(str(fault)) from None
-    weights.finalize()
-    return weights
-
-
-def _add(weights: _native.Model, name: str, model: Model) -> None:
-    stored = model.stored(name)
-    activation = model.linear(name).activation
-    if isinstance(stored, QuantizedMatrix):
-        stored = pack(stored)
-    if isinstance(stored, PackedMatrix):
-        _add_packed(weights, name, stored, activation)
-    elif isinstance(stored, PlainMatrix):
-        rows, cols = stored.shape
-        weights.add_plain(name, stored.dtype, rows, cols, _bytes(stored.bits), activation)
-    elif isinstance(stored, np.ndarray):
-        values = np.ascontiguousarray(stored, dtype=np.float32)
-        if values.ndim == 1:
-            weights.add_vector(name, values)
-        elif values.ndim == 2:
-            weights.add_plain(name, "f32", len(values), values.shape[1], _bytes(values), activation)
-        else:
-            raise CheckpointError(f"Tensor '{name}' has shape {values.shape}; a vector or a matrix was expected.")
-    else:
-        raise UnsupportedModelError(f"Tensor '{name}' is stored as '{stored.format}', which the engine can not run.")
-
-
-def _add_packed(weights: _native.Model, name: str, stored: PackedMatrix, activation: str) -> None:
-    spec = stored.spec
-    if spec.layout != "panel16.v1":
-        raise UnsupportedModelError(f"Tensor '{name}' has the layout '{spec.layout}'; the engine runs 'panel16.v1'.")
-    minima = None if stored.minima is None else _bytes(stored.minima)
-    weights.add_packed(
-        name, spec.bits, spec.symmetric, spec.group or 0, *stored.shape, activation,
-        _bytes(stored.codes), _bytes(stored.scales), minima,
-    )  # fmt: skip
-
-
-def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
 def _token_array(tokens: NDArray[np.int32] | Sequence[int], vocab_size: int) -> NDArray[np.int32]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from trilemma.core.errors import EngineError, InputError
@@ -77,7 +78,7 @@ def peak_memory(
     Args:
         path: a checkpoint folder, an artifact or a bare config.json.
         prompt_tokens, output_tokens: lengths of the one request.
-        runtime, options: how it is opened.
+        runtime, options: how it is opened; without a context in them, with one for exactly these lengths.
 
     Returns:
         peak_memory_bytes; the same process with nothing opened stands in the conditions.
@@ -86,11 +87,13 @@ def peak_memory(
         EngineError: the process failed; the message carries its last line.
     """
     settings = options or EngineOptions()
+    if settings.max_context is None:
+        settings = settings.model_copy(update={"max_context": prompt_tokens + output_tokens})
     task = {
         "path": str(path), "runtime": runtime, "options": settings.model_dump(mode="json"),
         "prompt_tokens": prompt_tokens, "output_tokens": output_tokens,
     }  # fmt: skip
-    empty = _run_process({"runtime": runtime})
+    empty_bytes = empty_process_bytes(runtime)
     held = _run_process(task)
     peak = float(held["peak_bytes"])
     return Measurement.of(
@@ -100,11 +103,21 @@ def peak_memory(
         ci95=(peak, peak),
         conditions={
             "prompt_tokens": prompt_tokens, "output_tokens": output_tokens, "runtime": runtime,
-            "empty_process_bytes": empty["peak_bytes"], "above_empty_bytes": int(peak) - int(empty["peak_bytes"]),
+            "empty_process_bytes": empty_bytes, "above_empty_bytes": int(peak) - empty_bytes,
             "threads": held["threads"], "kv_cache": held["kv_cache"], "context": held["context"],
-            "open_s": held["open_s"],
+            "open_s": held["open_s"], "engine_memory_bytes": held["engine_memory_bytes"],
         },
     )  # fmt: skip
+
+
+@cache
+def empty_process_bytes(runtime: str = "native") -> int:
+    """High-water resident set of a process that imports what a run imports and opens nothing; measured once.
+
+    Raises:
+        EngineError: the process failed.
+    """
+    return int(_run_process({"runtime": runtime})["peak_bytes"])
 
 
 def _run_process(task: dict[str, object]) -> dict[str, int | float | str]:

@@ -34,6 +34,9 @@ def main(argument: str) -> None:
     from trilemma.runtime.engine import EngineOptions, SamplingSettings
 
     ENGINES.get(task["runtime"])
+    from trilemma.formats import artifact  # noqa: F401 - what opening a folder imports
+    from trilemma.model import checkpoint  # noqa: F401
+
     found: dict[str, Any] = {}
     if "path" in task:
         began = time.perf_counter()
@@ -44,7 +47,8 @@ def main(argument: str) -> None:
         engine.generate(
             [int(token) for token in prompt], SamplingSettings(max_tokens=task["output_tokens"], ignore_eos=True)
         )
-        found |= {"threads": engine.threads, "kv_cache": engine.kv_cache, "context": engine.max_context}
+        found |= {"threads": engine.threads, "kv_cache": engine.kv_cache, "context": engine.max_context,
+                  "engine_memory_bytes": engine.memory().total_bytes}  # fmt: skip
     found["peak_bytes"] = peak_resident_bytes()
     print(json.dumps(found))
 
