@@ -91,16 +91,15 @@ def metric_head(metric: Metric) -> str:
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return (
-        f"# {metric.name}\n\n{HEAD_NOTE}\n\n{_what(metric)[:1].upper()}{_what(metric)[1:]}.\n\n"
+        f"# `{metric.name}`\n\n{HEAD_NOTE}\n\n{_what(metric)[:1].upper()}{_what(metric)[1:]}.\n\n"
         f"| `{metric.name}` | |\n|---|---|\n{table}\n\n{HEAD_END}\n"
     )
 
 
 def _meter(metric: str) -> str | None:
     """A link to the file that measures it, or None where no table says."""
-    known = next((name for name in (metric, metric.partition("/")[0]) if name in METERS), None)
-    if known is not None:
-        meter = METERS.get(known)
+    if metric in METERS:
+        meter = METERS.get(metric)
         module, name = meter.__module__, meter.__qualname__
     elif metric in MEASURED_ABOVE:
         module, _, name = MEASURED_ABOVE[metric].partition(":")
@@ -155,7 +154,8 @@ def metric_faults(folder: Path) -> list[str]:
 
 def unmeasured() -> list[str]:
     """Metrics of the vocabulary of which no table says where they are measured."""
-    return [f"METERS does not say where {name} is measured" for name in METRICS if _meter(name) is None]
+    names = [metric.name for metric in documented_metrics()]
+    return [f"METERS does not say where {name} is measured" for name in names if _meter(name) is None]
 
 
 def python_page() -> str:

@@ -68,7 +68,7 @@ def test_an_old_head_is_found_and_written_anew_without_touching_the_body(writer,
 def test_a_new_metric_gets_a_page_to_be_filled_in(writer, copied):
     (copied / "itl_s.md").unlink()
     made = writer.metric_pages(copied)[copied / "itl_s.md"]
-    assert re.findall("^#+ (.+)$", made, re.MULTILINE) == ["itl_s", *writer.SECTIONS]
+    assert re.findall("^#+ (.+)$", made, re.MULTILINE) == ["`itl_s`", *writer.SECTIONS]
     (copied / "itl_s.md").write_text(made, encoding="utf-8")
     assert len(writer.metric_faults(copied)) == len(writer.SECTIONS)
 
