@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trilemma.core.errors import InputError
+from trilemma.core.errors import InputError, MissingExtraError, UnsupportedModelError
+from trilemma.formats.gguf.metadata import read_shape
 from trilemma.runtime import ENGINES, EngineOptions, SamplingSettings, open_engine
+from trilemma.runtime.llama_cpp_process import interpreter
 
 F32_TOLERANCE = 2e-5
 TOLERANCE = {"torch-f16": 1e-2, "torch-bf16": 5e-2}  # of engines that compute in 16 bits
 BYTES = {"torch-f16": 2, "torch-bf16": 2}  # of a weight held
+ALWAYS_CACHED = {"llama.cpp"}  # engines without the cache policy 'none'
 BIT_EQUAL = {"native"}  # engines whose results do not depend on how many tokens are computed at once
 KV_TOLERANCE = {"none": 2e-5, "f32": 2e-5, "bf16": 2e-2, "int8": 6e-2}
 MODELS: list[dict[str, Any]] = [
@@ -30,7 +33,13 @@ def model(request, tiny_model):
 
 
 @pytest.fixture(params=ENGINES.names())
-def runtime(request):
+def runtime(request, model):
+    if request.param == "llama.cpp":
+        try:
+            interpreter()
+            read_shape(model.config)
+        except (MissingExtraError, UnsupportedModelError) as refused:
+            pytest.skip(str(refused))
     return request.param
 
 
@@ -63,6 +72,8 @@ def test_cached_and_recomputed_give_the_same_tokens(model, runtime):
     settings = SamplingSettings(max_tokens=20, ignore_eos=True)
     answers = []
     for kv_cache in ("none", "f32"):
+        if runtime in ALWAYS_CACHED and kv_cache == "none":
+            pytest.skip(f"{runtime} always keeps a cache")
         engine = open_engine(model, runtime=runtime, options=EngineOptions(kv_cache=kv_cache))
         answers.append(engine.generate(prompt, settings).tokens)
         engine.close()

@@ -137,9 +137,9 @@ def kv_bytes_per_token(config: DecoderConfig, kv: str) -> int:
         return 0
     if kv == "int8":
         return sum(2 * spec.kv_heads * (spec.head_dim + 4) for spec in _attentions(config))
-    if kv in ("f32", "bf16"):
+    if kv in _PLAIN_BYTES:
         return sum(2 * spec.kv_heads * spec.head_dim * _PLAIN_BYTES[kv] for spec in _attentions(config))
-    raise InputError(f"Unknown KV cache '{kv}'. Valid: none, f32, bf16, int8.")
+    raise InputError(f"Unknown KV cache '{kv}'. Valid: none, f32, f16, bf16, int8.")
 
 
 def kv_bytes(config: DecoderConfig, kv: str, context: int) -> int:

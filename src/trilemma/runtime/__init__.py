@@ -15,6 +15,7 @@ ENGINES: Registry[type[Engine]] = Registry(
         "torch": "trilemma.runtime.reference:ReferenceEngine",
         "torch-bf16": "trilemma.runtime.reference:Bf16ReferenceEngine",
         "torch-f16": "trilemma.runtime.reference:F16ReferenceEngine",
+        "llama.cpp": "trilemma.runtime.llama_cpp:LlamaCppEngine",
     },
 )
 

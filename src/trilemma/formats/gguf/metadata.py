@@ -82,6 +82,8 @@ def _refuse_structure(
         and any(a.o_bias for a in attention),
         f"a bias of feed-forward blocks in {architecture}": architecture != "llama"
         and any(f.bias or f.down_bias for f in ffn),
+        f"heads that do not add up to the model's width of {config.dim} in qwen2": architecture == "qwen2"
+        and any(a.heads * a.head_dim != config.dim for a in attention),
         "biases of q, k and v in qwen3": architecture == "qwen3" and any(a.qkv_bias for a in attention),
         f"norms of q and k in {architecture}": architecture != "qwen3" and any(a.qk_norm for a in attention),
         "attention without norms of q and k in qwen3": architecture == "qwen3"

@@ -33,7 +33,8 @@ def main(argument: str) -> None:
     from trilemma.runtime import ENGINES, open_engine
     from trilemma.runtime.engine import EngineOptions, SamplingSettings
 
-    ENGINES.get(task["runtime"])
+    kind: Any = ENGINES.get(task["runtime"])
+    peak = getattr(kind, "empty_peak_bytes", peak_resident_bytes)  # of an engine with a process of its own
     from trilemma.formats import artifact  # noqa: F401 - what opening a folder imports
     from trilemma.model import checkpoint  # noqa: F401
 
@@ -49,7 +50,8 @@ def main(argument: str) -> None:
         )
         found |= {"threads": engine.threads, "kv_cache": engine.kv_cache, "context": engine.max_context,
                   "engine_memory_bytes": engine.memory().total_bytes}  # fmt: skip
-    found["peak_bytes"] = peak_resident_bytes()
+        peak = getattr(engine, "peak_resident_bytes", peak_resident_bytes)
+    found["peak_bytes"] = peak()
     print(json.dumps(found))
 
 

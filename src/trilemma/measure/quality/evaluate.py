@@ -152,7 +152,7 @@ def build_reference(
 ) -> Reference:  # fmt: skip
     """Score a token set with the unmodified model; its own KV policy is replaced by f32.
 
-    The engine is `runtime`, or 'torch' for those that compute in 16 bits.
+    The engine is `runtime`; 'torch' for those that compute in 16 bits, 'native' for llama.cpp, which rounds inputs.
     """
     engine = _open_base(base, runtime, (options or EngineOptions()).model_copy(update={
         "max_context": token_set.context
@@ -166,7 +166,8 @@ def build_reference(
 def _open_base(base: Model, runtime: str, options: EngineOptions) -> Engine:
     plain = base.with_run(RunSettings(kv_cache="f32"))
     chosen = options.model_copy(update={"kv_cache": "f32"})
-    return open_engine(plain, runtime=runtime.removesuffix("-f16").removesuffix("-bf16"), options=chosen)
+    exact = "native" if runtime == "llama.cpp" else runtime.removesuffix("-f16").removesuffix("-bf16")
+    return open_engine(plain, runtime=exact, options=chosen)
 
 
 def _check_asked(texts: bool, tasks: bool, generate: int, answer_tokens: int, context: int) -> None:
