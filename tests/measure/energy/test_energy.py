@@ -76,6 +76,94 @@ def test_a_coarse_counter_gets_a_longer_window():
     assert found.window_s * 30 >= 50 * 6.0
 
 
+def test_every_counted_sensor_needs_its_ticks():
+    """A fine counter beside a coarse one of the same sum does not make up for it."""
+    machine = Machine()
+    sensors = [machine.sensor("fine"), machine.sensor("coarse", "dram", 6.0)]
+    assert machine.measure(sensors)["power_w"].window_s * 30 >= 50 * 6.0
+
+
+def test_a_counter_that_stalls_is_an_estimate_and_not_zero_joules(fake_engine, quick_idle):
+    machine = quick_idle.machine = Machine(idle_w=0.0, busy_w=0.0)
+    with pytest.raises(SensorGoneError, match="did not move"):
+        machine.measure([machine.sensor()])
+    on = OnGpu(fake_engine, machine)
+    on.engine.device = "cpu"
+    found = on.measure([machine.sensor()])["energy_j_per_output_token"]
+    assert found.source == "estimated"
+    assert "stalls" in found.method
+
+
+class OnGpu:
+    """The power of a GPU that an engine keeps busy, in the time of the test's own machine."""
+
+    def __init__(self, fake_engine, machine):
+        self.engine, self.machine = fake_engine(), machine
+        self.engine.device = "cuda:0"
+        answer = self.engine.generate
+
+        def generate(prompt, settings, on_token=None):
+            machine.pass_time(0.1, busy=True)
+            return answer(prompt, settings)
+
+        self.engine.generate = generate
+
+    def measure(self, sensors):
+        return energy_per_token(
+            self.engine, prompt_tokens=4, output_tokens=5, read_bytes_per_token=1e6, macs_per_token=1e6,
+            sensors=sensors, min_window_s=0.02,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def quick_idle(monkeypatch):
+    """`energy_per_token` idles in real time; here time passes only in the made-up machine."""
+    import trilemma.measure.energy.per_token as per_token
+
+    def measure(run, sensors, **more):
+        machine = measure.machine
+        return measure_energy(run, sensors, clock=lambda: machine.now, sleep=machine.pass_time, **more)
+
+    monkeypatch.setattr(per_token, "measure_energy", measure)
+    return measure
+
+
+def test_an_engine_on_a_gpu_is_counted_with_the_gpus(fake_engine, quick_idle):
+    machine = quick_idle.machine = Machine()
+    sensors = [machine.sensor("pkg"), machine.sensor("nvml", "gpu")]
+    energy = OnGpu(fake_engine, machine).measure(sensors)["energy_j_per_output_token"]
+    assert energy.value == pytest.approx((30 + 50) * 0.1 / 5)
+    assert (energy.sensor, energy.conditions["scopes"]) == ("pkg+nvml", "package+gpu")
+    assert energy.conditions["device"] == "cuda:0"
+
+
+def test_without_a_counter_of_the_host_the_gpus_stand_alone_and_say_so(fake_engine, quick_idle):
+    machine = quick_idle.machine = Machine()
+    sensors = [NoSensor("rapl", "package", "a virtual machine"), machine.sensor("nvml", "gpu")]
+    energy = OnGpu(fake_engine, machine).measure(sensors)["energy_j_per_output_token"]
+    assert energy.value == pytest.approx(50 * 0.1 / 5)
+    assert energy.scope == "gpu"
+    assert "host is not counted" in energy.method
+
+
+def test_a_gpu_that_nothing_counts_is_unavailable_and_not_estimated(fake_engine):
+    machine = Machine()
+    found = OnGpu(fake_engine, machine).measure([machine.sensor("pkg"), NoSensor("nvml", "gpu", "no driver")])
+    for one in found.values():
+        assert one.source == "unavailable"
+        assert "cuda:0" in one.reason
+        assert "no driver" in one.reason
+
+
+def test_the_processor_is_not_charged_for_an_idle_gpu(fake_engine, quick_idle):
+    machine = quick_idle.machine = Machine()
+    on = OnGpu(fake_engine, machine)
+    on.engine.device = "cpu"
+    energy = on.measure([machine.sensor("pkg"), machine.sensor("nvml", "gpu")])["energy_j_per_output_token"]
+    assert energy.value == pytest.approx(30 * 0.1 / 5)
+    assert energy.conditions["nvml_j"] > 0
+
+
 def test_a_vanished_counter_is_an_error_or_an_estimate(fake_engine):
     machine = Machine()
     machine.fails_at = 3.0
@@ -128,3 +216,15 @@ def test_processors_have_a_class():
     assert device_class("Intel(R) Xeon(R) Platinum 8488C") == "server"
     assert device_class("BCM2712 Cortex-A76") == "board"
     assert device_class("13th Gen Intel(R) Core(TM) i7-1360P") == "laptop"
+    assert device_class("AMD Ryzen 7 8840U w/ Radeon 780M Graphics") == "laptop"
+    assert device_class("AMD Ryzen AI 5 340 w/ Radeon 840M") == "laptop"
+    assert device_class("Intel(R) N150") == "laptop"
+    assert device_class("Intel(R) Core(TM)2 Quad CPU    Q8400  @ 2.66GHz") == "desktop"
+    assert device_class("AMD Ryzen 9 7950X 16-Core Processor") == "desktop"
+    assert device_class("Intel(R) Core(TM) i5-6500 CPU @ 3.20GHz") == "desktop"
+    assert device_class("Intel(R) Core(TM) Ultra 7 265K") == "desktop"
+    assert device_class("Intel(R) Core(TM) Ultra 7 155H") == "laptop"
+    assert device_class("AmpereOne") == "server"
+    assert device_class("aarch64") == "board"
+    assert device_class("riscv64") == "board"
+    assert device_class("x86_64") == "laptop"

@@ -19,6 +19,7 @@ from trilemma.core.device import Arithmetic, Device
 from trilemma.core.duty import DutyCycle, battery_hours
 from trilemma.core.measurement import Measurement
 from trilemma.core.record import Record
+from trilemma.measure.energy.energy_model import energy_j
 
 Macs = Mapping[Arithmetic, float]
 BOUND = ("memory", "compute", "overhead")
@@ -68,8 +69,10 @@ def decode_seconds(device: Device, read_bytes: float, macs: Macs) -> tuple[float
 
 def joules(device: Device, *, seconds: float, read_bytes: float, macs: Macs) -> float:
     """Energy of the whole device while it works: idle power is part of `active_w`."""
-    arithmetic = sum(device.mac_pj[precision].value * count for precision, count in macs.items())
-    return device.active_w.value * seconds + 1e-12 * (device.byte_pj.value * read_bytes + arithmetic)
+    return energy_j(
+        power_w=device.active_w.value, seconds=seconds, byte_pj=device.byte_pj.value, read_bytes=read_bytes,
+        mac_pj={precision: figure.value for precision, figure in device.mac_pj.items()}, macs=macs,
+    )  # fmt: skip
 
 
 def forecast(device: Device, demand: Demand, duty: DutyCycle | None = None) -> Forecast:

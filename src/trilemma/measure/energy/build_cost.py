@@ -16,9 +16,10 @@ from types import TracebackType
 
 from trilemma.core.environment import cpu_name
 from trilemma.core.measurement import Measurement
+from trilemma.measure.energy.counting import HOST, LEAST_TICKS, Panel, levels, settle
 from trilemma.measure.energy.energy_model import DEVICES, device_class
-from trilemma.measure.energy.per_token import HOST, CounterPoller
 from trilemma.measure.energy.sensors import Sensor, SensorGoneError, find_sensors
+from trilemma.measure.energy.window import CounterPoller
 
 BUILD_METRICS = ("build_s", "build_energy_j")
 
@@ -41,14 +42,15 @@ class BuildMeter:
         cpu_clock: Callable[[], float] = time.process_time,
     ) -> None:
         found = find_sensors() if sensors is None else sensors
-        self._sensors = [sensor for sensor in found if sensor.reason is None and sensor.scope in HOST]
+        self._panel = Panel([sensor for sensor in found if sensor.scope in HOST])
+        self._levels = levels(self._panel.live)
         self._device = device
         self._clock, self._cpu_clock = clock, cpu_clock
-        self._poller = CounterPoller(self._sensors)
+        self._poller = CounterPoller(self._panel.live)
         self._end: dict[str, Measurement] | None = None
 
     def __enter__(self) -> BuildMeter:
-        self._joules = self._read()
+        self._joules = self._panel.read()
         self._began, self._cpu_began = self._clock(), self._cpu_clock()
         self._poller.__enter__()
         return self
@@ -69,25 +71,23 @@ class BuildMeter:
         return {"build_s": wall, "build_energy_j": self._energy(seconds, cpu_s)}
 
     def _energy(self, seconds: float, cpu_s: float) -> Measurement:
-        after = self._read()
-        if self._joules and after:
-            spent = sum(after[name] - self._joules[name] for name in after)
-            sensor = "+".join(after)
+        why = "no counter was read"
+        after = self._panel.read()
+        spent = {name: after[name] - self._joules[name] for name in after if name in self._joules}
+        try:
+            level = settle(self._levels, spent)
+        except SensorGoneError as error:
+            why = str(error) if self._levels else why
+        else:
             return Measurement.of(
-                "build_energy_j", spent, method="gross, counters at both ends", sensor=sensor, scope="package",
-                window_s=seconds,
+                "build_energy_j", level.joules(spent), method=f"gross, counters at both ends, {level.method}",
+                sensor=level.name, scope=level.scope, window_s=seconds, noisy=level.ticks(spent) < LEAST_TICKS,
             )  # fmt: skip
         power = DEVICES[self._device or device_class(cpu_name())]
         joules = power.base_w * seconds + power.core_w * cpu_s
         return Measurement.of(
-            "build_energy_j", joules, source="estimated", scope="package",
+            "build_energy_j", joules, source="estimated", scope="wall",
             method=f"power of the class '{power.name}' ({power.source}) over {seconds:.1f} s and {cpu_s:.1f} s of "
-            f"processor time, interval x/÷ {power.factor}; no counter was read",
+            f"processor time, interval x/÷ {power.factor}; {why}",
             ci95=(joules / power.factor, joules * power.factor), conditions={"device_class": power.name},
         )  # fmt: skip
-
-    def _read(self) -> dict[str, float]:
-        try:
-            return {sensor.name: sensor.read() for sensor in self._sensors}
-        except SensorGoneError:
-            return {}

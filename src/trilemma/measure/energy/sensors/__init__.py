@@ -1,4 +1,8 @@
-"""Energy counters: one file each and one line in the table. A finder returns sensors or null objects with reasons."""
+"""Energy counters: one file each and one line in the table. A finder returns sensors or null objects with reasons.
+
+Left out: Apple's counters. They lie behind IOReport, a private framework that needs compiled code for each release of
+macOS (zeus carries some); macOS gets a null object that says so, and the estimate.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +16,9 @@ SENSORS: Registry[Callable[[], list[Sensor]]] = Registry(
     {
         "rapl": "trilemma.measure.energy.sensors.rapl:find_rapl",
         "nvml": "trilemma.measure.energy.sensors.nvml:find_nvml",
+        "hwmon": "trilemma.measure.energy.sensors.hwmon:find_hwmon",
+        "ina": "trilemma.measure.energy.sensors.ina:find_ina",
+        "battery": "trilemma.measure.energy.sensors.battery:find_battery",
     },
 )
 

@@ -11,13 +11,21 @@ class Sensor(Protocol):
     """A counter of joules. `read` never goes backwards; a wrap of the hardware is added up.
 
     resolution_j: one tick; wrap_j: where the hardware counter starts again (None: never), so that it
-    must be read more often than the energy of one turn takes.
+    must be read more often than the energy of one turn takes. The part of `name` before a '-' is the source:
+    sensors of one source and scope are disjoint and add up, those of two sources may see the same joules.
+
+    A sensor may also have `method` (how it reads, in words) and `error_j` (joules by which what it has counted so far
+    may be off, where it integrates power); see `method_of` and `error_of`.
     """
 
     name: str
     scope: Scope
-    resolution_j: float
-    wrap_j: float | None
+
+    @property
+    def resolution_j(self) -> float: ...
+
+    @property
+    def wrap_j(self) -> float | None: ...
 
     @property
     def reason(self) -> str | None:
@@ -30,7 +38,7 @@ class Sensor(Protocol):
 
 
 class SensorGoneError(Exception):
-    """A counter that was there can no longer be read."""
+    """A counter that was there can no longer be read, or can not be believed."""
 
 
 class NoSensor:
@@ -49,3 +57,18 @@ class NoSensor:
 
     def read(self) -> float:
         raise SensorGoneError(self._reason)
+
+
+def method_of(sensor: Sensor) -> str:
+    """How the sensor reads, in words."""
+    return str(getattr(sensor, "method", "counter"))
+
+
+def error_of(sensor: Sensor) -> float:
+    """Joules by which the sensor's count so far may be off; 0 for a counter of the hardware."""
+    return float(getattr(sensor, "error_j", 0.0))
+
+
+def source_of(sensor: Sensor) -> str:
+    """'rapl' of 'rapl-package'."""
+    return sensor.name.partition("-")[0]
