@@ -16,7 +16,8 @@ from trilemma.core.errors import InputError
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["inspect", "m", "--scheme", "W8A8"], "--scheme has no meaning without --device"),
+        (["inspect", "m", "--context", "64"], "--context has no meaning without --device"),
+        (["inspect", "m", "--diagnose", "--scheme", "W8A8"], "--scheme has no meaning without --device"),
         (["inspect", "m", "--diagnose", "--duty-cycle", "5%"], "--duty-cycle has no meaning without --device"),
         (["inspect", "m", "--complaint", "slow"], "--complaint has no meaning without --diagnose"),
         (["inspect", "m", "--diagnose", "--plot", "a.svg"], "--plot has no meaning without --waterfall"),

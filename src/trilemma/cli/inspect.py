@@ -22,7 +22,10 @@ def inspect(
     device: options.OtherDevice = None,
     scheme: Annotated[
         list[str] | None,
-        typer.Option("--scheme", help="With --device: schemes to compare, 'as it is' among them; comma-separated."),
+        typer.Option(
+            "--scheme",
+            help="Schemes to compare in memory (and with --device in time), 'as it is' among them; comma-separated.",
+        ),
     ] = None,
     context: Annotated[
         int | None,
@@ -47,25 +50,34 @@ def inspect(
     prepare: options.PrepareText = "none",
     plot: Annotated[Path | None, typer.Option("--plot", help="With --waterfall: SVG file to write.")] = None,
     prompt: Annotated[
-        int | None, typer.Option("--prompt", min=8, help=f"Prompt tokens that are timed; {PROMPT} by default.")
+        int | None,
+        typer.Option(
+            "--prompt", min=8, help=f"Prompt tokens that memory (or time) is stated for; {PROMPT} by default."
+        ),
     ] = None,
     output: Annotated[
-        int | None, typer.Option("--output", min=4, help=f"Output tokens that are timed; {OUTPUT} by default.")
+        int | None,
+        typer.Option(
+            "--output", min=4, help=f"Output tokens that memory (or time) is stated for; {OUTPUT} by default."
+        ),
     ] = None,
     threads: options.Threads = None,
     kv: options.KvCache = None,
     json: options.Json = False,
 ) -> None:
-    """Parameters, bytes by format, KV cache and work per token, from the headers alone."""
-    options.refuse_unused(
-        {"--device": device is not None, "--diagnose": diagnose, "--waterfall": waterfall is not None},
-        {
-            ("--device",): {"--scheme": scheme, "--context": context, "--duty-cycle": duty_cycle},
-            ("--diagnose",): {"--complaint": complaint},
-            ("--waterfall",): {"--data": data, "--plot": plot, "--prepare": prepare != "none"},
-            ("--diagnose", "--waterfall"): {"--prompt": prompt, "--output": output, "--threads": threads, "--kv": kv},
-        },
-    )
+    """Parameters, bytes by format, memory, KV cache and work per token, from the headers alone."""
+    lengths = {"--prompt": prompt, "--output": output, "--threads": threads, "--kv": kv}
+    memory = scheme is not None or any(value is not None for value in lengths.values())
+    views = {"--device": device is not None, "--diagnose": diagnose, "--waterfall": waterfall is not None}
+    belongs: dict[tuple[str, ...], dict[str, object]] = {
+        ("--device",): {"--context": context, "--duty-cycle": duty_cycle},
+        ("--diagnose",): {"--complaint": complaint},
+        ("--waterfall",): {"--data": data, "--plot": plot, "--prepare": prepare != "none"},
+    }
+    if any(views.values()):  # without a view, these say what memory is stated for
+        belongs[("--device",)]["--scheme"] = scheme
+        belongs[("--diagnose", "--waterfall")] = dict(lengths)
+    options.refuse_unused(views, belongs)
     if diagnose or waterfall is not None:
         from trilemma.cli import diagnose as measured
 
@@ -80,7 +92,7 @@ def inspect(
                 model, complaint=complaint, prompt=prompt, output=output, threads=threads, kv=kv, json=json
             )
         return
-    from trilemma.cli import console, device_view
+    from trilemma.cli import console, device_view, memory_view
     from trilemma.formats.artifact import load_any
     from trilemma.model.cost import inspect_model
 
@@ -88,16 +100,25 @@ def inspect(
     opened = load_any(model)
     found = inspect_model(opened)
     would_weigh = {name: _weight_in(opened, name) for name in WOULD_BE}
+    held = {}
+    if memory and device is None:
+        prompt, output = prompt or PROMPT, output or OUTPUT
+        held = memory_view.forecasts(opened, schemes, prompt=prompt, output=output, kv=kv, threads=threads)
     if json:
         there = {} if device is None else device_view.device_json(opened, device, schemes, context, duty_cycle)
         document = {**found.model_dump(mode="json"), "weights_bytes_in": would_weigh}
-        console.print_json(document | ({"on_device": there} if there else {}))
+        document |= {"on_device": there} if there else {}
+        console.print_json(document | ({"memory": memory_view.memory_json(opened, held)} if held else {}))
         return
     if device is not None:
         device_view.show_device(model, opened, device, schemes, context, duty_cycle)
         return
     _show_facts(model, found)
-    _show_tables(found, would_weigh)
+    if held:
+        memory_view.show_memory(held)
+    else:
+        _show_tables(found, would_weigh)
+        memory_view.show_engine_line(opened, PROMPT + OUTPUT)
 
 
 def _weight_in(model: Model, name: str) -> int:

@@ -1,8 +1,8 @@
 """Weights into the native engine, a tensor at a time, so that they are never twice in memory.
 
 Embedding and head go first: while the largest tensors are read, little else is held yet. What they were read into is
-given back to the system on the way, which glibc's allocator would not do by itself. What cache and scratch would take beside
-them can be asked without loading anything.
+given back to the system on the way, which glibc's allocator would not do by itself. What cache and scratch would take
+beside them can be asked without loading anything.
 """
 
 from __future__ import annotations

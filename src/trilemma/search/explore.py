@@ -128,7 +128,7 @@ class Exploration:
     def _not_worth_it(self, recipe: Recipe) -> str:
         """Why a recipe is dropped without building it; empty when it is not."""
         try:
-            predicted = predict_bytes(self.model, recipe, self.bench.lengths.context)
+            predicted = predict_bytes(self.model, recipe, self.bench.lengths.context, runtime=self.bench.runtime)
         except RecipeError:
             return ""  # a step whose result nobody knows before: it has to be built
         blocked = impossible(predicted, self.limits, self.baseline.measurements)

@@ -8,20 +8,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from trilemma.core.errors import UnsupportedModelError
 from trilemma.core.limit import Limit
 from trilemma.core.measurement import Measurement
 from trilemma.core.recipe import Recipe
 from trilemma.formats.pack import format_bytes
 from trilemma.model.cost import kv_bytes, parameter_count, weights_bytes
 from trilemma.model.model import Model
-from trilemma.techniques.cost_twin import foresee
+from trilemma.search.memory_outlook import forecast_foreseen_engine
+from trilemma.techniques.cost_twin import Foreseen, foresee
 
 BYTE_METRICS = ("weights_bytes", "engine_memory_bytes", "peak_memory_bytes", "artifact_bytes", "kv_bytes_per_token")
 
 
 @dataclass(frozen=True)
 class PredictedBytes:
-    """Bytes that a recipe leaves at least: all but `weights_bytes` are lower bounds (scratch and code come on top).
+    """Bytes that a recipe leaves at least: `weights_bytes` exactly, and what the native engine holds; the others are
+    lower bounds (scratch and code come on top).
+
+    engine_bytes: weights, cache and scratch as the native engine will count them; None for other runtimes.
 
     exact: False for recipes that choose shapes by what they find in the weights; the bytes are then about right.
     """
@@ -30,17 +35,20 @@ class PredictedBytes:
     kv_bytes: int
     kv_bytes_per_token: float
     exact: bool = True
+    engine_bytes: int | None = None
 
     def least(self, metric: str) -> float:
         """The least value that the metric can take."""
         if metric == "kv_bytes_per_token":
             return self.kv_bytes_per_token
+        if metric == "engine_memory_bytes" and self.engine_bytes is not None:
+            return self.engine_bytes
         if metric in ("engine_memory_bytes", "peak_memory_bytes"):
             return self.weights_bytes + self.kv_bytes
         return self.weights_bytes
 
 
-def predict_bytes(model: Model, recipe: Recipe, context: int) -> PredictedBytes:
+def predict_bytes(model: Model, recipe: Recipe, context: int, *, runtime: str = "native") -> PredictedBytes:
     """Bytes of the model that the recipe would make, with a KV cache of `context` positions.
 
     Raises:
@@ -49,7 +57,17 @@ def predict_bytes(model: Model, recipe: Recipe, context: int) -> PredictedBytes:
     seen = foresee(model, recipe)
     weights = weights_bytes(seen.config, lambda name: seen.formats.get(name) or model.format_of(name), format_bytes)
     cache = kv_bytes(seen.config, seen.kv_cache, context)
-    return PredictedBytes(weights, cache, cache / context, seen.exact)
+    return PredictedBytes(weights, cache, cache / context, seen.exact, _engine_bytes(model, seen, context, runtime))
+
+
+def _engine_bytes(model: Model, seen: Foreseen, context: int, runtime: str) -> int | None:
+    """None where the native engine is not asked about, or can not be opened like this: building it says why."""
+    if runtime != "native" or context > seen.config.max_context:
+        return None
+    try:
+        return forecast_foreseen_engine(model, seen, context).total_bytes
+    except UnsupportedModelError:
+        return None
 
 
 def impossible(predicted: PredictedBytes, limits: Sequence[Limit], baseline: Mapping[str, Measurement]) -> Limit | None:
