@@ -135,7 +135,8 @@ def test_export_and_refusal_to_overwrite(trilemma, artifact, tmp_path):
 
 def test_list_names_every_table(trilemma):
     tables = document(trilemma("list", "--json"))
-    assert {"techniques", "formats", "schemes", "devices", "families", "engines", "exporters", "metrics"} == set(tables)
+    kinds = {"techniques", "formats", "schemes", "devices", "families", "engines", "exporters", "metrics", "sensors"}
+    assert kinds == set(tables)
     assert all(tables.values())
     assert "gptq" in tables["techniques"]
     assert "gguf" in tables["exporters"]

@@ -8,14 +8,14 @@ import typer
 
 from trilemma.cli import options
 
-Kind = Literal["techniques", "formats", "schemes", "devices", "families", "engines", "exporters", "metrics"]
+Kind = Literal["techniques", "formats", "schemes", "devices", "families", "engines", "exporters", "metrics", "sensors"]
 
 
 def list_names(
     kind: Annotated[Kind | None, typer.Argument(help="Which table; all of them by default.")] = None,
     json: options.Json = False,
 ) -> None:
-    """List techniques, formats, schemes, devices, families, engines, exporters and metrics."""
+    """List techniques, formats, schemes, devices, families, engines, exporters, metrics and energy sensors."""
     from trilemma.cli import console
 
     tables = {each: _names(each) for each in ([kind] if kind else get_args(Kind))}
@@ -59,6 +59,10 @@ def _names(kind: Kind) -> dict[str, str]:
             from trilemma.export import EXPORTERS
 
             return dict.fromkeys(EXPORTERS, "")
+        case "sensors":
+            from trilemma.measure.energy.sensors.survey import survey
+
+            return survey()
         case "devices":
             from trilemma.core.device import DEVICES, load_device
             from trilemma.core.environment import cpu_name, total_memory_bytes, usable_cores
