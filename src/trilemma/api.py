@@ -43,33 +43,44 @@ def bench(
     models: str | Path | Sequence[str | Path],
     *,
     schemes: Sequence[str] = (),
-    runtime: str = "native",
+    runtime: str | Sequence[str] = "native",
     options: EngineOptions | Sequence[EngineOptions] | None = None,
-    prompt_tokens: int = 128,
-    output_tokens: int = 32,
-    repetitions: int = 5,
+    prompt_tokens: int | Sequence[int] = 128,
+    output_tokens: int | Sequence[int] = 32,
+    repetitions: int | None = None,
+    time: str | float | None = None,
+    peak_memory: bool = False,
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> BenchReport:
-    """What models cost on this machine, interleaved; each as it is, or in every scheme.
+    """What models cost on this machine, interleaved; each as it is, or in every scheme; all lists are crossed.
 
     Args:
         models: checkpoints, artifacts or bare config.json files (random weights: cost only).
         schemes: such as 'bf16' or 'W4A8-g32'; rounding to nearest, since codes do not change the cost.
         options: threads, KV precision, instruction set; several make several rows of each.
+        runtime: names of `trilemma list engines`, interleaved.
         prompt_tokens, output_tokens: lengths of each request.
-        repetitions: timed ones, after a discarded round.
+        repetitions: timed ones, after a discarded round; None goes on until each time per token is known within 2%.
+        time: what the repetitions may take, such as '30s'; 20 s for each pair of lengths by default.
+        peak_memory: also run each form that lies in a folder in a fresh process, for its high-water mark.
+
+    Returns:
+        A row for each model, form, number of threads, runtime and length; the notes hold ratios to a model's first
+        row, paired by repetition. See `measure.bench`.
 
     Raises:
         RecipeError: a scheme that can not be read, or one that needs text.
-        InputError: lengths that a model's context does not hold.
+        InputError: lengths that a model's context does not hold, or a time that can not be read.
     """
     from trilemma.measure.bench import bench as measure
+    from trilemma.search.deadline import parse_time
 
     candidates = _bench_candidates(models, schemes, options)
     return measure(
         candidates, runtime=runtime, prompt_tokens=prompt_tokens, output_tokens=output_tokens,
-        repetitions=repetitions, seed=seed, progress=progress,
+        repetitions=repetitions, time_s=None if time is None else parse_time(time), seed=seed,
+        with_peak_memory=peak_memory, progress=progress,
     )  # fmt: skip
 
 
@@ -82,7 +93,7 @@ def bench_batches(
     options: EngineOptions | Sequence[EngineOptions] | None = None,
     prompt_tokens: int = 128,
     output_tokens: int = 32,
-    repetitions: int = 5,
+    repetitions: int = 15,
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> BenchReport:
@@ -114,10 +125,11 @@ def bench_contexts(
     kv: Sequence[str] = ("none", "bf16", "int8"),
     schemes: Sequence[str] = (),
     runtime: str = "native",
-    options: EngineOptions | None = None,
+    options: EngineOptions | Sequence[EngineOptions] | None = None,
     repetitions: int = 7,
     point_time_s: float = 20.0,
     memory_bytes: float | None = None,
+    prefill: bool = False,
     devices: Sequence[str | Path] = (),
     seed: int = 0,
     progress: Callable[[int, int, str], None] | None = None,
@@ -130,6 +142,7 @@ def bench_contexts(
         kv: cache policies; 'none' computes the history again at every step.
         point_time_s: a point whose step would take longer is skipped, with the reason in its row.
         memory_bytes: a memory limit; a note says how many positions each policy holds within it.
+        prefill: also time the prefill of a prompt as long as each depth.
         devices: profiles (names of `trilemma list devices`, or files); a note estimates the same there.
 
     Returns:
@@ -146,7 +159,7 @@ def bench_contexts(
     candidates = _bench_candidates(models, schemes, options)
     report = kv_sweep(
         candidates, policies=kv, contexts=contexts, runtime=runtime, repetitions=repetitions,
-        point_time_s=point_time_s, memory_bytes=memory_bytes, seed=seed, progress=progress,
+        point_time_s=point_time_s, memory_bytes=memory_bytes, with_prefill=prefill, seed=seed, progress=progress,
     )  # fmt: skip
     outlooks = [
         f"{item.name} {item.form} on {kv_outlook(item.model, profile, policies=kv, depth=max(contexts)).sentence()}"
@@ -161,19 +174,24 @@ def _bench_candidates(
     options: EngineOptions | Sequence[EngineOptions] | None,
 ) -> list[BenchCandidate]:
     """Each model as it is, or in every scheme, in every variant of options."""
-    from trilemma.measure.bench import candidates_of
+    from trilemma.formats.artifact import short_name
+    from trilemma.measure.bench import BenchCandidate, candidates_of, form_of
     from trilemma.runtime.engine import EngineOptions
 
     given = [models] if isinstance(models, str | Path) else list(models)
     variants = [options or EngineOptions()] if options is None or isinstance(options, EngineOptions) else list(options)
     if not schemes:
         return candidates_of(given, variants)
-    return [_candidate(model, scheme, variant) for model in given for scheme in schemes for variant in variants]
+    made = [(model, scheme, *_made(model, scheme)) for model in given for scheme in schemes]
+    return [
+        BenchCandidate(short_name(path), form_of(scheme, variant, variants), model, variant, recipe)
+        for path, scheme, model, recipe in made for variant in variants
+    ]  # fmt: skip
 
 
-def _candidate(path: str | Path, scheme: str, options: EngineOptions) -> BenchCandidate:
-    from trilemma.formats.artifact import load_any, short_name
-    from trilemma.measure.bench import BenchCandidate
+def _made(path: str | Path, scheme: str) -> tuple[Model, Recipe]:
+    """A model in a scheme, once for all variants of options."""
+    from trilemma.formats.artifact import load_any
     from trilemma.techniques.apply import apply_recipe
     from trilemma.techniques.cost_twin import cost_twin
     from trilemma.techniques.schemes import scheme_to_recipe
@@ -182,9 +200,7 @@ def _candidate(path: str | Path, scheme: str, options: EngineOptions) -> BenchCa
     recipe = scheme_to_recipe(scheme)
     model = load_any(path)
     random = bool(getattr(model.source, "random", False))
-    made = cost_twin(model, recipe) if random else apply_recipe(model, recipe, Build())
-    form = f"{scheme} kv-{options.kv_cache}" if options.kv_cache else scheme
-    return BenchCandidate(short_name(path), form, made, options, recipe)
+    return (cost_twin(model, recipe) if random else apply_recipe(model, recipe, Build())), recipe
 
 
 def optimize(

@@ -35,6 +35,58 @@ def test_cache_policies_over_depths(trilemma, hearth_path, tmp_path):
     assert page.returncode == 0, page.stderr
 
 
+def test_lengths_threads_and_runtimes_are_crossed(trilemma, hearth_path, tmp_path):
+    plot = tmp_path / "prompt.svg"
+    lists = ["--prompt", "4,9", "--output", "3", "--threads", "1,2", "--runtime", "native,torch"]
+    done = trilemma("bench", hearth_path, *lists, "--repetitions", "2", "--plot", plot, "-o", "json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert [row["trial"]["name"] for row in report["rows"]] == [
+        f"bf16 {threads} {runtime} prompt {prompt}"
+        for threads in ("1 thread", "2 threads") for runtime in ("native", "torch") for prompt in (4, 9)
+    ]  # fmt: skip
+    paired = [note for note in report["notes"] if "against bf16 1 thread native, prompt 9" in note]
+    assert [note.split(" against")[0] for note in paired] == [
+        f"hearth-7m bf16 {words}" for words in ("1 thread torch", "2 threads native", "2 threads torch")
+    ]
+    measured = report["rows"][1]["trial"]["measurements"]
+    assert measured["ttft_s"]["conditions"]["prompt_tokens"] == 9
+    assert measured["prefill_tokens_per_s"]["conditions"]["compute_share"] > 0
+    assert measured["engine_memory_bytes"]["conditions"]["context"] == 12
+    words = [element.text for element in ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}text")]
+    assert "bf16 2 threads torch" in words
+
+
+def test_threads_have_a_picture_and_a_table_of_their_own(trilemma, hearth_path, tmp_path):
+    plot = tmp_path / "threads.svg"
+    few = ["--prompt", "4", "--output", "3", "--repetitions", "2", "--peak-memory"]
+    done = trilemma("bench", hearth_path, "--threads", "2,1", *few, "--plot", plot)
+    assert done.returncode == 0, done.stderr
+    assert "| prefill of arithmetic | decode of bandwidth |" in done.stdout
+    assert "peak_memory_bytes" in done.stdout
+    assert "threads: 2, 1" in done.stdout
+    words = [element.text for element in ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}text")]
+    assert {"Decode", "Prefill", "bf16"} <= set(words)
+    csv_form = trilemma("bench", hearth_path, "--threads", "1", *few[:-1], "-o", "csv")
+    (prefill,) = [
+        row for row in csv.DictReader(io.StringIO(csv_form.stdout)) if row["metric"] == "prefill_tokens_per_s"
+    ]
+    assert (prefill["runtime"], prefill["threads"], prefill["prompt_tokens"]) == ("native", "1", "4")
+    assert float(prefill["share"]) > 0
+
+
+def test_prefill_up_to_each_depth(trilemma, hearth_path):
+    done = trilemma("bench", hearth_path, "--context", "4,8", "--kv", "bf16", "--threads", "1,2", "--prefill",
+                    "--repetitions", "2", "-o", "json")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert [row["trial"]["name"] for row in rows] == [
+        f"bf16 {threads} kv-bf16 at {depth}" for threads in ("1 thread", "2 threads") for depth in (4, 8)
+    ]
+    first = rows[1]["trial"]["measurements"]["ttft_s"]
+    assert (first["n"], first["conditions"]["prompt_tokens"]) == (2, 8)
+
+
 @pytest.mark.parametrize("form", ["csv", "json", "jsonl"])
 def test_batches_in_every_form(trilemma, hearth_path, tmp_path, form):
     plot = tmp_path / "batch.svg"
@@ -78,6 +130,15 @@ def test_domains_in_one_table(trilemma, hearth_path, texts_path, repository, tmp
         (["bench", "{hearth}", "--batch", "2", "--prompt", "600"], "632 tokens"),
         (["bench", "{hearth}", "--batch", "2", "--context", "4"], "two sweeps"),
         (["bench", "{hearth}", "--context", "4", "--prompt", "4"], "no meaning"),
+        (["bench", "{hearth}", "--context", "4", "--runtime", "native,torch"], "one value of --runtime"),
+        (["bench", "{hearth}", "--batch", "2", "--prompt", "4,8"], "one value of --prompt"),
+        (["bench", "{hearth}", "--batch", "2", "--peak-memory"], "--peak-memory has no meaning with --batch"),
+        (["bench", "{hearth}", "--prefill"], "give --context"),
+        (["bench", "{hearth}", "--prompt", "some"], "not 'some'"),
+        (["bench", "{hearth}", "--threads", "0"], "not '0'"),
+        (["bench", "{hearth}", "--runtime", "native,vllm"], "Unknown engine 'vllm'"),
+        (["bench", "{hearth}", "--time", "soon"], "time 'soon'"),
+        (["bench", "{hearth}", "--prompt", "8,600"], "do not fit the context"),
         (["bench", "{hearth}", "--context", "4", "--memory", "50%"], "64MB"),
         (["bench", "{hearth}", "--context", "4", "--device", "toaster"], "toaster"),
         (["bench", "{hearth}", "--plot", "{tmp}/a.svg"], "needs a sweep"),

@@ -16,7 +16,8 @@ METRICS = (
 BATCH_METRICS = ("throughput_tokens_per_s", "itl_s", "ttft_s", "engine_memory_bytes")
 COLUMNS = (
     "model", "form", "parameters", "random_weights", "metric", "value", "unit", "low", "high", "noisy",
-    "context", "batch", "kv_cache", "reason",
+    "context", "batch", "kv_cache", "runtime", "threads", "prompt_tokens", "output_tokens", "set_aside_share", "share",
+    "reason",
 )  # fmt: skip
 
 
@@ -25,7 +26,9 @@ def markdown(report: BenchReport) -> str:
     sweep = sweep_of(report.rows[0]) if report.rows else ""
     lines = {"kv": _kv_table, "batch": _batch_table}.get(sweep, _plain_table)(report)
     here = report.environment
-    lines += ["", f"{here.cpu}, {here.isa}, {here.threads} threads; 95% intervals; ! marks a noisy run."]
+    threads = ", ".join(str(count) for count in dict.fromkeys(_threads(report)) or [here.threads])
+    lines += ["", f"{here.cpu}, {here.isa}, threads: {threads}; 95% intervals; ! marks a noisy run."]
+    lines += _noise(report)
     if any(row.random_weights for row in report.rows):
         lines.append("* random weights: cost only, nothing is said about quality.")
     skipped = [(row, row.trial.measurements.get("tpot_s")) for row in report.rows]
@@ -42,11 +45,16 @@ def csv_text(report: BenchReport) -> str:
     for row in report.rows:
         about = [row.model, row.trial.name, row.parameters, row.random_weights]
         place = place_of(row)
-        where = [place.get("context", ""), place.get("batch", ""), place.get("kv_cache", "")]
+        where = [
+            place.get(key, "")
+            for key in ("context", "batch", "kv_cache", "runtime", "threads", "prompt_tokens", "output_tokens")
+        ]
         for name, found in row.trial.measurements.items():
             value = "" if found.value is None else found.value
             edges = found.interval or ("", "")
-            writer.writerow([*about, name, value, found.unit, *edges, found.noisy, *where, found.reason or ""])
+            stated = found.conditions
+            shares = [stated.get("set_aside_share", ""), stated.get("roofline_share", stated.get("compute_share", ""))]
+            writer.writerow([*about, name, value, found.unit, *edges, found.noisy, *where, *shares, found.reason or ""])
     return out.getvalue()
 
 
@@ -56,13 +64,19 @@ def json_lines(report: BenchReport) -> str:
 
 
 def _plain_table(report: BenchReport) -> list[str]:
+    metrics = METRICS + tuple(
+        metric for metric in ("peak_memory_bytes",) if any(metric in row.trial.measurements for row in report.rows)
+    )
     rows = [
-        [_name(row), row.trial.name, *(_short(row, metric) for metric in METRICS), _share(row)] for row in report.rows
-    ]
-    return _table(["model", "form", *METRICS, "of bandwidth"], 2, rows)
+        [_name(row), row.trial.name, *(_short(row, metric) for metric in metrics),
+         _share(row, "prefill_tokens_per_s", "compute_share"), _share(row, "decode_tokens_per_s", "roofline_share")]
+        for row in report.rows
+    ]  # fmt: skip
+    return _table(["model", "form", *metrics, "prefill of arithmetic", "decode of bandwidth"], 2, rows)
 
 
 def _kv_table(report: BenchReport) -> list[str]:
+    prefills = any("ttft_s" in row.trial.measurements for row in report.rows)
     rows = []
     for row in report.rows:
         place = place_of(row)
@@ -71,10 +85,12 @@ def _kv_table(report: BenchReport) -> list[str]:
         time = row.trial.measurements["tpot_s"]
         shown = "skipped" if time.value is None else show(time)
         total = show(row.trial.measurements["engine_memory_bytes"])
-        rows.append([_name(row), str(place["form"]), policy, f"{place['context']:,}", shown, *memory, total])
+        first = [_short(row, "ttft_s")] * prefills
+        rows.append([_name(row), str(place["form"]), policy, f"{place['context']:,}", shown, *first, *memory, total])
     return _table(
-        ["model", "form", "KV cache", "positions", "time per token", "KV", "scratch", "engine memory"], 3, rows
-    )
+        ["model", "form", "KV cache", "positions", "time per token", *["prefill up to it"] * prefills, "KV", "scratch",
+         "engine memory"], 3, rows,
+    )  # fmt: skip
 
 
 def _batch_table(report: BenchReport) -> list[str]:
@@ -100,7 +116,26 @@ def _name(row: BenchRow) -> str:
     return f"{row.model} ({row.parameters / 1e6:.1f}M{', *' if row.random_weights else ''})"
 
 
-def _share(row: BenchRow) -> str:
-    measured = row.trial.measurements.get("decode_tokens_per_s")
-    share = None if measured is None else measured.conditions.get("roofline_share")
+def _share(row: BenchRow, metric: str, condition: str) -> str:
+    measured = row.trial.measurements.get(metric)
+    share = None if measured is None else measured.conditions.get(condition)
     return f"{share:.0%}" if isinstance(share, float) else "—"
+
+
+def _threads(report: BenchReport) -> list[int]:
+    found = (place_of(row).get("threads") for row in report.rows)
+    return [int(count) for count in found if count is not None]
+
+
+def _noise(report: BenchReport) -> list[str]:
+    """What was set aside, and why runs are noisy, once each."""
+    found = [one for row in report.rows for one in row.trial.measurements.values()]
+    shares = [float(one.conditions.get("set_aside_share", 0.0)) for one in found]
+    lines = []
+    if max(shares, default=0.0) > 0:
+        lines.append(
+            f"Up to {max(shares):.0%} of the rounds were set aside, slower than the run's quiet level by more than 5%; "
+            "figures are of the others."
+        )
+    reasons = dict.fromkeys(one.method.partition("; noisy: ")[2] for one in found if one.noisy)
+    return lines + [f"! {reason}." for reason in reasons if reason]

@@ -1,4 +1,7 @@
-"""Pictures of the bench sweeps, from their records alone: cache policies over depth, throughput against latency."""
+"""Pictures of the bench sweeps, from their records alone.
+
+Cache policies over depth, throughput against latency, the first token over the prompt, rates over threads.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,10 @@ from trilemma.core.results import BenchReport, BenchRow
 from trilemma.report.plot import Axis, Chart, Point, Series, chart_row
 
 NOTE_CHARACTERS = 170
+NO_SWEEP = (
+    "A plot needs a sweep: ask for one with --batch 1,2,4,8, with --context 32,64,128, with --prompt 64,256,512 or "
+    "with --threads 1,2,4."
+)
 
 Points = Callable[[BenchRow], Point | None]
 
@@ -22,15 +29,14 @@ def sweep_chart(report: BenchReport) -> str:
         InputError: the report is of no sweep.
     """
     sweep = next((sweep_of(row) for row in report.rows), "")
-    if sweep == "kv":
-        return kv_chart(report)
-    if sweep == "batch":
-        return batch_chart(report)
-    raise InputError("A plot needs a sweep: ask for one with --batch 1,2,4,8 or with --context 32,64,128.")
+    chart = {"kv": kv_chart, "batch": batch_chart, "prompt": prompt_chart, "threads": threads_chart}.get(sweep)
+    if chart is None:
+        raise InputError(NO_SWEEP)
+    return chart(report)
 
 
 def sweep_of(row: BenchRow) -> str:
-    """'kv', 'batch', or '' where a row stands alone."""
+    """'kv', 'batch', 'prompt', 'threads', or '' where a row stands alone."""
     found = row.trial.measurements.get("engine_memory_bytes")
     return str(found.conditions.get("sweep", "")) if found is not None else ""
 
@@ -89,6 +95,48 @@ def batch_chart(report: BenchReport) -> str:
     return chart_row(charts, title="Several sequences in each step")
 
 
+def prompt_chart(report: BenchReport) -> str:
+    """The wait for the first token, and the rate of the prefill, over the length of the prompt."""
+    lengths = sorted({float(place_of(row)["prompt_tokens"]) for row in report.rows})
+    x = Axis("prompt tokens", log=True, ticks=lengths)
+    charts = [
+        Chart(_over(report, "prompt_tokens", "ttft_s"), x, Axis("time to first token", "s", log=True),
+              "The wait for the first token"),
+        Chart(_over(report, "prompt_tokens", "prefill_tokens_per_s"), x, Axis("prefill, tokens/s", log=True),
+              "Rate of the prefill", notes=_notes(report)),
+    ]  # fmt: skip
+    return chart_row(charts, title="Prompts of several lengths")
+
+
+def threads_chart(report: BenchReport) -> str:
+    """Rates of decode and prefill over the number of threads."""
+    counts = sorted({float(place_of(row)["threads"]) for row in report.rows})
+    x = Axis("threads", log=True, ticks=counts)
+    charts = [
+        Chart(_over(report, "threads", "decode_tokens_per_s"), x, Axis("decode, tokens/s", log=True), "Decode"),
+        Chart(_over(report, "threads", "prefill_tokens_per_s"), x, Axis("prefill, tokens/s", log=True), "Prefill",
+              notes=_notes(report)),
+    ]  # fmt: skip
+    return chart_row(charts, title="Several threads")
+
+
+def _over(report: BenchReport, place: str, metric: str) -> list[Series]:
+    """One line for each model and form, the swept place aside."""
+
+    def point(row: BenchRow) -> Point | None:
+        found = row.trial.measurements.get(metric)
+        return None if found is None else _timed(float(place_of(row)[place]), found)
+
+    several = len({row.model for row in report.rows}) > 1
+    lines: dict[str, list[Point]] = {}
+    for row in report.rows:
+        spot = point(row)
+        if spot is not None:
+            line = str(place_of(row)["line"])
+            lines.setdefault(f"{row.model} {line}" if several else line, []).append(spot)
+    return [Series(words, points) for words, points in lines.items()]
+
+
 def _timed(x: float, found: Measurement) -> Point | None:
     return None if found.value is None else Point(x, found.value, found.ci95)
 
@@ -127,4 +175,6 @@ def _threads(count: int | None) -> str:
     return "1 thread" if count == 1 else f"{count} threads"
 
 
-__all__ = ["batch_chart", "kv_chart", "place_of", "sweep_chart", "sweep_of"]
+__all__ = [
+    "NO_SWEEP", "batch_chart", "kv_chart", "place_of", "prompt_chart", "sweep_chart", "sweep_of", "threads_chart"
+]  # fmt: skip

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 
 import pytest
 
+from trilemma.measure.timing import noise
 from trilemma.measure.timing.noise import ReferenceLoop
 
 
@@ -38,3 +41,34 @@ def test_other_work_on_our_cores_is_noisy(tmp_path):
         stat_file(tmp_path / "stat", 5_000, 10_000)  # a third of each core
         assert loop.foreign_share == pytest.approx(1 / 3, abs=0.02 + 0.1 / cores)
         assert "other work took 33%" in loop.reason
+
+
+def test_half_a_core_of_many_is_noisy(tmp_path, monkeypatch):
+    monkeypatch.setattr(noise, "usable_cores", lambda: 64)
+    with ReferenceLoop(1, stat=stat_file(tmp_path / "stat", 0, 0)) as loop:
+        loop.times_s[:] = [1.0, 1.0]
+        stat_file(tmp_path / "stat", 400, 99_600)  # 0.4% of the cores, a quarter of one
+        assert not loop.noisy
+        stat_file(tmp_path / "stat", 1_600, 98_400)  # one core of 64
+        assert loop.reason == "other work took 1.0 cores"
+
+
+def test_many_probes_are_judged_by_their_quiet_levels(tmp_path):
+    with ReferenceLoop(1, stat=tmp_path / "absent") as loop:
+        loop.times_s[:] = [1.0, 1.01, 1.9, 1.0] * 5  # bursts
+        assert not loop.noisy
+        loop.times_s[:] = [1.0, 1.01] * 5 + [1.1, 1.9] * 5
+        assert loop.drift == pytest.approx(0.1, abs=0.01)
+        assert loop.noisy
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_an_engine_in_a_child_process_is_ours():
+    busy = "import time; began = time.process_time()\nwhile time.process_time() < began + 0.2: pass\nprint(1); input()"
+    before = noise._children_s()
+    with subprocess.Popen([sys.executable, "-c", busy], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout.readline()
+        alive = noise._children_s()
+        child.communicate(b"\n")
+    assert alive - before >= 0.19
+    assert noise._children_s() >= alive

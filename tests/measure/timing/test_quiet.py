@@ -86,7 +86,7 @@ def test_short_requests_make_rounds_of_a_repetition(fake_engine):
 def test_a_run_goes_on_until_it_is_settled_or_out_of_time(fake_engine):
     steady = SpeedRun({"a": fake_engine()}, prompt_tokens=2, output_tokens=3)
     steady.warm_up()
-    assert repeat_until_settled(steady, time_limit_s=0.0)
+    assert repeat_until_settled([steady], time_limit_s=0.0)
     assert steady.repetitions == 5
     wild = SpeedRun(
         {"a": fake_engine(times=lambda call: stamps(0.1, 0.01 + call * 0.618 % 1 * 4e-4, 3))},
@@ -94,7 +94,7 @@ def test_a_run_goes_on_until_it_is_settled_or_out_of_time(fake_engine):
     )  # fmt: skip
     wild.warm_up()
     seen = []
-    assert not repeat_until_settled(wild, time_limit_s=0.1, target=1e-6, progress=lambda *about: seen.append(about))
+    assert not repeat_until_settled([wild], time_limit_s=0.1, target=1e-6, progress=lambda *about: seen.append(about))
     steady.close()
     wild.close()
     assert seen[-1] == (1, 1, "speed")

@@ -2,9 +2,10 @@
 
 A step at depth n appends the n-th token and asks for its logits: with a cache that is one token's work
 over n - 1 stored positions, without one ('none') the whole sequence is computed again. The history is
-filled once and cut back before each timed step, so every sample is exactly at its depth. At each depth
-the policies are interleaved. Steps that would take too long are left out and say so; nothing is
-extrapolated into a measurement. Left out: quality, which `eval --kv` measures.
+filled once and cut back before each timed step, so every sample is exactly at its depth. When asked for,
+the prefill of the whole history up to each depth is timed too. At each depth the policies are interleaved.
+Steps that would take too long are left out and say so; nothing is extrapolated into a measurement. Left
+out: quality, which `eval --kv` measures.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class _Policy:
     sequence: int
     prompt: np.ndarray
     samples: dict[int, list[float]] = field(default_factory=dict)
+    prefills: dict[int, list[float]] = field(default_factory=dict)
     skipped: dict[int, str] = field(default_factory=dict)
     last: tuple[int, float] | None = None  # depth and seconds of the last step without a cache
 
@@ -71,6 +73,13 @@ class _Policy:
         self.room.forward([Step(self.sequence, self.prompt[depth - 1 : depth])])
         return time.perf_counter() - began
 
+    def prefill_s(self, depth: int) -> float:
+        """Seconds of computing all `depth` tokens at once and the logits of the last."""
+        self.room.truncate(self.sequence, 0)
+        began = time.perf_counter()
+        self.room.forward([Step(self.sequence, self.prompt[:depth])])
+        return time.perf_counter() - began
+
 
 def kv_sweep(
     models: str | Path | BenchCandidate | Sequence[str | Path | BenchCandidate],
@@ -78,10 +87,11 @@ def kv_sweep(
     policies: Sequence[str] = ("none", "bf16", "int8"),
     contexts: Sequence[int] = (32, 64, 128, 256, 512),
     runtime: str = "native",
-    options: EngineOptions | None = None,
+    options: EngineOptions | Sequence[EngineOptions] | None = None,
     repetitions: int = 7,
     point_time_s: float = POINT_TIME_S,
     memory_bytes: float | None = None,
+    with_prefill: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> BenchReport:
@@ -95,16 +105,19 @@ def kv_sweep(
         point_time_s: a point whose repetitions would take longer gets fewer of them; one whose single step
             would take longer is skipped, with the estimate in its reason. Filling the history is not counted.
         memory_bytes: a memory limit; a note says how many positions each policy holds within it.
+        with_prefill: also time the prefill of a prompt as long as each depth.
 
     Returns:
         A BenchReport with a row for each model, policy and depth ('int8 at 512'): tpot_s, engine_memory_bytes
-        (its conditions hold kv_bytes) and kv_bytes_per_token. The notes say where the lines cross.
+        (its conditions hold kv_bytes), kv_bytes_per_token, and with prefill also ttft_s and prefill_tokens_per_s.
+        The notes say where the lines cross.
 
     Raises:
         InputError: a depth outside 1..the model's context, an unknown policy, an engine without sequences.
     """
     depths, chosen = _checked(contexts), _distinct(policies)
-    candidates = candidates_of(models, [options or EngineOptions()])
+    variants = list(options) if isinstance(options, Sequence) else [options or EngineOptions()]
+    candidates = candidates_of(models, variants)
     for item in candidates:
         if depths[-1] > item.model.config.max_context:
             raise InputError(
@@ -121,7 +134,7 @@ def kv_sweep(
             for turn, depth in enumerate(depths):
                 if progress is not None:
                     progress(index * len(depths) + turn, total, f"{item.name} {item.form}: {depth} positions")
-                _measure(held, depth, repetitions, point_time_s)
+                _measure(held, depth, repetitions, point_time_s, with_prefill)
                 loop.probe()
             rows += [_row(one, depth, loop) for one in held for depth in depths]
             notes += [f"{item.name} {item.form}: {line.sentence('positions')}" for line in _crossings(held, depths)]
@@ -163,7 +176,7 @@ def _open(item: BenchCandidate, kv: str, longest: int, runtime: str, seed: int, 
     return _Policy(item, kv, engine, room, room.create(), prompt)
 
 
-def _measure(held: Sequence[_Policy], depth: int, repetitions: int, point_time_s: float) -> None:
+def _measure(held: Sequence[_Policy], depth: int, repetitions: int, point_time_s: float, with_prefill: bool) -> None:
     """All policies at one depth, interleaved; who goes first rotates."""
     plans: dict[int, tuple[int, int]] = {}  # policy -> repetitions, steps in each
     for index, one in enumerate(held):
@@ -188,6 +201,21 @@ def _measure(held: Sequence[_Policy], depth: int, repetitions: int, point_time_s
             if turn < times:
                 found = [held[index].step_s(depth) for _ in range(steps)]
                 held[index].samples.setdefault(depth, []).append(float(np.median(found)))
+    if with_prefill:
+        _measure_prefill([held[index] for index in plans], depth, repetitions, point_time_s)
+
+
+def _measure_prefill(held: Sequence[_Policy], depth: int, repetitions: int, point_time_s: float) -> None:
+    """All policies fill this depth in turn, as often as the time of a point allows, but once."""
+    for one in held:
+        one.prefill_s(depth)  # warm-up, discarded
+    began = time.perf_counter()
+    for turn in range(repetitions):
+        first = turn % max(1, len(held))
+        for one in [*held[first:], *held[:first]]:
+            one.prefills.setdefault(depth, []).append(one.prefill_s(depth))
+        if time.perf_counter() - began > point_time_s * len(held):
+            break
 
 
 def _expected_s(one: _Policy, depth: int) -> float:
@@ -215,6 +243,13 @@ def _row(one: _Policy, depth: int, loop: ReferenceLoop) -> BenchRow:
         if loop.reason:
             method += f"; noisy: {loop.reason}"
         found["tpot_s"] = timed_measurement("tpot_s", samples, method, loop.noisy, conditions)
+    if depth in one.prefills:
+        seconds = one.prefills[depth]
+        method = f"median of {len(seconds)} prefills of this depth, policies interleaved; 95% interval of the median"
+        rates = [depth / each for each in seconds]
+        stated = {**conditions, "prompt_tokens": depth}
+        found["ttft_s"] = timed_measurement("ttft_s", seconds, method, loop.noisy, stated)
+        found["prefill_tokens_per_s"] = timed_measurement("prefill_tokens_per_s", rates, method, loop.noisy, stated)
     return bench_row(one.candidate, f"{one.candidate.form} kv-{one.kv} at {depth}", found)
 
 

@@ -87,9 +87,8 @@ class ReferenceLoop:
     @property
     def reason(self) -> str | None:
         """Why the run is noisy, or None when it is not."""
-        if self.drift > MOVED:
-            return f"the reference loop moved by {self.drift:.0%}"
-        return self.foreign_reason
+        moved = f"the reference loop moved by {self.drift:.0%}" if self.drift > MOVED else None
+        return self.foreign_reason or moved
 
     @property
     def noisy(self) -> bool:

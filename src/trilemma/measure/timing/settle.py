@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,43 +19,60 @@ TIME_LIMIT_S = 20.0
 
 
 def repeat_for(
-    run: SpeedRun, repetitions: int, *, time_limit_s: float | None = None, progress: Progress | None = None,
+    runs: Sequence[SpeedRun],
+    repetitions: int,
+    *,
+    time_limit_s: float | None = None,
+    progress: Progress | None = None,
     what: str = "speed",
-) -> None:  # fmt: skip
-    """Repeat a warm run a number of times, or fewer when the time is out, but at least three."""
+) -> None:
+    """Repeat warm runs in turn a number of times, or fewer when the time is out, but at least three."""
     began = time.perf_counter()
     for turn in range(max(1, repetitions)):
         spent = time.perf_counter() - began
         if time_limit_s is not None and turn >= LEAST_REPETITIONS and spent * (turn + 1) / turn > time_limit_s:
             break
-        run.repeat()
+        for run in runs:
+            run.repeat()
         if progress is not None:
             progress(turn + 1, repetitions, what)
 
 
 def repeat_until_settled(
-    run: SpeedRun,
+    runs: Sequence[SpeedRun],
     *,
-    time_limit_s: float = TIME_LIMIT_S,
+    time_limit_s: float | None = None,
     target: float = SETTLED,
     progress: Progress | None = None,
     what: str = "speed",
 ) -> bool:
-    """Repeat a warm run until every candidate's tpot_s is known within `target`, or the time is out.
+    """Repeat warm runs in turn until every candidate's tpot_s is known within `target`, or the time is out.
 
-    At least five repetitions, and at least five seconds where the limit leaves them.
+    At least five repetitions, and at least five seconds a run where the limit leaves them.
+
+    Args:
+        runs: taking turns, a repetition each.
+        time_limit_s: 20 s a run where None.
+        target: relative half width of each interval.
+        progress: called with tenths of seconds.
 
     Returns:
-        Whether it settled. Progress counts tenths of seconds.
+        Whether all settled.
     """
     began = time.perf_counter()
-    total = max(1, round(10 * time_limit_s))
+    limit = TIME_LIMIT_S * len(runs) if time_limit_s is None else time_limit_s
+    total = max(1, round(10 * limit))
     while True:
-        run.repeat(1 if run.repetitions else FIRST_REPETITIONS)
+        for run in runs:
+            run.repeat()
         spent = time.perf_counter() - began
-        settled = spent >= min(LEAST_RUN_S, time_limit_s) and run.half_width <= target
-        done = settled or spent >= time_limit_s
         if progress is not None:
-            progress(total if done else min(round(10 * spent), total), total, what)
-        if done:
+            progress(min(round(10 * spent), total), total, what)
+        if min(run.repetitions for run in runs) < FIRST_REPETITIONS:
+            continue
+        enough = spent >= min(LEAST_RUN_S * len(runs), limit)
+        settled = enough and all(run.half_width <= target for run in runs)
+        if settled or spent >= limit:
+            if progress is not None:
+                progress(total, total, what)
             return settled

@@ -241,7 +241,7 @@ def measure_speed(
     run = SpeedRun(engines, prompt_tokens=prompt_tokens, output_tokens=output_tokens, seed=seed)
     try:
         run.warm_up()
-        repeat_for(run, repetitions, time_limit_s=time_limit_s, progress=progress)
+        repeat_for([run], repetitions, time_limit_s=time_limit_s, progress=progress)
         return run.results()
     finally:
         run.close()
