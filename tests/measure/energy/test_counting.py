@@ -164,7 +164,7 @@ def test_a_gauge_alone_is_noisy_or_refused_when_time_is_short(tree):
 
 
 def test_a_board_states_how_its_power_was_integrated(tree):
-    """The rail swings between 6 and 8 W at every reading, so the trapezoids are 1 W unsure all along."""
+    """The rail swings between 6 and 8 W at every reading, so each interval is 1 W unsure."""
     device = tree.jetson_orin_nano(milliamperes=1200)
     sensors = find_ina(tree.hwmon_root, tree.iio, clock=tree.clock, poll=False)
 
@@ -183,6 +183,8 @@ def test_a_board_states_how_its_power_was_integrated(tree):
     energy = found["energy_j_per_output_token"]
     assert (energy.sensor, energy.scope) == ("ina-VDD_IN", "wall")
     assert energy.value == pytest.approx(7.0 * 0.1 / 10, rel=1e-2)
-    assert energy.conditions["integration_error_j"] == pytest.approx(1.0 * energy.window_s, rel=0.05)
-    assert energy.ci95[0] < energy.value * (1 - 0.9 / 7)
+    readings = energy.window_s / 0.02
+    unsure_j = 2 * (readings / 3) ** 0.5 * 0.02  # two standard deviations of a sum of uniform ones
+    assert energy.conditions["integration_error_j"] == pytest.approx(unsure_j, rel=0.05)
+    assert energy.ci95[0] < energy.value * (1 - 0.9 * unsure_j / (7 * energy.window_s))
     assert "trapezoids" in energy.method

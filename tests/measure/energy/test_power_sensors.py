@@ -33,7 +33,7 @@ def test_power_is_integrated_by_trapezoids(tree):
     for tree.now in levels:
         joules.append(sensor.read())
     assert joules == pytest.approx([0, 10, 25, 85, 95])
-    assert sensor.error_j == pytest.approx(5 + 10)  # half of each step's change, times its seconds
+    assert sensor.variance_j2 == pytest.approx((5**2 + 10**2) / 3)  # uniform in +- half of each step's change
     assert sensor.resolution_j == pytest.approx(95 / 4)  # so that 50 ticks are 50 readings
     assert "trapezoids" in sensor.method
 
@@ -47,7 +47,7 @@ def test_power_of_a_real_thread_follows_the_meter():
         time.sleep(0.005)
     spent = sensor.read() - before
     assert 0 < spent <= 5.0 * (time.monotonic() - began) * 1.001
-    assert sensor.error_j == 0
+    assert sensor.variance_j2 == 0
 
 
 def test_the_thread_ends_with_its_sensor():

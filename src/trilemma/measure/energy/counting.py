@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from trilemma.core.measurement import Scope
 from trilemma.measure.energy.sensors import Sensor, SensorGoneError
-from trilemma.measure.energy.sensors.sensor import error_of, method_of, source_of
+from trilemma.measure.energy.sensors.sensor import method_of, source_of, variance_of
 
 HOST: tuple[Scope, ...] = ("package", "dram", "soc", "wall")
 LEAST_TICKS = 50
@@ -74,9 +74,9 @@ class Panel:
                 self.live.remove(sensor)
         return found
 
-    def errors(self) -> dict[str, float]:
-        """Integration error so far, by sensor."""
-        return {sensor.name: error_of(sensor) for sensor in self.live}
+    def variances(self) -> dict[str, float]:
+        """Of what was integrated so far, in J^2, by sensor."""
+        return {sensor.name: variance_of(sensor) for sensor in self.live}
 
     def why(self) -> str:
         return "; ".join(self.gone.values())

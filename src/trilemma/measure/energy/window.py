@@ -7,6 +7,7 @@ Counters are read at the ends of each of its parts; in between, they are polled 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -53,7 +54,7 @@ class _Window:
 
     seconds: float
     joules: dict[str, float]
-    errors: dict[str, float]
+    variances: dict[str, float]
     idle: _Idle
     parts: list[_Part] = field(default_factory=list)
 
@@ -109,7 +110,7 @@ def _watch(
         idle = _idle(panel, choices, idle_s, clock, sleep)
         run()  # warm-up
         parts: list[_Part] = []
-        errors = panel.errors()
+        variances = panel.variances()
         began, before = clock(), panel.read()
         while True:
             parts.append(_part(run, panel, min_window_s / PARTS, clock))
@@ -119,7 +120,7 @@ def _watch(
             enough = any(_ticks(level, so_far) >= LEAST_TICKS for level in choices)
             if len(parts) >= PARTS and seconds >= min_window_s and (enough or seconds > _LONGEST * min_window_s):
                 break
-    return _Window(seconds, so_far, _spent(errors, panel.errors()), idle, parts)
+    return _Window(seconds, so_far, _spent(variances, panel.variances()), idle, parts)
 
 
 def _part(run: Callable[[], Work], panel: Panel, least_s: float, clock: Callable[[], float]) -> _Part:
@@ -156,7 +157,7 @@ def _idle(
 def _figures(window: _Window, level: Level, panel: Panel, conditions: Conditions) -> dict[str, Measurement]:
     """Means over the parts with an interval that has the counter's own error added on both sides."""
     joules, ticks = level.joules(window.joules), level.ticks(window.joules)
-    integration = level.joules(window.errors)
+    integration = 2 * math.sqrt(level.joules(window.variances))
     off = (level.tick_error_j() + integration) / joules
     output = sum(part.output_tokens for part in window.parts)
     idle_w, why_not = _idle_w(window.idle, level)

@@ -1,8 +1,9 @@
 """Watts into joules: a meter that shows only power, polled in a thread of its own and integrated.
 
 The trapezoid rule over the readings. Between two readings w1 and w2, dt apart, a signal that runs monotonically from
-one to the other differs from the trapezoid by at most |w2 - w1| dt / 2; the sum of these is `error_j`. What rises and
-falls between two readings is not seen: the sampling period is stated with every figure.
+one to the other differs from the trapezoid by at most |w2 - w1| dt / 2. Taken as uniform in between and independent
+from one interval to the next, their variances add up to `variance_j2`. What rises and falls between two readings is not
+seen: the sampling period is stated with every figure.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class PowerSensor:
     ) -> None:
         self.name, self.scope = name, scope
         self.method = f"{what}, power polled every {period_s:g} s and integrated by trapezoids"
-        self.error_j = 0.0
+        self.variance_j2 = 0.0
         self._watts, self._clock = watts, clock
         self._poller = Poller(self._poll, period_s) if poll else None
         self._lock = threading.Lock()
@@ -73,7 +74,7 @@ class PowerSensor:
             try:
                 self._take()
             except (OSError, ValueError, SensorGoneError):
-                return  # a reading left out widens `error_j`; `read` reports a meter that is gone
+                return  # a reading left out widens the error; `read` reports a meter that is gone
 
     def _take(self) -> None:
         watts, now = self._watts(), self._clock()
@@ -82,6 +83,6 @@ class PowerSensor:
         if self._last is not None and now > self._last[0]:
             seconds = now - self._last[0]
             self._joules += (watts + self._last[1]) / 2 * seconds
-            self.error_j += abs(watts - self._last[1]) / 2 * seconds
+            self.variance_j2 += (abs(watts - self._last[1]) / 2 * seconds) ** 2 / 3
             self._readings += 1
         self._last = (now, watts)

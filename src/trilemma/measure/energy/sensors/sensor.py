@@ -14,8 +14,8 @@ class Sensor(Protocol):
     must be read more often than the energy of one turn takes. The part of `name` before a '-' is the source:
     sensors of one source and scope are disjoint and add up, those of two sources may see the same joules.
 
-    A sensor may also have `method` (how it reads, in words) and `error_j` (joules by which what it has counted so far
-    may be off, where it integrates power); see `method_of` and `error_of`.
+    A sensor may also have `method` (how it reads, in words) and `variance_j2` (of what it has counted so far, in J^2,
+    where it integrates power); see `method_of` and `variance_of`.
     """
 
     name: str
@@ -64,9 +64,9 @@ def method_of(sensor: Sensor) -> str:
     return str(getattr(sensor, "method", "counter"))
 
 
-def error_of(sensor: Sensor) -> float:
-    """Joules by which the sensor's count so far may be off; 0 for a counter of the hardware."""
-    return float(getattr(sensor, "error_j", 0.0))
+def variance_of(sensor: Sensor) -> float:
+    """Of the sensor's count so far, in J^2; 0 for a counter of the hardware."""
+    return float(getattr(sensor, "variance_j2", 0.0))
 
 
 def source_of(sensor: Sensor) -> str:
