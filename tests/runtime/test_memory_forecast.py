@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from family_cases import CASES
+from family_cases import BASE, CASES
 from trilemma.core.errors import InputError, UnsupportedModelError
 from trilemma.formats.artifact import load_any
 from trilemma.runtime.engine import EngineOptions
@@ -90,3 +90,11 @@ def test_a_long_context_costs_nothing_to_ask(tiny_model):
     huge = tiny_model(context=100_000_000)
     found = forecast_engine(huge, context=100_000_000, kv="f32", sequences=8)
     assert found.kv_bytes == 8 * 2 * 2 * 2 * 16 * 100_000_000 * 4
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_parts_of_fused_tensors_are_read_with_the_whole(save_hf):
+    source = load_any(save_hf("Phi3", **BASE)[1]).source
+    fused = (40 + 2 * 20) * 40 * 4  # queries, keys and values of Phi-3 lie in one tensor
+    assert source.reading_bytes("layers.0.attention.k.weight") == fused + 20 * 40 * 4
+    assert source.reading_bytes("layers.0.attention.o.weight") == 40 * 40 * 4

@@ -158,7 +158,7 @@ def forecast_memory_of(
     engine = forecast_engine_of(config, format_of, activation_of, context=tokens, kv=kv)
     process = forecast_peak(
         config, engine, format_of, tokens=tokens, threads=threads, reading=reading,
-        empty_bytes=empty_process_bytes() if empty_bytes is None else empty_bytes,
+        empty_bytes=empty_process_bytes("native") if empty_bytes is None else empty_bytes,
     )  # fmt: skip
     return MemoryForecast(
         engine=engine, process=process, prompt_tokens=prompt_tokens, output_tokens=output_tokens, threads=threads,

@@ -111,7 +111,7 @@ def peak_memory(
 
 
 @cache
-def empty_process_bytes(runtime: str = "native") -> int:
+def empty_process_bytes(runtime: str) -> int:
     """High-water resident set of a process that imports what a run imports and opens nothing; measured once.
 
     Raises:
