@@ -111,10 +111,11 @@ def _watch(
         run()  # warm-up
         parts: list[_Part] = []
         variances = panel.variances()
-        began, before = clock(), panel.read()
+        before, began = _look(panel, clock)
         while True:
             parts.append(_part(run, panel, min_window_s / PARTS, clock))
-            so_far, seconds = _spent(before, panel.read()), clock() - began
+            after, now = _look(panel, clock)
+            so_far, seconds = _spent(before, after), now - began
             if not any(all(one.name in so_far for one in level.sensors) for level in choices):
                 raise SensorGoneError(panel.why())
             enough = any(_ticks(level, so_far) >= LEAST_TICKS for level in choices)
@@ -124,7 +125,7 @@ def _watch(
 
 
 def _part(run: Callable[[], Work], panel: Panel, least_s: float, clock: Callable[[], float]) -> _Part:
-    before, began = panel.read(), clock()
+    before, began = _look(panel, clock)
     output = total = 0
     while True:
         work = run()
@@ -132,8 +133,8 @@ def _part(run: Callable[[], Work], panel: Panel, least_s: float, clock: Callable
         total += work.output_tokens + work.prompt_tokens
         if clock() - began >= least_s:
             break
-    seconds = clock() - began
-    return _Part(_spent(before, panel.read()), seconds, output, total)
+    after, now = _look(panel, clock)
+    return _Part(_spent(before, after), now - began, output, total)
 
 
 def _idle(
@@ -144,10 +145,11 @@ def _idle(
     sleep: Callable[[float], None],
 ) -> _Idle:
     """Longer for a counter that moves in large steps, but not forever: a figure is not worth minutes of waiting."""
-    before, began = panel.read(), clock()
+    before, began = _look(panel, clock)
     while True:
         sleep(seconds)
-        spent, elapsed = _spent(before, panel.read()), clock() - began
+        after, now = _look(panel, clock)
+        spent, elapsed = _spent(before, after), now - began
         if not any(all(one.name in spent for one in level.sensors) for level in choices):
             raise SensorGoneError(panel.why())
         if elapsed >= 5 * seconds or any(_ticks(level, spent) >= _IDLE_TICKS for level in choices):
@@ -211,6 +213,13 @@ def _idle_w(idle: _Idle, level: Level) -> tuple[float | None, str]:
     if ticks < _IDLE_TICKS:
         return None, f"{level.name} moved by {ticks:.0f} ticks in {idle.seconds:.1f} s of idling, {_IDLE_TICKS} needed"
     return level.joules(idle.joules) / idle.seconds, ""
+
+
+def _look(panel: Panel, clock: Callable[[], float]) -> tuple[dict[str, float], float]:
+    """Joules by sensor and when: reading takes its time on a busy machine, so the middle of it."""
+    began = clock()
+    read = panel.read()
+    return read, (began + clock()) / 2
 
 
 def _ticks(level: Level, joules: Mapping[str, float]) -> float:
