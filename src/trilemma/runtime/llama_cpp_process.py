@@ -49,11 +49,11 @@ def interpreter() -> str:
 class WorkerProcess:
     """One worker; `ask` sends a message and waits for its answer. Use `close` to end it."""
 
-    def __init__(self, timeout_s: float | None = None) -> None:
+    def __init__(self, timeout_s: float | None = None, *, script: Path | None = None) -> None:
         self._timeout_s = TIMEOUT_S if timeout_s is None else timeout_s
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
         self._interpreter = interpreter()
-        script = Path(__file__).with_name("llama_cpp_worker.py")
+        script = script or Path(__file__).with_name("llama_cpp_worker.py")
         try:
             self._process = subprocess.Popen(
                 [self._interpreter, "-c", _RUN, str(script)],
