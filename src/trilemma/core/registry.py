@@ -16,7 +16,7 @@ from trilemma.core.errors import MissingExtraError, UnknownNameError
 
 T = TypeVar("T")
 
-_EXTRA_OF = {"torch": "compress", "gguf": "gguf", "huggingface_hub": "hub", "pynvml": "nvml", "llama_cpp": "bench"}
+_EXTRA_OF = {"torch": "compress", "gguf": "gguf", "huggingface_hub": "hub", "pynvml": "nvml", "llama_cpp": "llama-cpp"}
 
 
 class Registry(Generic[T]):
