@@ -95,8 +95,16 @@ def test_a_run_goes_on_until_it_is_settled_or_out_of_time(fake_engine):
     wild.warm_up()
     seen = []
     assert not repeat_until_settled([wild], time_limit_s=0.1, target=1e-6, progress=lambda *about: seen.append(about))
-    steady.close()
-    wild.close()
+    bursts = SpeedRun(
+        {"a": fake_engine(times=lambda call: stamps(0.1, 0.02 if call % 3 else 0.01, 3))}, prompt_tokens=2,
+        output_tokens=3,
+    )  # fmt: skip
+    bursts.warm_up()
+    assert not repeat_until_settled([bursts], time_limit_s=0.1)
+    assert bursts.half_width == 0
+    assert bursts.share_aside == pytest.approx(2 / 3, abs=0.05)
+    for run in (steady, wild, bursts):
+        run.close()
     assert seen[-1] == (1, 1, "speed")
     assert wild.half_width > 1e-6
 

@@ -15,6 +15,7 @@ LEAST_REPETITIONS = 3  # whatever the time limit
 FIRST_REPETITIONS = 5  # before an interval is looked at
 SETTLED = 0.02  # relative half width of the interval of tpot_s at which a run may end
 LEAST_RUN_S = 5.0  # and how long it lasts at least: what disturbs a machine comes and goes within seconds
+MOST_ASIDE = 0.5  # with more of the rounds disturbed it goes on to its limit: the longer, the steadier
 TIME_LIMIT_S = 20.0
 
 
@@ -48,7 +49,8 @@ def repeat_until_settled(
 ) -> bool:
     """Repeat warm runs in turn until every candidate's tpot_s is known within `target`, or the time is out.
 
-    At least five repetitions, and at least five seconds a run where the limit leaves them.
+    At least five repetitions, and at least five seconds a run where the limit leaves them. Where most rounds
+    were disturbed, the time is used up.
 
     Args:
         runs: taking turns, a repetition each.
@@ -71,7 +73,7 @@ def repeat_until_settled(
         if min(run.repetitions for run in runs) < FIRST_REPETITIONS:
             continue
         enough = spent >= min(LEAST_RUN_S * len(runs), limit)
-        settled = enough and all(run.half_width <= target for run in runs)
+        settled = enough and all(run.half_width <= target and run.share_aside <= MOST_ASIDE for run in runs)
         if settled or spent >= limit:
             if progress is not None:
                 progress(total, total, what)

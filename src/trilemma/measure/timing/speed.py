@@ -117,6 +117,11 @@ class SpeedRun:
         return len(set(self._repetition))
 
     @property
+    def share_aside(self) -> float:
+        """Share of the rounds that tpot_s is not made of."""
+        return self._sift("tpot_s").share_aside
+
+    @property
     def half_width(self) -> float:
         """Relative half width of the widest interval of any candidate's tpot_s; infinite without one."""
         kept = self._sift("tpot_s").kept
