@@ -74,9 +74,10 @@ def run(
     model: str, settings: dict[str, Any], names: list[str], folder: Path, batch: int = 1
 ) -> tuple[dict[str, Any], float]:
     started = time.perf_counter()
+    tasks = TaskManager(include_path=str(folder), include_defaults=False)
     found = lm_eval.simple_evaluate(
-        model, model_args=settings, tasks=names, task_manager=TaskManager(include_path=str(folder), include_defaults=False), batch_size=batch,
-        bootstrap_iters=0, log_samples=True,
+        model, model_args=settings, tasks=names, task_manager=tasks, batch_size=batch, bootstrap_iters=0,
+        log_samples=True,
     )  # fmt: skip
     assert found is not None
     return found, time.perf_counter() - started

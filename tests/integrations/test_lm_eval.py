@@ -48,10 +48,10 @@ def tasks(tmp_path):
 def run(model, settings, names, folder, **options):
     from lm_eval.tasks import TaskManager
 
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
     return lm_eval.simple_evaluate(
-        model, model_args=settings, tasks=names, task_manager=TaskManager(include_path=str(folder), include_defaults=False),
-        bootstrap_iters=0, **options,
-    )  # fmt: skip
+        model, model_args=settings, tasks=names, task_manager=manager, bootstrap_iters=0, **options
+    )
 
 
 def requests(found, name):

@@ -24,7 +24,9 @@ from trilemma.cli import (
     export,
     inspect,
     list_names,
+    lm_eval,
     optimize,
+    profile,
     report,
     run,
 )
@@ -48,9 +50,11 @@ app.command("compress")(compress.compress)
 app.command("distill")(distill.distill)
 app.command("bench")(bench.bench)
 app.command("eval")(evaluate.evaluate)
+app.command("lm-eval", context_settings=lm_eval.SETTINGS)(lm_eval.lm_eval)
 app.command("compare")(compare.compare)
 app.command("export")(export.export)
 app.command("report")(report.report)
+app.command("profile")(profile.profile)
 app.command("advise")(advise.advise)
 app.command("list")(list_names.list_names)
 

@@ -69,7 +69,7 @@ def evaluate(
         data: text files, or domain -> text files. May be left out where there are tasks.
         reference: the unmodified model; adds ppl_increase, kl_mean, kl_p99, kl_p999 and top1_agreement, and what
             changed in tasks and answers.
-        context: tokens a window; the model's own up to 2048 by default.
+        context: tokens a window of text; the model's own up to 2048 by default, and always for tasks.
         stride: tokens from one window's start to the next, of which only so many are scored; None: no overlap.
         protocol: 'windows' within documents, or 'llama.cpp', as its perplexity tool cuts and scores.
         max_tokens: for each domain, spread evenly over its documents; None takes all.
@@ -122,7 +122,8 @@ def evaluate_all(
         raise InputError("There is no model to evaluate. Give at least one.")
     loaded = [_load(model) for model in models]
     length = min(choose_context(model, context) for model in loaded)
-    chosen = (options or EngineOptions()).model_copy(update={"max_context": length})
+    longest = length if not tasks else max(length, min(choose_context(model, None) for model in loaded))
+    chosen = (options or EngineOptions()).model_copy(update={"max_context": longest})
     items = tuple(read_task(name, path, limit_items) for name, path in (tasks or {}).items())
     _check_asked(bool(data), bool(items), generate, answer_tokens, length)
 
@@ -265,11 +266,11 @@ def _row(name: str, token_set: TokenSet, found: dict[str, Measurement]) -> Domai
 
 
 def _notes(found: EvaluateResult) -> list[str]:
-    cut = [row for row in found.tasks if row.truncated]
     return [
         f"{row.truncated} of {row.items} items of {row.task} were cut at the left to fit the context of "
-        f"{found.context} tokens"
-        for row in cut
+        f"{row.measurements[f'accuracy/{row.task}'].conditions['context']} tokens"
+        for row in found.tasks
+        if row.truncated
     ]
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trilemma.core.errors import DataError
+from trilemma.core.errors import DataError, InputError
 from trilemma.core.measurement import Measurement
 from trilemma.measure.quality.item_shares import paired_change, share_of_items, standard_error
 from trilemma.measure.quality.loglikelihood import Likelihood, LikelihoodEngine, encode_request
@@ -50,9 +50,12 @@ def answer_task(engine: Engine, tokenizer: Tokenizer, task: Task, progress: Prog
     found, truncated = [], 0
     with LikelihoodEngine(engine) as likelihoods:
         for number, item in enumerate(task.items, 1):
-            requests = [encode_request(tokenizer, context, text) for context, text in item.options]
+            try:
+                requests = [encode_request(tokenizer, context, text) for context, text in item.options]
+                found.append(tuple(likelihoods.score(requests)))
+            except InputError as error:
+                raise InputError(f"Item {number} of the task '{task.name}': {error}") from None
             truncated += any(request.is_cut(engine.max_context) for request in requests)
-            found.append(tuple(likelihoods.score(requests)))
             if progress is not None:
                 progress(number, len(task.items), f"task {task.name}")
     return TaskAnswers(tuple(found), truncated)
