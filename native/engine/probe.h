@@ -13,7 +13,7 @@ namespace trilemma {
 
 using ProductJobs = std::vector<std::vector<std::string>>;
 
-// Seconds of each of `passes` walks over all jobs, after one that is not counted.
+// Seconds of each of `passes` walks over all jobs; the first finds the matrices as they were left, perhaps in memory.
 // Throws EngineFault for an unknown matrix, or products of one job whose inputs differ in width.
 std::vector<double> time_products(const Model& model, const ProductJobs& jobs, int tokens, int threads,
                                   const std::string& isa, int passes);

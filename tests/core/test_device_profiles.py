@@ -107,4 +107,4 @@ def test_battery_hours_by_hand():
 
 
 def test_the_record_refuses_unknown_versions():
-    assert Device.model_fields["version"].default == 1
+    assert Device.model_fields["version"].default == 2

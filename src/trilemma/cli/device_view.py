@@ -9,6 +9,7 @@ import typer
 if TYPE_CHECKING:
     from trilemma.core.device import Device
     from trilemma.core.duty import DutyCycle
+    from trilemma.core.host_tables import HostTables
     from trilemma.core.measurement import Measurement
     from trilemma.measure.device.device_model import Forecast
     from trilemma.model.model import Model
@@ -82,6 +83,21 @@ def _show(measurement: Measurement) -> str:
 
 
 def _notes(device: Device, duty: DutyCycle | None, found: dict[str, Forecast]) -> list[str]:
+    lines = _published_notes(device, found) if device.host is None else _measured_notes(device, device.host, found)
+    lines += _remedies(found)
+    hours = [forecast.measurements["battery_h"] for forecast in found.values() if forecast.fits]
+    reasons = dict.fromkeys(item.reason for item in hours if item.reason)
+    lines += [f"Battery: {reason}." for reason in reasons]
+    if device.battery_wh is not None and len(reasons) < len(hours):
+        when = f"at {duty.text}" if duty is not None else "answering without a pause (--duty-cycle says how often)"
+        lines.append(
+            f"Battery hours {when}: {device.battery_wh.value:g} Wh, {device.idle_w.value:g} W between answers "
+            f"({device.idle_w.basis}: {device.idle_w.claim})."
+        )
+    return lines
+
+
+def _published_notes(device: Device, found: dict[str, Forecast]) -> list[str]:
     lines = [
         f"All times and energies are estimates (~) with the interval that covers the published cases found: "
         f"decode x/÷ {device.decode_factor.value:g}, prefill x/÷ {device.prefill_factor.value:g}, "
@@ -93,13 +109,44 @@ def _notes(device: Device, duty: DutyCycle | None, found: dict[str, Forecast]) -
             f"This model is smaller than any published case (which read {device.checked_bytes.value / 1e6:,.0f} MB a "
             "token or more): where it is, the factors are doubled."
         )
-    hours = [forecast.measurements["battery_h"] for forecast in found.values() if forecast.fits]
-    reasons = dict.fromkeys(item.reason for item in hours if item.reason)
-    lines += [f"Battery: {reason}." for reason in reasons]
-    if device.battery_wh is not None and len(reasons) < len(hours):
-        when = f"at {duty.text}" if duty is not None else "answering without a pause (--duty-cycle says how often)"
-        lines.append(
-            f"Battery hours {when}: {device.battery_wh.value:g} Wh, {device.idle_w.value:g} W between answers "
-            f"({device.idle_w.basis}: {device.idle_w.claim})."
-        )
+    return lines
+
+
+def _measured_notes(device: Device, tables: HostTables, found: dict[str, Forecast]) -> list[str]:
+    """What a profile of `trilemma profile` rests on: its own check cases."""
+    from trilemma.cli.profile import error_lines
+
+    lines = [
+        f"Times are sums of kernel times measured on {tables.measured} (~ estimates); their intervals are the 90th "
+        f"percentile of the error on held-out models: {'; '.join(error_lines(tables))}."
+    ]
+    if tables.noisy:
+        lines.append(f"The profile was taken on a noisy machine: {tables.noisy}.")
+    methods = dict.fromkeys(forecast.measurements["tpot_s"].method for forecast in found.values())
+    stands = dict.fromkeys(part.strip() for method in methods for part in method.split(";") if "stands for" in part)
+    lines += [f"Not timed in the profile: {part}." for part in stands]
+    lines.append(f"Energies x/÷ {device.energy_factor.value:g} ({device.energy_factor.claim}).")
+    return lines
+
+
+REMEDIES = {
+    "memory": "bound by memory: fewer bytes help (the model's structure: fewer bits, layers or experts; the decoding: "
+    "a smaller KV cache, several drafted tokens a step; the system: batching)",
+    "compute": "bound by compute: fewer or cheaper products help (the model's structure: int8 inputs, narrower "
+    "layers; the decoding: reusing a prompt's cache; the system: more threads)",
+    "overhead": "bound by overhead, not by bytes or arithmetic: fewer and wider layers help (the model's structure), "
+    "several tokens a step (the decoding), batching (the system); fewer bits do not",
+}
+
+
+def _remedies(found: dict[str, Forecast]) -> list[str]:
+    """What decode and prefill wait for, in words, and which kind of remedy helps."""
+    lines = []
+    for what, key in (("Decode", "bound"), ("Prefill", "prefill_bound")):
+        by_bound: dict[str, list[str]] = {}
+        for scheme, forecast in found.items():
+            by_bound.setdefault(getattr(forecast, key), []).append(scheme)
+        for bound, schemes in by_bound.items():
+            which = "" if len(by_bound) == 1 else f" ({', '.join(schemes)})"
+            lines.append(f"{what}{which} is {REMEDIES[bound]}.")
     return lines

@@ -1,7 +1,8 @@
 """A device that need not be here: what its memory, arithmetic, power and battery can do, each number with its source.
 
-The shipped profiles lie as package data in `trilemma/devices`; a user's own file has the same form. What a
-model costs there is predicted in `measure/device/device_model.py`, from these records and nothing else.
+The shipped profiles lie as package data in `trilemma/devices`; a user's own file has the same form, and so has what
+`trilemma profile` writes, with tables of kernel times in it (`core/host_tables.py`). What a model costs there is
+predicted in `measure/device/`, from these records and nothing else.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from trilemma.core.errors import InputError, UnknownNameError
+from trilemma.core.host_tables import HostTables
 from trilemma.core.recipe import explain
 from trilemma.core.record import Record
 
-DEVICE_VERSION = 1
+DEVICE_VERSION = 2
 DEVICES = ("phone", "raspberry-pi-5", "laptop")
 
 Arithmetic = Literal["f32", "bf16", "int8"]
-Basis = Literal["published", "derived", "assumed"]
+Basis = Literal["published", "derived", "assumed", "measured"]
 
 
 class Source(Record):
@@ -37,7 +39,8 @@ class Figure(Record):
     """One number with where it is from.
 
     basis: 'published' stands so in the source; 'derived' follows from what stands there by the arithmetic in
-    `claim`; 'assumed' is a judgement, with its reason in `claim`.
+    `claim`; 'assumed' is a judgement, with its reason in `claim`; 'measured' was taken on the device itself, as `claim`
+    says.
     """
 
     value: float = Field(gt=0, allow_inf_nan=False)
@@ -54,7 +57,7 @@ class Figure(Record):
 
     @model_validator(mode="after")
     def _says_where_from(self) -> Figure:
-        if self.basis != "assumed" and not self.source:
+        if self.basis in ("published", "derived") and not self.source:
             raise ValueError(f"a {self.basis} number names its source")
         return self
 
@@ -72,9 +75,12 @@ class Device(Record):
     decode_factor, prefill_factor, energy_factor: predictions are given as [value / factor, value x factor]. They
     cover every published case that was found (`devices/published.yaml`); the smallest of them reads
     checked_bytes a token, and what reads less than half of that has its factors doubled.
+
+    host: tables that `trilemma profile` measured there; with them times are predicted step by step instead
+    (`measure/device/step_time.py`).
     """
 
-    version: Literal[1] = 1
+    version: Literal[2] = 2
     name: str
     title: str
     kind: Literal["phone", "board", "laptop", "server"]
@@ -95,6 +101,7 @@ class Device(Record):
     prefill_factor: Figure
     energy_factor: Figure
     checked_bytes: Figure
+    host: HostTables | None = None
     sources: dict[str, Source] = {}
 
     @field_validator("macs_per_s", "mac_pj")
@@ -174,6 +181,18 @@ def load_device(name: str | Path) -> Device:
     return read_device(text, f"'{path}'")
 
 
+def write_device(device: Device) -> str:
+    """The profile as YAML that `read_device` takes, one line a figure or row of a table."""
+    data = device.model_dump(mode="json", exclude_none=True)
+    text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=1 << 16, allow_unicode=True)
+    return str(text)
+
+
+def migrate(data: dict[str, Any]) -> dict[str, Any]:
+    """A profile of an older version as one of this: version 1 had no tables, and everything else alike."""
+    return {**data, "version": DEVICE_VERSION}
+
+
 def read_device(text: str, where: str = "the device profile") -> Device:
     """Parse a profile (YAML, of which JSON is a part).
 
@@ -186,10 +205,11 @@ def read_device(text: str, where: str = "the device profile") -> Device:
         raise InputError(f"Can not read {where}: it is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise InputError(f"Can not read {where}: a mapping with 'name', 'memory_bytes', ... was expected.")
-    if data.get("version", DEVICE_VERSION) != DEVICE_VERSION:
-        raise InputError(f"Can not read {where}: version {data['version']!r}; this release reads {DEVICE_VERSION}.")
+    version = data.get("version", DEVICE_VERSION)
+    if version not in range(1, DEVICE_VERSION + 1):
+        raise InputError(f"Can not read {where}: version {version!r}; this release reads 1 to {DEVICE_VERSION}.")
     try:
-        return Device.model_validate(data)
+        return Device.model_validate(migrate(data))
     except ValidationError as error:
         raise InputError(
             f"Can not read {where}: {explain(error)[:600]}. The profiles in trilemma/devices show the form."

@@ -1,4 +1,5 @@
-"""From a model and a scheme to what it would cost on a device: counts of bytes and products, then the roofline.
+"""From a model and a scheme to what it would cost on a device: counts of bytes and products, then the roofline, or
+the sum of kernel times where the profile has them (`trilemma profile`).
 
 No weight is read and nothing is built. Schemes whose result is not known before the work is done (some
 restructuring) are refused; build the model and ask about the artifact.
@@ -13,6 +14,7 @@ from trilemma.core.device import Arithmetic, Device
 from trilemma.core.duty import DutyCycle
 from trilemma.core.errors import InputError
 from trilemma.formats.pack import format_bytes
+from trilemma.measure.device import step_time
 from trilemma.measure.device.device_model import Demand, Forecast, forecast
 from trilemma.measure.energy.model_energy import ARITHMETIC
 from trilemma.model.cost import (
@@ -67,7 +69,7 @@ def forecast_schemes(
             f"model takes {model.config.max_context}."
         )
     return {
-        scheme: forecast(device, demand_of(model, form_of(model, scheme), length - output_tokens, output_tokens), duty)
+        scheme: _forecast(model, device, form_of(model, scheme), length - output_tokens, output_tokens, duty)
         for scheme in schemes
     }
 
@@ -76,7 +78,18 @@ def forecast_model(
     model: Model, device: Device, *, prompt_tokens: int, output_tokens: int, duty: DutyCycle | None = None
 ) -> Forecast:
     """The forecast of a model in its own form: a built artifact, or the original."""
-    return forecast(device, demand_of(model, form_of(model, AS_IT_IS), prompt_tokens, output_tokens), duty)
+    return _forecast(model, device, form_of(model, AS_IT_IS), prompt_tokens, output_tokens, duty)
+
+
+def _forecast(
+    model: Model, device: Device, form: Form, prompt_tokens: int, output_tokens: int, duty: DutyCycle | None
+) -> Forecast:
+    """From kernel times where the profile has them (and the model a cache), else by the roofline."""
+    times = None
+    if device.host is not None and form.kv_cache != "none":
+        steps = step_time.Form(model.config, form.format_of, form.activation_of, form.kv_cache)
+        times = step_time.StepTimes(device).times(steps, prompt_tokens, output_tokens)
+    return forecast(device, demand_of(model, form, prompt_tokens, output_tokens), duty, times)
 
 
 def form_of(model: Model, scheme: str) -> Form:

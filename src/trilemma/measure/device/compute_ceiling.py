@@ -8,7 +8,7 @@ counts. Left out: what the processor could do with other kernels.
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from trilemma.formats.random_weights import with_random_weights
 from trilemma.model.config import DecoderConfig, Dense, LayerSpec
@@ -17,6 +17,7 @@ from trilemma.model.sources import RandomSource
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import EngineOptions
 
+Isa = Literal["scalar", "avx2", "avx512"]
 _WIDTHS = ((256, 768), (512, 1536))
 _TOKENS = 256
 _LEAST_S = 0.15
@@ -31,20 +32,24 @@ class ComputeRate(NamedTuple):
     threads: int
 
 
-def compute_rate(format_name: str, activation: Activation, threads: int = 1) -> ComputeRate:
-    """Best rate of the native kernels for matrices of this format with inputs of this precision."""
-    best = max(_rate(dim, hidden, format_name, activation, threads) for dim, hidden in _WIDTHS)
+def compute_rate(format_name: str, activation: Activation, threads: int = 1, isa: Isa | None = None) -> ComputeRate:
+    """Best rate of the native kernels for matrices of this format with inputs of this precision.
+
+    Args:
+        isa: instruction set; the fastest by default.
+    """
+    best = max(_rate(dim, hidden, format_name, activation, threads, isa) for dim, hidden in _WIDTHS)
     return ComputeRate(best, format_name, activation, threads)
 
 
-def _rate(dim: int, hidden: int, format_name: str, activation: Activation, threads: int) -> float:
+def _rate(dim: int, hidden: int, format_name: str, activation: Activation, threads: int, isa: Isa | None) -> float:
     layer = LayerSpec(attention=None, ffn=Dense(hidden=hidden))
     config = DecoderConfig(
         family="llama", dim=dim, vocab_size=64, max_context=_TOKENS, layers=(layer,) * 2, norm_eps=1e-5, tied=True
     )
     model = Model(config, RandomSource(config))
     twin = with_random_weights(model, lambda name: format_name, activation_of=lambda name: activation)
-    engine = open_engine(twin, options=EngineOptions(threads=threads))
+    engine = open_engine(twin, options=EngineOptions(threads=threads, isa=isa))
     macs = _TOKENS * len(config.layers) * 3 * dim * hidden
     tokens = [index % 64 for index in range(_TOKENS)]
     try:

@@ -46,14 +46,15 @@ class Demand(Record):
 class Forecast(Record):
     """Predicted cost of one form of a model on a device.
 
-    bound: what decode waits for: 'memory', 'compute' or 'overhead'; measurements: by metric, all estimated (bytes
-    are counted); load_s: reading the weights from storage.
+    bound, prefill_bound: what they wait for: 'memory', 'compute' or 'overhead'; measurements: by metric, all
+    estimated (bytes are counted); load_s: reading the weights from storage.
     """
 
     fits: bool
     needed_bytes: float
     usable_bytes: float
     bound: str
+    prefill_bound: str = "compute"
     load_s: float
     measurements: dict[str, Measurement]
 
@@ -75,14 +76,40 @@ def joules(device: Device, *, seconds: float, read_bytes: float, macs: Macs) -> 
     )  # fmt: skip
 
 
-def forecast(device: Device, demand: Demand, duty: DutyCycle | None = None) -> Forecast:
+class Times(Record):
+    """Times that are known better than by the roofline (`step_time`): seconds, what decode and prefill wait for, and
+    the interval's factors; `method` in words."""
+
+    tpot_s: float
+    ttft_s: float
+    bound: str
+    prefill_bound: str
+    decode_factor: float
+    prefill_factor: float
+    method: str
+
+
+def roofline(device: Device, demand: Demand) -> Times:
+    """Times by bytes and arithmetic alone, with the factors of the profile."""
+    tpot_s, bound = decode_seconds(device, demand.read_bytes, demand.macs)
+    ttft_s, prefill_bound = decode_seconds(device, demand.prefill_bytes, demand.prefill_macs)
+    wider = device.widening(demand.read_bytes)
+    return Times(
+        tpot_s=tpot_s, ttft_s=ttft_s, bound=bound, prefill_bound=prefill_bound,
+        decode_factor=wider * device.decode_factor.value, prefill_factor=wider * device.prefill_factor.value,
+        method=f"roofline and power of the profile '{device.name}', which assumes {device.runtime}",
+    )  # fmt: skip
+
+
+def forecast(device: Device, demand: Demand, duty: DutyCycle | None = None, times: Times | None = None) -> Forecast:
     """Memory fit, times, energy and battery hours of a model on a device.
 
     Args:
         duty: how often it answers; without it battery hours are those of answering without a pause.
+        times: known better than by the roofline, where the profile has kernel times.
     """
-    tpot_s, bound = decode_seconds(device, demand.read_bytes, demand.macs)
-    ttft_s, _ = decode_seconds(device, demand.prefill_bytes, demand.prefill_macs)
+    times = times or roofline(device, demand)
+    tpot_s, ttft_s = times.tpot_s, times.ttft_s
     steps = max(demand.output_tokens - 1, 0)
     request_s = ttft_s + tpot_s * steps
     macs = {p: demand.prefill_macs.get(p, 0.0) + steps * demand.macs.get(p, 0.0) for p in device.mac_pj}
@@ -91,10 +118,9 @@ def forecast(device: Device, demand: Demand, duty: DutyCycle | None = None) -> F
     )
     needed = demand.weights_bytes + demand.kv_bytes
     energy_j, seconds = request_j / demand.output_tokens, request_s / demand.output_tokens
-    state = _State(device, demand)
-    wider = device.widening(demand.read_bytes)
-    decode, prefill = wider * device.decode_factor.value, wider * device.prefill_factor.value
-    power = wider * device.energy_factor.value
+    state = _State(device, demand, times.method)
+    decode, prefill = times.decode_factor, times.prefill_factor
+    power = device.widening(demand.read_bytes) * device.energy_factor.value
     found = [
         state.record("tpot_s", tpot_s, decode),
         state.record("ttft_s", ttft_s, prefill),
@@ -106,7 +132,8 @@ def forecast(device: Device, demand: Demand, duty: DutyCycle | None = None) -> F
     ]
     return Forecast(
         fits=needed <= device.usable_bytes.value, needed_bytes=needed, usable_bytes=device.usable_bytes.value,
-        bound=bound, load_s=demand.weights_bytes / device.storage_bytes_per_s.value,
+        bound=times.bound, prefill_bound=times.prefill_bound,
+        load_s=demand.weights_bytes / device.storage_bytes_per_s.value,
         measurements={item.metric: item for item in found},
     )  # fmt: skip
 
@@ -139,8 +166,8 @@ def _battery(
 class _State:
     """What every record of one forecast says of itself."""
 
-    def __init__(self, device: Device, demand: Demand) -> None:
-        self.device = device
+    def __init__(self, device: Device, demand: Demand, method: str) -> None:
+        self.device, self.method = device, method
         self.conditions: dict[str, str | int | float] = {
             "device": device.name, "prompt_tokens": demand.prompt_tokens, "output_tokens": demand.output_tokens,
             "read_bytes": demand.read_bytes,
@@ -157,6 +184,6 @@ class _State:
     ) -> Measurement:
         return Measurement.of(
             metric, value, source="estimated", scope="wall",
-            method=f"roofline and power of the profile '{self.device.name}', which assumes {self.device.runtime}",
-            ci95=interval or (value / factor, value * factor), conditions={**self.conditions, **(more or {})},
+            method=self.method, ci95=interval or (value / factor, value * factor),
+            conditions={**self.conditions, **(more or {})},
         )  # fmt: skip
