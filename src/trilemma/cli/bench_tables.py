@@ -6,6 +6,7 @@ import csv
 import io
 
 from trilemma.cli.console import show
+from trilemma.core.measurement import Measurement
 from trilemma.core.quantity import format_quantity
 from trilemma.core.results import BenchReport, BenchRow
 from trilemma.report.sweep_charts import place_of, sweep_of
@@ -122,6 +123,10 @@ def _share(row: BenchRow, metric: str, condition: str) -> str:
     return f"{share:.0%}" if isinstance(share, float) else "—"
 
 
+def _above(found: Measurement) -> bool:
+    return any(float(found.conditions.get(key, 0.0)) > 1 for key in ("compute_share", "roofline_share"))
+
+
 def _threads(report: BenchReport) -> list[int]:
     found = (place_of(row).get("threads") for row in report.rows)
     return [int(count) for count in found if count is not None]
@@ -132,6 +137,8 @@ def _noise(report: BenchReport) -> list[str]:
     found = [one for row in report.rows for one in row.trial.measurements.values()]
     shares = [float(one.conditions.get("set_aside_share", 0.0)) for one in found]
     lines = []
+    if any(_above(one) for one in found):
+        lines.append("A share above 100%: its ceiling was probed while something else used the machine.")
     if max(shares, default=0.0) > 0:
         lines.append(
             f"Up to {max(shares):.0%} of the rounds were set aside, slower than the run's quiet level by more than 5%; "

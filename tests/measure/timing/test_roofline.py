@@ -41,6 +41,10 @@ def test_a_mixture_is_as_fast_as_its_parts_one_after_the_other():
     assert found.share(10.0) == pytest.approx(0.5)
 
 
+def rate(macs_per_s):
+    return type("Rate", (), {"macs_per_s": macs_per_s})
+
+
 def measured(prompt_tokens):
     def of(metric, value):
         return Measurement.of(metric, value, conditions={"prompt_tokens": prompt_tokens})
@@ -57,7 +61,7 @@ def test_shares_stand_in_the_conditions(tiny_model, monkeypatch):
     monkeypatch.setattr(
         roofline, "read_bandwidth", lambda threads, size: probed.append(size) or Bandwidth(1e9, "sum", size, threads)
     )
-    monkeypatch.setattr(roofline, "compute_rate", lambda *product: type("Rate", (), {"macs_per_s": 4e6}))
+    monkeypatch.setattr(roofline, "compute_rate", lambda *product: rate(4e6))
     model, ceilings = tiny_model(), Ceilings()
     found = with_shares(measured(8), model, "bf16", 10, 2, ceilings)
     read = found["tpot_s"].conditions["decode_bytes_per_token"]
@@ -81,3 +85,15 @@ def test_a_product_without_a_kernel_leaves_the_share_out(tiny_model, monkeypatch
     found = with_shares(measured(8), tiny_model(), "bf16", 10, 1, Ceilings())
     assert "compute_share" not in found["ttft_s"].conditions
     assert "roofline_share" in found["tpot_s"].conditions
+
+
+def test_a_ceiling_that_is_exceeded_is_probed_again_and_the_best_counts(tiny_model, monkeypatch):
+    model = tiny_model()
+    reached = prompt_macs(model.config, 8) / 0.5
+    rates, reads = iter([reached / 2, 2 * reached, reached]), iter([1.0, 5e5, 2.0, 9e9])
+    monkeypatch.setattr(roofline, "compute_rate", lambda *product: rate(next(rates)))
+    monkeypatch.setattr(roofline, "read_bandwidth", lambda threads, size: Bandwidth(next(reads), "sum", size, threads))
+    found = with_shares(measured(8), model, "bf16", 10, 1, Ceilings())
+    assert found["ttft_s"].conditions["compute_share"] == pytest.approx(0.5)
+    assert found["tpot_s"].conditions["read_bandwidth_bytes_per_s"] == 5e5  # two more probes, then it stays above 100%
+    assert found["tpot_s"].conditions["roofline_share"] > 1
