@@ -13,7 +13,8 @@ Isa = Literal["scalar", "avx2", "avx512"]
 TableForm = Literal["md", "csv", "json", "jsonl"]
 
 Model = Annotated[
-    str, typer.Argument(help="Checkpoint folder, artifact folder, bare config.json (random weights) or hub id.")
+    str,
+    typer.Argument(help="Checkpoint folder, artifact folder, GGUF file, bare config.json (random weights) or hub id."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="Threads; all usable cores by default.")]

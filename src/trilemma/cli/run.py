@@ -23,7 +23,7 @@ def run(
     model: Annotated[
         str | None,
         typer.Argument(
-            help="Checkpoint folder, artifact folder, bare config.json or hub id. Left out with --cascade.",
+            help="Checkpoint or artifact folder, GGUF file, bare config.json or hub id. Left out with --cascade.",
             show_default=False,
         ),
     ] = None,
