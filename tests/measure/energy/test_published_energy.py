@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from trilemma.measure.energy.energy_model import DEVICES, energy_j, read_classes
+from trilemma.measure.energy.energy_model import DEVICES, read_classes, work_energy_j
 from trilemma.measure.energy.published import PublishedEnergy, fit, read_published
 
 PUBLISHED = read_published()
@@ -16,7 +16,7 @@ HELD_OUT = [case for case in PUBLISHED.cases if case.use == "check"]
 
 
 def test_the_formula_by_hand():
-    found = energy_j(
+    found = work_energy_j(
         power_w=10.0, seconds=0.5, byte_pj=100.0, read_bytes=2e9, mac_pj={"f32": 4.0, "int8": 0.5},
         macs={"f32": 1e9, "int8": 2e10},
     )  # fmt: skip

@@ -19,7 +19,7 @@ from trilemma.core.device import Arithmetic, Device
 from trilemma.core.duty import DutyCycle, battery_hours
 from trilemma.core.measurement import Measurement
 from trilemma.core.record import Record
-from trilemma.measure.energy.energy_model import energy_j
+from trilemma.measure.energy.energy_model import work_energy_j
 
 Macs = Mapping[Arithmetic, float]
 BOUND = ("memory", "compute", "overhead")
@@ -70,7 +70,7 @@ def decode_seconds(device: Device, read_bytes: float, macs: Macs) -> tuple[float
 
 def joules(device: Device, *, seconds: float, read_bytes: float, macs: Macs) -> float:
     """Energy of the whole device while it works: idle power is part of `active_w`."""
-    return energy_j(
+    return work_energy_j(
         power_w=device.active_w.value, seconds=seconds, byte_pj=device.byte_pj.value, read_bytes=read_bytes,
         mac_pj={precision: figure.value for precision, figure in device.mac_pj.items()}, macs=macs,
     )  # fmt: skip

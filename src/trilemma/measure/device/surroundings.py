@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trilemma.core.device import Figure
+from trilemma.measure.energy.counting import Level, levels, settle
 from trilemma.measure.energy.energy_model import DeviceEnergy
 from trilemma.measure.energy.sensors import Sensor, SensorGoneError, find_sensors
 
@@ -76,18 +77,13 @@ def power_figures(
         constants: of the device's class, for machines without a counter.
         work: keeps all cores busy for a moment; called again and again while the power is read.
     """
-    counted = [s for s in (find_sensors() if sensors is None else sensors) if s.reason is None]
-    for scope in ("wall", "package"):
-        chosen = [sensor for sensor in counted if sensor.scope == scope]
-        if not chosen:
-            continue
+    for level in levels(find_sensors() if sensors is None else sensors):
         try:
-            idle, active = _watts(chosen, lambda: time.sleep(0.1)), _watts(chosen, work)
+            idle, active = _watts(level, lambda: time.sleep(0.1)), _watts(level, work)
         except SensorGoneError:
             continue
-        names = ", ".join(sensor.name for sensor in chosen)
         if 0 < idle <= active:
-            said = f"{names}, {scope} alone, over {_WINDOW_S:g} s"
+            said = f"{level.name}, {level.scopes} alone, over {_WINDOW_S:g} s"
             return (
                 Figure(value=idle, basis="measured", claim=f"{said}, nothing running"),
                 Figure(value=active, basis="measured", claim=f"{said}, every core in matrix products"),
@@ -101,12 +97,14 @@ def power_figures(
     )
 
 
-def _watts(sensors: list[Sensor], work: Callable[[], object]) -> float:
-    began, before = time.perf_counter(), [sensor.read() for sensor in sensors]
+def _watts(level: Level, work: Callable[[], object]) -> float:
+    """Mean power while work goes on. Raises SensorGoneError for a sensor that vanished or is too coarse for it."""
+    began, before = time.perf_counter(), {sensor.name: sensor.read() for sensor in level.sensors}
     while time.perf_counter() - began < _WINDOW_S:
         work()
-    spent = sum(sensor.read() - start for sensor, start in zip(sensors, before, strict=True))
-    return spent / (time.perf_counter() - began)
+    spent = {sensor.name: sensor.read() - before[sensor.name] for sensor in level.sensors}
+    seconds = time.perf_counter() - began
+    return settle([level], spent).joules(spent) / seconds
 
 
 def battery_wh(root: Path = POWER_SUPPLIES) -> float | None:

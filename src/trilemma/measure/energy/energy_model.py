@@ -23,7 +23,7 @@ from trilemma.core.device import Arithmetic, Figure, Source
 from trilemma.core.record import Record
 
 
-def energy_j(
+def work_energy_j(
     *,
     power_w: float,
     seconds: float,
@@ -58,7 +58,7 @@ class DeviceEnergy(Record):
 
     def joules(self, *, seconds: float, cores: int, read_bytes: float, macs: float, precision: Arithmetic) -> float:
         """Energy of work that took `seconds` on `cores`, read `read_bytes` and did `macs` multiply-accumulates."""
-        return energy_j(
+        return work_energy_j(
             power_w=self.base_w + self.core_w * cores, seconds=seconds, byte_pj=self.byte_pj, read_bytes=read_bytes,
             mac_pj=self.mac_pj, macs={precision: macs},
         )  # fmt: skip
