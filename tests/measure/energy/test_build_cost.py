@@ -63,3 +63,19 @@ def test_a_counter_that_vanishes_leaves_an_estimate(times):
         times["wall"] += 10
         counter.gone = True
     assert running.results()["build_energy_j"].source == "estimated"
+
+
+def test_a_counter_that_stalls_leaves_an_estimate_with_the_reason(times):
+    with meter(times, [Counter(lambda: 0.0)]) as running:
+        times["wall"] += 10
+    energy = running.results()["build_energy_j"]
+    assert energy.source == "estimated"
+    assert "did not move" in energy.method
+
+
+def test_the_wall_is_not_added_to_the_package(times):
+    clock = lambda: times["wall"]  # noqa: E731
+    with meter(times, [Counter(clock), Counter(clock, "wall")]) as running:
+        times["wall"] += 10
+    energy = running.results()["build_energy_j"]
+    assert (energy.sensor, energy.scope, energy.value) == ("wall", "wall", pytest.approx(300))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
+from sysfs_tree import RAPL_RANGE
 
 from trilemma.measure.energy.counting import HOST, levels, settle
 from trilemma.measure.energy.sensors import NoSensor, SensorGoneError
@@ -140,6 +143,50 @@ def test_a_laptop_plugged_in_meanwhile_falls_back_to_rapl(tree):
     assert energy.sensor == "rapl-package+rapl-dram"
     assert energy.value == pytest.approx(0.16, rel=1e-4)
     assert "plugged in" in energy.conditions["read_but_not_counted"]
+
+
+def test_a_zone_that_vanishes_meanwhile_ends_the_window_with_the_reason(tree):
+    zones = [tree.zone(f"intel-rapl:{socket}", f"package-{socket}", 10) for socket in (0, 1)]
+    began = tree.now
+
+    def pass_time(seconds):
+        tree.now += seconds
+        for zone in zones:
+            if zone.exists():
+                tree.spend(zone, round(30e6 * seconds))
+        if tree.now > began + 4 and zones[1].exists():
+            shutil.rmtree(zones[1])
+
+    def run():
+        pass_time(0.1)
+        return Work(0, 10)
+
+    sensors = find_rapl(tree.powercap, clock=tree.clock)
+    with pytest.raises(SensorGoneError, match="intel-rapl:1 can no longer be read"):
+        measure_energy(run, sensors, clock=tree.clock, sleep=pass_time)
+    assert tree.now < began + 6  # and not after the longest window
+
+
+def test_two_sockets_over_a_window_in_which_one_wraps(tree):
+    zones = [
+        tree.zone("intel-rapl:0", "package-0", 10),
+        tree.zone("intel-rapl:1", "package-1", RAPL_RANGE - 50_000_000),
+    ]
+
+    def pass_time(seconds):
+        tree.now += seconds
+        for zone, watts in zip(zones, (30, 40), strict=True):
+            tree.spend(zone, round(watts * 1e6 * seconds))
+
+    def run():
+        pass_time(0.1)
+        return Work(0, 10)
+
+    sensors = find_rapl(tree.powercap, clock=tree.clock)
+    found = measure_energy(run, sensors, clock=tree.clock, sleep=pass_time, idle_s=0.5)
+    assert int((zones[1] / "energy_uj").read_text()) < RAPL_RANGE / 2
+    assert found["energy_j_per_output_token"].value == pytest.approx(70 * 0.1 / 10, rel=1e-5)
+    assert found["power_w"].value == pytest.approx(70, rel=1e-5)
 
 
 def test_a_gauge_alone_is_noisy_or_refused_when_time_is_short(tree):
