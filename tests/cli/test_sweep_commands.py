@@ -63,7 +63,8 @@ def test_threads_have_a_picture_and_a_table_of_their_own(trilemma, hearth_path, 
     done = trilemma("bench", hearth_path, "--threads", "2,1", *few, "--plot", plot)
     assert done.returncode == 0, done.stderr
     assert "| prefill of arithmetic | decode of bandwidth |" in done.stdout
-    assert "peak_memory_bytes" in done.stdout
+    assert "| peak_memory_bytes |" in done.stdout
+    assert "peak_memory_bytes: " not in done.stdout  # a reason
     assert "threads: 2, 1" in done.stdout
     words = [element.text for element in ElementTree.parse(plot).iter("{http://www.w3.org/2000/svg}text")]
     assert {"Decode", "Prefill", "bf16"} <= set(words)
@@ -73,6 +74,8 @@ def test_threads_have_a_picture_and_a_table_of_their_own(trilemma, hearth_path, 
     ]
     assert (prefill["runtime"], prefill["threads"], prefill["prompt_tokens"]) == ("native", "1", "4")
     assert float(prefill["share"]) > 0
+    in_process = trilemma("bench", hearth_path, "--scheme", "W8A8", "--threads", "1", *few)
+    assert "W8A8: peak_memory_bytes: this form exists in this process alone" in in_process.stdout
 
 
 def test_prefill_up_to_each_depth(trilemma, hearth_path):

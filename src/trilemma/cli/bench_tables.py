@@ -32,8 +32,11 @@ def markdown(report: BenchReport) -> str:
     lines += _noise(report)
     if any(row.random_weights for row in report.rows):
         lines.append("* random weights: cost only, nothing is said about quality.")
-    skipped = [(row, row.trial.measurements.get("tpot_s")) for row in report.rows]
-    lines += [f"{row.trial.name}: {found.reason}" for row, found in skipped if found is not None and found.reason]
+    missing = [(row, found) for row in report.rows for found in row.trial.measurements.values() if found.reason]
+    lines += [
+        f"{row.trial.name}: {'' if found.metric == 'tpot_s' else found.metric + ': '}{found.reason}"
+        for row, found in missing
+    ]
     lines += report.notes
     return "\n".join(lines) + "\n"
 
