@@ -14,13 +14,17 @@ import numpy as np
 import pytest
 
 from trilemma.core.errors import EngineError, InputError, MissingExtraError, UnsupportedModelError
+from trilemma.core.recipe import Recipe, Step
 from trilemma.formats.artifact import load_any
 from trilemma.formats.gguf.write import write_gguf
 from trilemma.formats.random_weights import with_random_weights
 from trilemma.measure.memory.held import peak_memory
+from trilemma.model.cost import kv_bytes_per_token
 from trilemma.model.gguf import gguf_name
 from trilemma.runtime import EngineOptions, SamplingSettings, open_engine
 from trilemma.runtime.llama_cpp_process import interpreter
+from trilemma.techniques.apply import apply_recipe
+from trilemma.techniques.technique import Build
 
 try:
     interpreter()
@@ -125,13 +129,14 @@ def test_a_damaged_file_is_refused_with_llama_cpps_reason(tiny_model, tmp_path):
         open_engine(path, runtime="llama.cpp", options=ONE)
 
 
-@pytest.mark.parametrize(("asked", "kept"), [(None, "f16"), ("f32", "f32"), ("bf16", "bf16"), ("int8", "int8")])
+@pytest.mark.parametrize(("asked", "kept"), [(None, "f16"), ("f32", "f32"), ("bf16", "bf16"), ("int8", "q8_0")])
 def test_the_cache_is_what_it_says(tiny_model, asked, kept):
     options = EngineOptions(threads=1, kv_cache=asked)
     opened = open_engine(built(tiny_model), runtime="llama.cpp", options=options)
     positions = 2 * 2 * 256  # keys and values of two layers
-    size = {"f16": 2, "bf16": 2, "f32": 4, "int8": 34 / 32}[kept]
+    size = {"f16": 2, "bf16": 2, "f32": 4, "q8_0": 34 / 32}[kept]
     assert opened.kv_cache == kept
+    assert kv_bytes_per_token(opened.config, kept) == 2 * 2 * 32 * size
     assert opened.memory().kv_bytes == pytest.approx(positions * 32 * size, abs=6000)  # reported in hundredths of MiB
     opened.close()
 
@@ -196,10 +201,6 @@ def test_the_peak_is_that_of_llama_cpps_process(hearth_path):
 
 
 def test_the_shipped_model_says_the_same_in_f32(hearth_path):
-    from trilemma.core.recipe import Recipe, Step
-    from trilemma.techniques.apply import apply_recipe
-    from trilemma.techniques.technique import Build
-
     recipe = Recipe(name="f32", steps=(Step(technique="plain", settings={"dtype": "f32"}),))
     model = apply_recipe(load_any(hearth_path), recipe, Build())
     answers = []
@@ -208,3 +209,30 @@ def test_the_shipped_model_says_the_same_in_f32(hearth_path):
         answers.append(opened.generate([0, 500, 320, 11], SamplingSettings(max_tokens=40, ignore_eos=True)).tokens)
         opened.close()
     assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("format_name", ["bf16", "int8-g32"])
+def test_one_file_has_the_same_perplexity_in_both(hearth_path, texts_path, tmp_path, format_name):
+    """Within 0.5% by llama.cpp's protocol; against the reference in f32, which is the native engine's in both."""
+    from trilemma.measure.quality.evaluate import evaluate
+
+    source = load_any(hearth_path)
+    step = Step(technique="plain", settings={"dtype": "bf16"})
+    if format_name != "bf16":
+        settings = {"weights": format_name, "embedding": format_name, "head": format_name}
+        step = Step(technique="rtn", settings=settings)
+    write_gguf(apply_recipe(source, Recipe(name=format_name, steps=(step,)), Build()), tmp_path / "model.gguf")
+    text = tmp_path / "text.txt"
+    text.write_text(texts_path.read_text(encoding="utf-8")[:30_000].replace("<|endoftext|>", "\n"), encoding="utf-8")
+    found = {
+        runtime: evaluate(
+            tmp_path / "model.gguf", text, reference=source, context=128, max_tokens=1024, protocol="llama.cpp",
+            runtime=runtime, options=ONE,
+        ).rows[0].measurements
+        for runtime in ("native", "llama.cpp")
+    }  # fmt: skip
+    ours, theirs = (found[name]["perplexity"].value for name in ("native", "llama.cpp"))
+    assert theirs == pytest.approx(ours, rel=5e-3)
+    references = {item["ppl_increase"].conditions["reference_perplexity"] for item in found.values()}
+    assert len(references) == 1
+    assert found["llama.cpp"]["kl_mean"].value < 2e-3

@@ -137,9 +137,11 @@ def kv_bytes_per_token(config: DecoderConfig, kv: str) -> int:
         return 0
     if kv == "int8":
         return sum(2 * spec.kv_heads * (spec.head_dim + 4) for spec in _attentions(config))
+    if kv == "q8_0":  # llama.cpp's: an f16 scale for every 32 values
+        return sum(2 * spec.kv_heads * spec.head_dim * 34 // 32 for spec in _attentions(config))
     if kv in _PLAIN_BYTES:
         return sum(2 * spec.kv_heads * spec.head_dim * _PLAIN_BYTES[kv] for spec in _attentions(config))
-    raise InputError(f"Unknown KV cache '{kv}'. Valid: none, f32, f16, bf16, int8.")
+    raise InputError(f"Unknown KV cache '{kv}'. Valid: none, f32, f16, bf16, int8, q8_0.")
 
 
 def kv_bytes(config: DecoderConfig, kv: str, context: int) -> int:

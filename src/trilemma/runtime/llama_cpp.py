@@ -29,7 +29,7 @@ from trilemma.runtime.output import Output
 from trilemma.runtime.sampling import check_sampling, choose
 
 DEFAULT_CONTEXT = 4096
-GGML_TYPE = {"f32": 0, "f16": 1, "int8": 8, "bf16": 30}  # of the cache: F32, F16, Q8_0, BF16
+GGML_TYPE = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}  # of the cache
 QUANT_BLOCK = 32
 _ISAS = ("AMX_INT8", "AVX512", "AVX2", "AVX", "SVE", "NEON")
 
@@ -37,8 +37,8 @@ _ISAS = ("AMX_INT8", "AVX512", "AVX2", "AVX", "SVE", "NEON")
 class LlamaCppEngine:
     """The Engine protocol on llama.cpp.
 
-    The cache: 'f32'; 'bf16'; 'int8', which is llama.cpp's q8_0; 'f16', its default and ours where nobody asks
-    for another. 'none' does not exist there. Flash attention is on, but for an f32 cache.
+    The cache: 'f32'; 'bf16'; 'int8' asks for llama.cpp's 'q8_0'; where nobody asks it is its default, 'f16'.
+    'none' does not exist there. Flash attention is on, but for an f32 cache.
 
     Args:
         model: of formats that GGUF holds without loss, or opened from a GGUF file.
@@ -197,11 +197,12 @@ def _context_of(model: Model, asked: int | None) -> int:
 
 def _cache_of(model: Model, options: EngineOptions) -> str:
     """What was asked for; the model's own int8; else f16, llama.cpp's default (bf16 is only ours)."""
-    asked = options.kv_cache or {"bf16": "f16", "none": "f16"}.get(model.run.kv_cache, model.run.kv_cache)
+    asked: str = options.kv_cache or {"bf16": "f16", "none": "f16"}.get(model.run.kv_cache, model.run.kv_cache)
+    asked = "q8_0" if asked == "int8" else asked
     if asked not in GGML_TYPE:
         raise InputError(f"llama.cpp always keeps a cache; '{asked}' is not possible. Choose f32, bf16 or int8.")
     dims = {layer.attention.head_dim for layer in model.config.layers if layer.attention is not None}
-    if asked == "int8" and any(dim % QUANT_BLOCK for dim in dims):
+    if asked == "q8_0" and any(dim % QUANT_BLOCK for dim in dims):
         raise InputError(
             f"llama.cpp's q8_0 cache needs heads of a multiple of {QUANT_BLOCK} dimensions; these have {sorted(dims)}. "
             "Choose f32 or bf16."
