@@ -261,9 +261,7 @@ def quality_of(
     if "top1_agreement" in metrics:
         counts = np.maximum(scores.answer_tokens, 1.0)  # an empty answer counts as one token that agrees
         agreeing = np.where(scores.answer_tokens == 0, 1.0, scores.agreeing)
-        agree = share_interval(
-            per_document(np.where(kept, agreeing, counts)), per_document(counts), resamples=resamples
-        )
+        agree = share_interval(per_document(np.where(kept, agreeing, counts)), per_document(counts))
         chance = 1 - share * float(1 - agreeing.sum() / counts.sum())
         found["top1_agreement"] = Measurement.of(
             "top1_agreement", agree.value, method=f"on the answers' tokens, {against}", ci95=agree.ci95,

@@ -9,20 +9,22 @@ from trilemma.core.payback import Payback
 from trilemma.core.results import Answer, ByteRow, Conditions, Decision, OptimizeReport
 from trilemma.core.trial import Trial
 from trilemma.core.verdict import Verdict
+from trilemma.data.windows import TokenSet
 from trilemma.measure.energy.build_cost import BUILD_METRICS
 from trilemma.model.model import Model
 from trilemma.runtime.engine import Engine
 from trilemma.search import sentence
-from trilemma.search.confirm import ANSWER_PROMPTS, PROMPT_TOKENS, answers, byte_rows, confirm_trial
+from trilemma.search.confirm import ANSWER_PROMPTS, PROMPT_TOKENS, TEXT_MARGINS, answers, byte_rows, confirm_trial
 from trilemma.search.decide import Choice, Objective, choose
 from trilemma.search.explore import Exploration
 from trilemma.search.front import pareto_front
-from trilemma.search.judge import EXIT_CODES, binding, judge_trial, outcome_of
+from trilemma.search.judge import EXIT_CODES, binding, is_quality, judge_trial, outcome_of
 from trilemma.search.payback import paybacks
 from trilemma.search.result import OptimizeResult
 from trilemma.search.texts import prompts_of
 
 FRONT_AXES = ("weights_bytes", "tpot_s", "kl_mean")
+ENOUGH_MORE = 1.5  # times the text, or it is not worth another look
 LEAST_OVERRUN_S, MOST_OVERRUN = 5.0, 0.25  # what the confirm run may take beyond the time, rather than be left out
 
 
@@ -87,12 +89,12 @@ def _settle(search: Exploration, objective: Objective, choice: Choice, accept_es
         why = sentence.not_confirmed(choice.trial, search.baseline)
         return _too_short(search, choice, why, search.needed_s(), nearest)
     search.say("confirm", 0, 1, choice.trial.name)
-    search.bench.refer("confirm", search.texts.token_set("confirm", tokens))
     model, engine = _open_chosen(search, choice.trial)
     try:
         confirmed = confirm_trial(
-            search.bench, choice.trial, model, engine, search.limits, search.baseline, search.deadline
-        )
+            search.bench, choice.trial, model, engine, search.limits, search.baseline, search.deadline,
+            confirm_texts(search, tokens),
+        )  # fmt: skip
         spent = {name: found for name, found in choice.trial.measurements.items() if name in BUILD_METRICS}
         confirmed = confirmed.model_copy(update={"measurements": confirmed.measurements | spent})
         prompt_tokens = min(PROMPT_TOKENS, search.bench.lengths.prompt_tokens)
@@ -123,6 +125,25 @@ def _confirm_tokens(search: Exploration) -> int:
     overrun_s = max(LEAST_OVERRUN_S, MOST_OVERRUN * search.deadline.limit_s)
     left_s = search.deadline.limit_s + overrun_s - search.deadline.spent_s
     return search.text_plan.confirm_within(left_s - search.confirm_fixed_s)
+
+
+def confirm_texts(search: Exploration, tokens: int) -> list[TokenSet]:
+    """The confirm text, and up to two larger ones for limits that stay open: each twice the one before.
+
+    How many is decided here, by text and time alone, since every look that may follow widens the interval.
+    """
+    texts = [search.texts.token_set("confirm", tokens)]
+    seconds = search.text_plan.confirm_s / search.text_plan.confirm_tokens  # a token
+    spent_s = search.confirm_fixed_s + seconds * tokens
+    limited = any(is_quality(limit.metric) for limit in search.limits)
+    while limited and len(texts) < len(TEXT_MARGINS):
+        tokens *= 2
+        spent_s += seconds * tokens
+        larger = search.texts.token_set("confirm", tokens)
+        if larger.tokens < ENOUGH_MORE * texts[-1].tokens or not search.deadline.allows(spent_s):
+            break
+        texts.append(larger)
+    return texts
 
 
 def _infeasible(search: Exploration, choice: Choice, nearest: tuple[str, ...]) -> Conclusion:

@@ -9,19 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from scipy.stats import t as student_t
-
 from trilemma.core.limit import Limit
 from trilemma.core.measurement import Measurement
 from trilemma.core.metric import resolve_metric
 from trilemma.core.quantity import format_percent, format_quantity
 from trilemma.core.trial import Trial
 from trilemma.core.verdict import Outcome, Verdict
+from trilemma.measure.stats import paired_ratio
 
 QUALITY_METRICS = frozenset(
     {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ppl_increase", "kl_mean", "kl_p99",
      "kl_p999", "top1_agreement"}
 )  # fmt: skip
+LOOKS_MARGIN, TAKEN_S = "looks_margin", "taken_s"  # conditions of a measurement
 EXIT_CODES: dict[Outcome, int] = {"PASS": 0, "FAIL": 3, "INCONCLUSIVE": 4}
 
 Interval = tuple[float, float]
@@ -42,6 +42,9 @@ def verdict(
 ) -> Verdict:
     """PASS when the 95% interval lies inside the limit, FAIL when outside, else INCONCLUSIVE.
 
+    A measurement that is looked at again and again until it settles says so in its conditions
+    (`looks_margin`, see `confirm.py`): its interval is widened so that all looks together err in 5%.
+
     Args:
         limit: the requirement.
         measurement: of the candidate.
@@ -55,6 +58,7 @@ def verdict(
     base = Verdict(
         limit=limit, outcome="INCONCLUSIVE", threshold=threshold, baseline=known, measurement=measurement, reason=""
     )
+    margin *= float(measurement.conditions.get(LOOKS_MARGIN, 1.0))
     if measurement.value is None:
         return base.model_copy(update={"reason": f"{limit.metric} is unavailable: {measurement.reason}"})
     if not limit.relative:
@@ -73,9 +77,9 @@ def verdict(
 def relative(measurement: Measurement, baseline: Measurement) -> tuple[float, Interval | None]:
     """The candidate as a fraction of the baseline, with its 95% interval.
 
-    Paired repetitions (equal numbers of samples) give the interval of the mean log ratio (Student's t), in
-    which drift that hit both cancels. Energies that the same power model estimated: see `_shared_estimate`.
-    Otherwise the two intervals are divided, the cautious way round.
+    Paired repetitions (equal numbers of samples) give the median ratio and its interval, in which drift that
+    hit both cancels and a spike that hit one hardly counts. Energies that the same power model estimated: see
+    `_shared_estimate`. Otherwise the two intervals are divided, the cautious way round.
     """
     assert measurement.value is not None
     assert baseline.value
@@ -86,12 +90,8 @@ def relative(measurement: Measurement, baseline: Measurement) -> tuple[float, In
         return ratio, bounds
     ours, theirs = measurement.samples, baseline.samples
     if len(ours) == len(theirs) >= 3 and min(*ours, *theirs) > 0:
-        logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
-        n = len(logs)
-        mean = math.fsum(logs) / n
-        deviation = math.sqrt(math.fsum((x - mean) ** 2 for x in logs) / (n - 1))
-        half = float(student_t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
-        return math.exp(mean), (math.exp(mean - half), math.exp(mean + half))
+        paired = paired_ratio(theirs, ours)
+        return paired.value, paired.ci95
     mine, its = measurement.interval, baseline.interval
     if mine is None or its is None or its[0] <= 0:
         return ratio, None
@@ -194,8 +194,14 @@ def _settle(measurement: Measurement, value: float, interval: Interval, threshol
     half = max(interval[1] - value, value - interval[0])
     if distance == 0 or (half / distance) ** 2 > 1000:
         return f"more {what} would hardly settle it: the value lies on the limit; move the limit a little"
-    needed = math.ceil(n * (half / distance) ** 2) - n
-    return f"about {max(1, needed)} more {what} (it rests on {n} now)"
+    needed = max(1, math.ceil(n * (half / distance) ** 2) - n)
+    taken_s = float(measurement.conditions.get(TAKEN_S, 0.0))
+    time = f", about {_rounded(taken_s * needed / n)}" if taken_s > 0 else ""
+    return f"about {needed} more {what} (it rests on {n} now){time}"
+
+
+def _rounded(seconds: float) -> str:
+    return f"{max(1, round(seconds))} s" if seconds < 120 else f"{round(seconds / 60)} min"
 
 
 def _widen(value: float, interval: Interval | None, margin: float) -> Interval | None:
