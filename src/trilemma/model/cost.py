@@ -141,7 +141,7 @@ def kv_bytes_per_token(config: DecoderConfig, kv: str) -> int:
         return sum(2 * spec.kv_heads * spec.head_dim * 34 // 32 for spec in _attentions(config))
     if kv in _PLAIN_BYTES:
         return sum(2 * spec.kv_heads * spec.head_dim * _PLAIN_BYTES[kv] for spec in _attentions(config))
-    raise InputError(f"Unknown KV cache '{kv}'. Valid: none, f32, f16, bf16, int8, q8_0.")
+    raise InputError(f"Unknown KV cache '{kv}'. Valid: none, f32, bf16, int8; f16 and q8_0 for llama.cpp.")
 
 
 def kv_bytes(config: DecoderConfig, kv: str, context: int) -> int:
