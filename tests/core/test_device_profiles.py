@@ -108,3 +108,16 @@ def test_battery_hours_by_hand():
 
 def test_the_record_refuses_unknown_versions():
     assert Device.model_fields["version"].default == 2
+
+
+def test_a_profile_of_version_1_is_read_as_it_was():
+    old = {**shipped("laptop"), "version": 1}
+    found = read_device(yaml.safe_dump(old))
+    assert found.version == 2
+    assert found.host is None
+    assert found == load_device("laptop")
+
+
+def test_a_measured_number_needs_no_page():
+    found = read_device(changed(idle_w={"value": 4.0, "basis": "measured", "claim": "rapl-package over 2 s"}))
+    assert found.idle_w.basis == "measured"

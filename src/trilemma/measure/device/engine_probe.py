@@ -192,6 +192,7 @@ def overheads(
             rows.append(np.asarray(_features(key.shape)) / whole)
             left.append(rest / whole)
         scale = np.abs(rows).max(axis=0)
+        scale[scale == 0] = 1.0
         costs = nnls(np.asarray(rows) / scale, np.asarray(left))[0] / scale
         names = ("step_s", "vocab_s", "block_s", "dim_s", "hidden_s", "heads_s")
         found.append(Overhead(threads=threads, tokens=tokens, **dict(zip(names, map(float, costs), strict=True))))

@@ -27,7 +27,7 @@ from trilemma.measure.device.engine_probe import (
     overheads,
     step_probes,
 )
-from trilemma.measure.device.product_probe import ProductKey, product_probes
+from trilemma.measure.device.product_probe import ProductKey, product_probes, undisturbed
 from trilemma.measure.device.step_time import attention_seconds
 from trilemma.measure.device.surroundings import battery_wh, cache_sizes, power_figures, storage_rate
 from trilemma.measure.device.tries import Try, method, take_turns, typical
@@ -140,7 +140,7 @@ def _tries(counts: Sequence[int], sets: tuple[int, ...], quick: bool) -> dict[An
 def tables_of(samples: Mapping[Any, Sequence[float]], threads: int, noisy: str | None) -> HostTables:
     """Tables from raw samples by key."""
     seconds = {key: typical(found, noisy=noisy is not None) for key, found in samples.items()}
-    products = {key: found for key, found in seconds.items() if isinstance(key, ProductKey)}
+    products = undisturbed({key: found for key, found in seconds.items() if isinstance(key, ProductKey)})
     steps = {key: found for key, found in seconds.items() if isinstance(key, StepKey)}
     attention = attention_times({key: found for key, found in seconds.items() if isinstance(key, AttentionKey)})
     attended = {

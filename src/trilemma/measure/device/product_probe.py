@@ -7,10 +7,10 @@ formats other than the four below (the nearest one stands for them, see `product
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import cycle
+from itertools import cycle, pairwise
 
 from trilemma import _native
 from trilemma.core.host_tables import ProductTime
@@ -36,6 +36,7 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 STREAMED_SHAPES = ((1024, 384), (1024, 1024))  # these also from larger working sets
 STREAMED_TOKENS = (1, 8, 32, 128)
 _TRY_S = 1.5e-3  # about what a try takes: shorter than a scheduler's slice, so that neighbours miss most of them
+_PER_TOKEN = 1.1
 _LONGEST_S = 2e-3  # products that take longer are left to the fit: long times are proportional
 _MOST_MATRICES = 768  # of a pool: making them takes time too
 _FASTEST_BYTES = 4e10  # a second and thread, to choose how many matrices fill a try
@@ -144,3 +145,35 @@ def product_probes(
                 for tokens in STREAMED_TOKENS:
                     if not pool.too_long(tokens, count):
                         yield pool.streamed(tokens, count)
+
+
+def undisturbed(seconds: Mapping[ProductKey, float]) -> dict[ProductKey, float]:
+    """Times brought down to what times of the same matrix with other numbers of tokens allow.
+
+    More tokens never take less time, and a token among more never takes more than among fewer (but a tenth: caches
+    fill up). On a quiet machine nothing changes; on a noisy one a cell whose tries were all disturbed is put right.
+    """
+    by_matrix: dict[tuple[object, ...], list[ProductKey]] = {}
+    for key in seconds:
+        streamed = _walk_of(key, seconds)
+        by_matrix.setdefault((key.format, key.threads, key.rows, key.cols, streamed), []).append(key)
+    found = dict(seconds)
+    for keys in by_matrix.values():
+        keys.sort(key=lambda key: key.tokens)
+        for fewer, more in pairwise(keys):
+            found[more] = min(found[more], _PER_TOKEN * found[fewer] * more.tokens / fewer.tokens)
+        for fewer, more in reversed(list(pairwise(keys))):
+            found[fewer] = min(found[fewer], found[more])
+    return found
+
+
+def _walk_of(key: ProductKey, among: Iterable[ProductKey]) -> int:
+    """Which walk over this matrix a cell belongs to: 0 the smallest working set with so many tokens, 1 the next, ..."""
+    alike = sorted(
+        other.working_set_bytes
+        for other in among
+        if (other.format, other.threads, other.rows, other.cols, other.tokens)
+        == (key.format, key.threads, key.rows, key.cols, key.tokens)
+    )
+    place = alike.index(key.working_set_bytes)
+    return 0 if place == 0 else (1 if place == len(alike) - 1 else 1 + place)

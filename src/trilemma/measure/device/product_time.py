@@ -134,7 +134,8 @@ class ProductTimes:
         cells: dict[Kind, dict[tuple[int, int], ProductTime]] = defaultdict(dict)
         for row in self._rows:
             kind, shape = Kind(row.format, row.activation, row.threads, row.tokens), (row.rows, row.cols)
-            if shape not in cells[kind] or row.working_set_bytes < cells[kind][shape].working_set_bytes:
+            # A larger working set is never quicker: where it was, the smaller one's tries were disturbed.
+            if shape not in cells[kind] or row.seconds < cells[kind][shape].seconds:
                 cells[kind][shape] = row
         return {kind: ShapeFit.of(list(found.values())) for kind, found in cells.items()}
 
@@ -147,16 +148,16 @@ class ProductTimes:
         points: dict[Kind, dict[int, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
         for (kind, rows, cols), found in by_shape.items():
             found.sort(key=lambda row: row.working_set_bytes)
-            size = self._bytes_of(kind.format, (rows, cols))
+            size, least = self._bytes_of(kind.format, (rows, cols)), min(row.seconds for row in found)
             for step, row in enumerate(found if len(found) > 1 else ()):
-                points[kind][step].append((row.working_set_bytes, (row.seconds - found[0].seconds) / size))
+                points[kind][step].append((row.working_set_bytes, (row.seconds - least) / size))
         curves: dict[tuple[str, str, int], dict[int, list[tuple[float, float]]]] = defaultdict(dict)
         for kind, steps in points.items():
             places = [float(np.median([w for w, _ in found])) for _, found in sorted(steps.items())]
             extras = [float(np.median([e for _, e in found])) for _, found in sorted(steps.items())]
             # A larger working set is never quicker: a point above the later ones was disturbed.
-            least = np.minimum.accumulate(extras[::-1])[::-1]
-            curves[kind[:3]][kind.tokens] = [(w, float(e)) for w, e in zip(places, least, strict=True)]
+            least: list[float] = np.minimum.accumulate(extras[::-1])[::-1].tolist()
+            curves[kind[:3]][kind.tokens] = list(zip(places, least, strict=True))
         return curves
 
 
