@@ -101,6 +101,8 @@ def test_batches_in_every_form(trilemma, hearth_path, tmp_path, form):
         rows = list(csv.DictReader(io.StringIO(done.stdout)))
         assert {row["batch"] for row in rows} == {"1", "2"}
         assert "throughput_tokens_per_s" in {row["metric"] for row in rows}
+        gaps = [row for row in rows if row["metric"] == "itl_s"]
+        assert all(float(row["share"]) > 0 for row in gaps)
     elif form == "json":
         assert len(json.loads(done.stdout)["rows"]) == 2
     else:

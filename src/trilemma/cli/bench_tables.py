@@ -100,10 +100,10 @@ def _kv_table(report: BenchReport) -> list[str]:
 def _batch_table(report: BenchReport) -> list[str]:
     rows = [
         [_name(row), str(place_of(row)["form"]), str(place_of(row)["batch"]),
-         *(_short(row, metric) for metric in BATCH_METRICS)]
+         *(_short(row, metric) for metric in BATCH_METRICS), _bound(row)]
         for row in report.rows
     ]  # fmt: skip
-    return _table(["model", "form", "sequences", *BATCH_METRICS], 2, rows)
+    return _table(["model", "form", "sequences", *BATCH_METRICS, "step of its ceiling"], 2, rows)
 
 
 def _table(headers: list[str], texts: int, rows: list[list[str]]) -> list[str]:
@@ -124,6 +124,13 @@ def _share(row: BenchRow, metric: str, condition: str) -> str:
     measured = row.trial.measurements.get(metric)
     share = None if measured is None else measured.conditions.get(condition)
     return f"{share:.0%}" if isinstance(share, float) else "—"
+
+
+def _bound(row: BenchRow) -> str:
+    """'43% of memory'."""
+    share = _share(row, "itl_s", "roofline_share")
+    bound = row.trial.measurements["itl_s"].conditions.get("bound_by")
+    return f"{share} of {bound}" if bound else share
 
 
 def _above(found: Measurement) -> bool:

@@ -8,8 +8,16 @@ from trilemma.core.errors import UnsupportedModelError
 from trilemma.core.measurement import Measurement
 from trilemma.measure.device.ceilings import Bandwidth
 from trilemma.measure.timing import roofline
-from trilemma.measure.timing.roofline import ATTENTION, Ceilings, prompt_products, weighted_ceiling, with_shares
-from trilemma.model.cost import prompt_macs
+from trilemma.measure.timing.roofline import (
+    ATTENTION,
+    Ceilings,
+    prompt_products,
+    step_products,
+    step_share,
+    weighted_ceiling,
+    with_shares,
+)
+from trilemma.model.cost import kv_bytes, macs_per_token, prompt_macs
 from trilemma.model.model import LinearRun
 
 
@@ -97,3 +105,17 @@ def test_a_ceiling_that_is_exceeded_is_probed_again_and_the_best_counts(tiny_mod
     assert found["ttft_s"].conditions["compute_share"] == pytest.approx(0.5)
     assert found["tpot_s"].conditions["read_bandwidth_bytes_per_s"] == 5e5  # two more probes, then it stays above 100%
     assert found["tpot_s"].conditions["roofline_share"] > 1
+
+
+def test_a_step_is_held_against_the_nearer_ceiling(tiny_model, monkeypatch):
+    model = tiny_model()
+    assert sum(step_products(model, 3, 20).values()) == 3 * macs_per_token(model.config, 20)
+    read = roofline.decode_bytes(model, "bf16", 20) + 2 * kv_bytes(model.config, "bf16", 20)
+    macs = 3 * macs_per_token(model.config, 20)
+    monkeypatch.setattr(roofline, "read_bandwidth", lambda threads, size: Bandwidth(1e9, "sum", size, threads))
+    for rate_, bound, limit_s in ((1e12, "memory", read / 1e9), (1e3, "arithmetic", macs / 1e3)):
+        monkeypatch.setattr(roofline, "compute_rate", lambda *product, rate_=rate_: rate(rate_))
+        found = step_share(model, "bf16", 3, 20, 1, 2 * limit_s, Ceilings())
+        assert found["bound_by"] == bound
+        assert found["roofline_share"] == pytest.approx(0.5)
+    assert step_share(model, "none", 3, 20, 1, 1.0, Ceilings()) == {}

@@ -22,6 +22,7 @@ from trilemma.measure.memory.held import memory_measurements
 from trilemma.measure.stats import paired_ratio
 from trilemma.measure.timing.noise import ReferenceLoop
 from trilemma.measure.timing.quiet import Sifted, sift
+from trilemma.measure.timing.roofline import Ceilings, step_share
 from trilemma.measure.timing.settle import Progress
 from trilemma.measure.timing.speed import round_conditions, timed_measurement
 from trilemma.model.cost import kv_bytes
@@ -90,7 +91,8 @@ def batch_sweep(
     Returns:
         A BenchReport with a row for each model and batch ('bf16 x8'): throughput_tokens_per_s (all output tokens
         over the time from the request to the last one, prefill included), ttft_s (all prompts prefilled together),
-        tpot_s and itl_s (of each sequence), engine_memory_bytes.
+        tpot_s and itl_s (of each sequence), engine_memory_bytes. The conditions of rates and gaps hold
+        `roofline_share`, of the nearer of the two ceilings, and `bound_by`, which one that is.
 
     Raises:
         InputError: a batch below 1, lengths that a model's context does not hold, caches that do not fit in memory,
@@ -113,9 +115,13 @@ def batch_sweep(
                     progress(turn * len(held) + number + 1, (repetitions + 1) * len(held), f"batch of {one.size}")
             loop.probe()
         about = sift([one.tpot_s for one in held])
-        rows = [_row(one, prompt_tokens, output_tokens, loop, about) for one in held]
+        reason = loop.reason or about.reason
+        ceilings = Ceilings()
+        rows = [_row(one, prompt_tokens, output_tokens, loop.drift, about, reason, ceilings) for one in held]
         notes = [note for item in candidates for note in _gain([one for one in held if one.candidate is item], about)]
-        return bench_report(rows, notes, isa=held[0].engine.isa, threads=held[0].engine.threads, seed=seed)
+        return bench_report(
+            rows, [*notes, *ceilings.notes()], isa=held[0].engine.isa, threads=held[0].engine.threads, seed=seed
+        )
 
 
 def _checked(batches: Sequence[int], prompt_tokens: int, output_tokens: int) -> list[int]:
@@ -161,14 +167,20 @@ def _open(
     return [_Batch(item, engine, engine.open_sequences(size), prompts[:size]) for size in sizes]
 
 
-def _row(one: _Batch, prompt_tokens: int, output_tokens: int, loop: ReferenceLoop, about: Sifted) -> BenchRow:
+def _row(
+    one: _Batch, prompt_tokens: int, output_tokens: int, drift: float, about: Sifted, reason: str | None,
+    ceilings: Ceilings,
+) -> BenchRow:  # fmt: skip
     conditions: dict[str, str | int | float] = {
         "sweep": SWEEP, "form": one.candidate.form, "batch": one.size,
         "prompt_tokens": prompt_tokens, "output_tokens": output_tokens,
         "context": prompt_tokens + output_tokens, "kv_cache": one.engine.kv_cache, "threads": one.engine.threads,
-        "isa": one.engine.isa, "drift": round(loop.drift, 4), **round_conditions(range(len(one.tpot_s)), about),
+        "isa": one.engine.isa, "drift": round(drift, 4), **round_conditions(range(len(one.tpot_s)), about),
     }  # fmt: skip
-    reason = loop.reason or about.reason
+    share = step_share(
+        one.candidate.model, one.engine.kv_cache, one.size, prompt_tokens + output_tokens // 2, one.engine.threads,
+        float(np.median(np.asarray(one.tpot_s)[about.kept])), ceilings,
+    )  # fmt: skip
     method = f"median of {len(one.tpot_s)} interleaved repetitions after a warm-up; 95% interval of the median"
     if not about.kept.all():
         method += f"; {about.share_aside:.0%} of them set aside"
@@ -181,7 +193,8 @@ def _row(one: _Batch, prompt_tokens: int, output_tokens: int, loop: ReferenceLoo
     for metric, samples in series.items():
         values = np.asarray(samples)
         found[metric] = timed_measurement(
-            metric, values[about.kept].tolist(), method, bool(reason), conditions,
+            metric, values[about.kept].tolist(), method, bool(reason),
+            conditions if metric == "ttft_s" else {**conditions, **share},
             set_aside=values[~about.kept].tolist(),
         )  # fmt: skip
     return bench_row(one.candidate, f"{one.candidate.form} x{one.size}", found)

@@ -17,7 +17,14 @@ from trilemma.core.measurement import Measurement
 from trilemma.formats.pack import format_bytes
 from trilemma.measure.device.ceilings import Bandwidth, read_bandwidth, roofline_share
 from trilemma.measure.device.compute_ceiling import compute_rate
-from trilemma.model.cost import decode_bytes_per_token, expert_shares, matrix_macs_per_token, prompt_macs
+from trilemma.model.cost import (
+    attention_macs_per_token,
+    decode_bytes_per_token,
+    expert_shares,
+    kv_bytes,
+    matrix_macs_per_token,
+    prompt_macs,
+)
 from trilemma.model.model import Activation, Model
 
 Product = tuple[str, Activation]  # format of the weights, precision of the inputs
@@ -122,6 +129,37 @@ def prompt_products(model: Model, tokens: int) -> dict[Product, int]:
     return {product: macs for product, macs in found.items() if macs}
 
 
+def step_products(model: Model, batch: int, context: int) -> dict[Product, int]:
+    """Multiply-accumulates of one decode step of `batch` sequences at a context length, by kind of product."""
+    found = {product: batch * macs for product, macs in prompt_products(model, 1).items()}
+    seen = attention_macs_per_token(model.config, context) - attention_macs_per_token(model.config, 1)
+    return {**found, ATTENTION: found.get(ATTENTION, 0) + batch * seen} if seen else found
+
+
+def step_share(
+    model: Model, kv_cache: str, batch: int, context: int, threads: int, step_s: float, ceilings: Ceilings
+) -> dict[str, str | float]:
+    """Share of the nearer ceiling that a decode step of `batch` sequences used, and which one that is.
+
+    Weights are read once a step, of experts those of one token; every sequence reads its own cache.
+
+    Returns:
+        Conditions `roofline_share` and `bound_by` ('memory' or 'arithmetic'); nothing without a cache, whose steps
+        are prefills, or where a product has no native kernel.
+    """
+    if kv_cache == "none":
+        return {}
+    read = decode_bytes(model, kv_cache, context) + (batch - 1) * kv_bytes(model.config, kv_cache, context)
+    macs = step_products(model, batch, context)
+    try:
+        arithmetic_s = sum(count / ceilings.rate(product, threads) for product, count in macs.items())
+    except TrilemmaError:
+        return {}
+    memory_s = read / ceilings.bandwidth(threads, read, read / step_s).bytes_per_s
+    bound = "memory" if memory_s >= arithmetic_s else "arithmetic"
+    return {"roofline_share": max(memory_s, arithmetic_s) / step_s, "bound_by": bound}
+
+
 def _product(model: Model, name: str) -> Product:
     return model.format_of(name), model.linear(name).activation
 
@@ -169,5 +207,6 @@ def _threads(count: int) -> str:
 
 
 __all__ = [
-    "ATTENTION", "Ceilings", "ComputeCeiling", "decode_bytes", "prompt_products", "weighted_ceiling", "with_shares"
+    "ATTENTION", "Ceilings", "ComputeCeiling", "decode_bytes", "prompt_products", "step_products", "step_share",
+    "weighted_ceiling", "with_shares",
 ]  # fmt: skip
