@@ -37,7 +37,8 @@ def memory_measurements(
         **conditions, "weights_bytes": held.weights_bytes, "kv_bytes": held.kv_bytes,
         "scratch_bytes": held.scratch_bytes,
     }  # fmt: skip
-    method = f"counted by the engine '{engine.name}'"
+    how = getattr(engine, "memory_method", "")  # of an engine that relies on another's account
+    method = f"counted by the engine '{engine.name}'" + (f": {how}" if how else "")
     values = {
         "weights_bytes": held.weights_bytes,
         "engine_memory_bytes": held.total_bytes,
