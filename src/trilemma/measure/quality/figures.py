@@ -192,7 +192,7 @@ def likelihood(nll: Float64, token_set: TokenSet) -> dict[str, Measurement]:
     how = _interval(token_set)
     text_bytes = _of_windows(token_set.text_bytes, token_set)
     nats = ratio_interval(sums, counts, scale="log")
-    bits = ratio_interval(sums / math.log(2), text_bytes, scale="log")
+    bits = ratio_interval(*_pooled(sums / math.log(2), text_bytes), scale="log")
     amount = {"text_bytes": float(text_bytes.sum())}
     found = {
         "perplexity": _measure("perplexity", _map(nats, _exp), token_set, f"exp of mean nats a token; {how}"),
@@ -209,9 +209,16 @@ def likelihood(nll: Float64, token_set: TokenSet) -> dict[str, Measurement]:
 def _by_word(sums: Float64, words: Float64, token_set: TokenSet) -> Measurement:
     if words.sum() < len(words):
         return Measurement.unavailable("word_perplexity", "the text has hardly any words set apart by white space")
-    nats = ratio_interval(sums, words, scale="log")
+    nats = ratio_interval(*_pooled(sums, words), scale="log")
     method = f"exp of mean nats a word between white space; {_interval(token_set)}"
     return _measure("word_perplexity", _map(nats, _exp), token_set, method, text_words=float(words.sum()))
+
+
+def _pooled(sums: Float64, amounts: Float64) -> tuple[Float64, Float64]:
+    """Documents whose scored text holds no whole word or byte count with the one before them."""
+    groups = np.maximum(np.cumsum(amounts > 0) - 1, 0)
+    pooled = [np.bincount(groups, weights=values).astype(np.float64) for values in (sums, amounts)]
+    return pooled[0], pooled[1]
 
 
 def _of_windows(values: NDArray[np.floating], token_set: TokenSet) -> Float64:
