@@ -156,8 +156,8 @@ class ProductTimes:
             places = [float(np.median([w for w, _ in found])) for _, found in sorted(steps.items())]
             extras = [float(np.median([e for _, e in found])) for _, found in sorted(steps.items())]
             # A larger working set is never quicker: a point above the later ones was disturbed.
-            least: list[float] = np.minimum.accumulate(extras[::-1])[::-1].tolist()
-            curves[kind[:3]][kind.tokens] = list(zip(places, least, strict=True))
+            rising = [min(extras[at:]) for at in range(len(extras))]
+            curves[kind[:3]][kind.tokens] = list(zip(places, rising, strict=True))
         return curves
 
 
