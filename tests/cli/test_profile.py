@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from made_up_host import host
 from trilemma.cli.main import app
 from trilemma.core.device import load_device, read_device, write_device
 from trilemma.core.errors import InputError, OutputError
 from trilemma.core.host_tables import CheckCase
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "measure/device"))
-from made_up_host import host
 
 SHAPE = str(Path(__file__).parent.parent.parent / "examples/shapes/SmolLM2-135M")
 CHECKS = tuple(

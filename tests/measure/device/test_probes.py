@@ -155,7 +155,6 @@ def test_tables_and_factors_come_from_samples():
 
 def test_factors_follow_the_check_cases():
     from made_up_host import host
-
     from trilemma.core.host_tables import CheckCase
 
     checks = [CheckCase(name="a", quantity=q, predicted_s=1.1, measured_s=1.0) for q in ("tpot_s", "ttft_s")]

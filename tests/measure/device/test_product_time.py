@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from made_up_host import LARGE, MAC_S, SMALL, STREAM_S, products, tables
 
+from made_up_host import LARGE, MAC_S, SMALL, STREAM_S, products, tables
 from trilemma.formats.pack import format_bytes
 from trilemma.measure.device.product_time import ProductTimes, between, fit_positive
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from made_up_host import LARGE, MAC_S, POSITION_S, STREAM_S, host, overhead, tables
 
+from made_up_host import LARGE, MAC_S, POSITION_S, STREAM_S, host, overhead, tables
 from trilemma.core.errors import InputError
 from trilemma.core.host_tables import CheckCase
 from trilemma.formats.pack import format_bytes
