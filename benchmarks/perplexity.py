@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 GGUF_TYPES = {"f32": "F32", "f16": "F16", "bf16": "BF16", "int8-g32": "Q8_0", "int4-g32": "Q4_0",
               "int4-g32-asym": "Q4_1"}  # fmt: skip
+TRIES = 5
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -68,11 +69,14 @@ def tool_perplexity(tool: str, path: Path, text: Path, context: int, tokens: int
                "--chunks", str(tokens // context), "-t", str(opened.threads), "--no-warmup"]  # fmt: skip
     if opened.kv_cache == "f32":
         command += ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    said = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
-    if done.returncode or said is None:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-1500:]}")
-    return float(said[1])
+    for _ in range(TRIES):  # its log is written by a thread, and the last lines are lost now and then
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        said = re.search(r"Final estimate: PPL = ([\d.]+)", done.stdout + done.stderr)
+        if said is not None:
+            return float(said[1])
+        if done.returncode:
+            break
+    raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-1500:]}")
 
 
 def compare(path: Path, text: Path, context: int, options: argparse.Namespace) -> dict[str, float]:
