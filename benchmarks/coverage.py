@@ -246,11 +246,12 @@ def _real_quantiles(
         yield Case(figure, f"{domain} {scheme}", float(whole[int(np.ceil(q * len(whole))) - 1]), draw)
 
 
-def cases(scores: RealScores | None, resamples: int) -> Iterator[Case]:
-    yield from made_up_times()
-    yield from made_up_shares()
-    yield from made_up_ratios(resamples)
-    yield from made_up_quantiles(resamples)
+def cases(scores: RealScores | None, resamples: int, made_up: bool) -> Iterator[Case]:
+    if made_up:
+        yield from made_up_times()
+        yield from made_up_shares()
+        yield from made_up_ratios(resamples)
+        yield from made_up_quantiles(resamples)
     if scores is not None:
         yield from real(scores, resamples)
 
@@ -261,13 +262,14 @@ def main() -> int:
     parser.add_argument("--repetitions", type=int, default=1000)
     parser.add_argument("--resamples", type=int, default=1000, help="of each bootstrap")
     parser.add_argument("--only", default="", help="figures whose name holds this")
+    parser.add_argument("--no-made-up", action="store_true", help="real populations alone")
     parser.add_argument("--json", type=Path, help="append each row as a line")
     options = parser.parse_args()
     scores = RealScores.load(options.real) if options.real else None
     print("| figure | population | n | coverage % | truth below % | truth above % | mean width | |")
     print("|---|---|---|---|---|---|---|---|")
     judged = strict = missed = 0
-    for case in cases(scores, options.resamples):
+    for case in cases(scores, options.resamples, not options.no_made_up):
         if options.only not in case.figure:
             continue
         for n in case.sizes:

@@ -49,7 +49,7 @@ SELECT_DOCUMENTS, CONFIRM_DOCUMENTS = 32, (38, 76, 152)  # what the default amou
 SELECT_REPETITIONS = 5
 BASE = "unmodified"
 BYTES = {BASE: 1.0, "W8A8": 0.51, "W8A8-g32": 0.56, "W4A8-g32": 0.31, "W4A8-g128": 0.28}  # of 14 MB
-NEAR = 0.05  # of the truth; a third of AWAY_ABSOLUTE there
+NEAR = 0.05  # of the truth; a third of AWAY_ABSOLUTE there, and in proportion with --near
 AWAY = {"kl_mean": 0.15, "kl_p99": 0.25, "perplexity": 0.15, "bits_per_byte": 0.05, "tpot_s": 0.10,
         "decode_tokens_per_s": 0.10, "weights_bytes": 0.0}  # fmt: skip
 AWAY_ABSOLUTE = {"ppl_increase": 0.006, "top1_agreement": 0.012}
@@ -187,7 +187,7 @@ def make_limit(metric: str, value: float, relative: bool) -> Limit:
     return Limit(metric=metric, op=op, value=value, relative=relative, text=f"{metric}{op}{value:.5g}")  # type: ignore[arg-type]
 
 
-def draw_limits(truth: Truth, pivot: str | None, rng: np.random.Generator) -> list[Limit]:
+def draw_limits(truth: Truth, pivot: str | None, rng: np.random.Generator, near: float = NEAR) -> list[Limit]:
     """One to three limits; with a pivot the first lies near that candidate's truth, the others where they fall."""
     chosen = [str(metric) for metric in rng.permutation(METRICS)[: rng.integers(1, 4)]]
     if pivot is not None and chosen[0] == "weights_bytes":
@@ -199,7 +199,7 @@ def draw_limits(truth: Truth, pivot: str | None, rng: np.random.Generator) -> li
         width = AWAY_ABSOLUTE.get(metric)
         if pivot is not None and place == 0:
             value = values[pivot]
-            value += float(rng.uniform(-1, 1)) * (NEAR * abs(value) if width is None else width / 3)
+            value += float(rng.uniform(-1, 1)) * near * (abs(value) if width is None else width / 3 / NEAR)
         else:
             value = _away(np.asarray(list(values.values())), AWAY.get(metric), width, rng)
         limits.append(make_limit(metric, value, relative))
@@ -283,6 +283,7 @@ def main() -> int:
     parser.add_argument("--real", type=Path, required=True, help="scores that real_scores.py wrote")
     parser.add_argument("--sets", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--near", type=float, default=NEAR, help="half-width of the limits about a truth")
     parser.add_argument("--uncorrected", action="store_true")
     options = parser.parse_args()
     if options.uncorrected:
@@ -297,7 +298,7 @@ def main() -> int:
         truth, near = world.truth(), index % 2 == 0
         pivot = str(rng.choice(list(BYTES)[1:])) if near else None
         given = pivot if index % 8 in (0, 6) else None
-        key = (near, *judge_set(world, truth, draw_limits(truth, pivot, rng), given))
+        key = (near, *judge_set(world, truth, draw_limits(truth, pivot, rng, options.near), given))
         counts[key] = counts.get(key, 0) + 1
         if index % 20 == 19:
             left = (time.perf_counter() - began) * (options.sets / (index + 1) - 1)

@@ -23,7 +23,6 @@ Scale = Literal["linear", "log"]
 
 RESAMPLES = 4_000
 LEAST_FOR_BOOTSTRAP = 5  # with fewer documents a resample is too often one document only
-FEW_DOCUMENTS = 10
 _COMMON_TOKENS, _COMMON_SHARE = 5, 0.05  # where documents' shares of large values are compared
 _TAIL_VALUES = 30
 _BEYOND_FIVE = 1.08  # times the way from the median of five to their ends: 95% for normal noise
@@ -74,11 +73,10 @@ def ratio_interval(
         return Interval(value, value, value)
     below = above = student_t_975(num.size - 1)
     if num.size >= LEAST_FOR_BOOTSTRAP:
-        if not logarithmic or num.size < FEW_DOCUMENTS:
-            below = above = _studentized_width(num, den, value, logarithmic, resamples, seed)
         if logarithmic:
-            least = below if num.size < FEW_DOCUMENTS else 0.0
-            below, above = _smoothed_widths(num, den, value, resamples, seed, least)
+            below, above = _smoothed_widths(num, den, value, resamples, seed)
+        else:
+            below = above = _studentized_width(num, den, value, resamples, seed)
     if logarithmic:
         unit = error / value
         return Interval(value, value * float(np.exp(-below * unit)), value * float(np.exp(above * unit)))
@@ -111,7 +109,7 @@ def quantile_interval(
     widths = 2 * (student_t_975(len(names) - 1),)
     if len(names) >= LEAST_FOR_BOOTSTRAP and error > 0:
         poisson = len(names) / seen
-        widths = _smoothed_widths(counts.astype(np.float64), tokens, seen / size, resamples, seed, 0.0, poisson)
+        widths = _smoothed_widths(counts.astype(np.float64), tokens, seen / size, resamples, seed, poisson)
     rarer = student_t_975(len(names) - 1) ** 2 * max(0.0, 1 / beyond - 1 / seen)
     more, fewer = (beyond * float(np.exp(sign * np.hypot(width * error, np.sqrt(rarer))))
                    for sign, width in zip((1, -1), widths, strict=True))  # fmt: skip
@@ -217,7 +215,7 @@ def _ratio_error(num: Float64, den: Float64, value: float) -> float:
     return float(np.sqrt(n / (n - 1) * squares) / den.sum())
 
 
-def _studentized_width(num: Float64, den: Float64, value: float, logarithmic: bool, resamples: int, seed: int) -> float:
+def _studentized_width(num: Float64, den: Float64, value: float, resamples: int, seed: int) -> float:
     """The 95% quantile of |t| over resampled documents."""
     n = num.size
     rng = np.random.default_rng(seed)
@@ -233,21 +231,20 @@ def _studentized_width(num: Float64, den: Float64, value: float, logarithmic: bo
         squares = np.maximum(s_nn - 2 * ratio * s_nd + ratio**2 * s_dd, 0.0)
         error = np.sqrt(n / (n - 1) * squares) / s_den
         with np.errstate(divide="ignore", invalid="ignore"):
-            difference, unit = (np.log(ratio / value), ratio) if logarithmic else (ratio - value, np.float64(1.0))
-            t = np.abs(difference) * unit / error
+            t = np.abs(ratio - value) / error
         found.append(np.where(np.isnan(t), np.inf, t))
     width = float(np.quantile(np.concatenate(found), 0.95, method="lower"))
     return min(width, student_t_975(1))
 
 
 def _smoothed_widths(
-    num: Float64, den: Float64, value: float, resamples: int, seed: int, least: float, noise: float = 0.0
+    num: Float64, den: Float64, value: float, resamples: int, seed: int, noise: float = 0.0
 ) -> tuple[float, float]:
     """How many standard errors of the logarithm the interval reaches down and up.
 
     Resampled documents are multiplied by lognormal noise of mean 1, as wide as their own ratios; |t| sets both
-    ends, and the upper end goes on to where the lower tail of t asks for it; `least` bounds both, and `noise` is the
-    part of the variance of the logarithms that is not the documents' own.
+    ends, and the upper end goes on to where the lower tail of t asks for it. `noise` is the part of the variance of
+    the logarithms that is not the documents' own.
     """
     n = num.size
     ratios = num[num > 0] / den[num > 0]
@@ -267,7 +264,7 @@ def _smoothed_widths(
             found.append(np.log(ratio / value) * ratio * sums / np.sqrt(n / (n - 1) * squares))
     t = np.concatenate(found)
     t = t[np.isfinite(t)]
-    both = max(least, float(np.quantile(np.abs(t), 0.95)))
+    both = float(np.quantile(np.abs(t), 0.95))
     most = student_t_975(1)
     return min(most, both), min(most, max(both, -float(np.quantile(t, 0.025))))
 
