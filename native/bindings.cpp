@@ -241,13 +241,14 @@ void release_free_memory() {
 #endif
 }
 
-// (KV cache, scratch) in bytes; `products` are the (activation, asymmetric) pairs of the matrices.
-nb::tuple plan(const nb::dict& config, const std::vector<std::tuple<std::string, bool>>& products,
-               const std::string& kv_cache, int max_context, int max_sequences) {
+// (KV cache, scratch) in bytes; `products` are (activation, asymmetric, held in rows) of the matrices.
+nb::tuple plan(const nb::dict& config, const std::vector<std::tuple<std::string, bool, bool>>& products,
+               const std::string& isa, const std::string& kv_cache, int max_context, int max_sequences) {
   InputForms forms;
-  for (const auto& [activation, asymmetric] : products) forms.add(activation_of(activation), asymmetric);
+  for (const auto& [activation, asymmetric, rows] : products)
+    forms.add(activation_of(activation), rows ? Matrix::Layout::kRows : Matrix::Layout::kPanels, asymmetric);
   const MemoryUse use =
-      plan_memory(read_config(config), forms, {1, "", kv_mode_of(kv_cache), max_context, max_sequences, 0});
+      plan_memory(read_config(config), forms, {1, isa, kv_mode_of(kv_cache), max_context, max_sequences, 0});
   return nb::make_tuple(use.kv, use.scratch);
 }
 
@@ -314,7 +315,7 @@ NB_MODULE(_native, m) {
   m.def("time_products", &trilemma::time_products, "model"_a, "jobs"_a, nb::kw_only(), "tokens"_a, "threads"_a,
         "isa"_a = "", "passes"_a = 1, nb::call_guard<nb::gil_scoped_release>());
   m.def("release_free_memory", &trilemma::release_free_memory);
-  m.def("plan_memory", &trilemma::plan, "config"_a, "products"_a, nb::kw_only(), "kv_cache"_a, "max_context"_a,
+  m.def("plan_memory", &trilemma::plan, "config"_a, "products"_a, nb::kw_only(), "isa"_a, "kv_cache"_a, "max_context"_a,
         "max_sequences"_a = 1);
   trilemma::bind_model(m);
   trilemma::bind_context(m);

@@ -45,7 +45,7 @@ void Context::reserve(const ScratchPlan& plan) {
   InputForms forms;
   forms.add(model_->head());
   for (const LayerWeights& layer : model_->layers()) forms.add(layer);
-  s.input.reserve(forms, plan.columns, plan.rows, plan.split);
+  s.input.reserve(kernels_, forms, plan.columns, plan.rows, plan.split);
 }
 
 MemoryUse Context::memory() const {

@@ -12,7 +12,7 @@ namespace trilemma {
 namespace {
 
 struct Support {
-  bool avx2 = false, avx512 = false;
+  bool avx2 = false, avx512 = false, avx512bf16 = false;
 };
 
 #if defined(__x86_64__)
@@ -34,6 +34,7 @@ Support detect() {
   s.avx2 = (state & 6) == 6 && fma && f16c && (b & bit_AVX2);
   const unsigned needed = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
   s.avx512 = s.avx2 && (state & 0xe6) == 0xe6 && (b & needed) == needed && (c & bit_AVX512VNNI);
+  s.avx512bf16 = s.avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
   return s;
 }
 #else
@@ -51,6 +52,7 @@ std::vector<std::string> supported_isas() {
   std::vector<std::string> names{"scalar"};
   if (support().avx2) names.push_back("avx2");
   if (support().avx512) names.push_back("avx512");
+  if (support().avx512bf16) names.push_back("avx512bf16");
   return names;
 }
 
@@ -64,12 +66,13 @@ const Kernels& pick_kernels(const std::string& asked) {
     valid += (valid.empty() ? "" : ", ") + isa;
     if (isa != name) continue;
 #if defined(__x86_64__)
+    if (name == "avx512bf16") return kernels_avx512bf16;
     if (name == "avx512") return kernels_avx512;
     if (name == "avx2") return kernels_avx2;
 #endif
     return kernels_scalar;
   }
-  const bool known = name == "avx2" || name == "avx512";
+  const bool known = name == "avx2" || name == "avx512" || name == "avx512bf16";
   throw EngineFault("Instruction set '" + name + "' " + (known ? "is not supported by this processor" : "is unknown") +
                     ". Usable here: " + valid + ".");
 }

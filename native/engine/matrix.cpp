@@ -1,5 +1,6 @@
 #include "matrix.h"
 
+#include <algorithm>
 #include <bit>
 #include <cstring>
 
@@ -45,8 +46,28 @@ void read_plain(const PlainView& view, int row, float* out) {
     return;
   }
   const auto* bits = static_cast<const uint16_t*>(view.data) + at;
-  for (size_t i = 0; i < n; ++i)
-    out[i] = view.dtype == kF16 ? half(bits[i]) : std::bit_cast<float>(uint32_t(bits[i]) << 16);
+  for (size_t i = 0; i < n; ++i) out[i] = half(bits[i]);
+}
+
+// Rows of bf16 (at any address) as pairs16.v1; `to` holds whole panels of zeros. Columns go in steps whose lines stay in
+// L1 while 16 rows fill them.
+void pair_up(const std::byte* rows, const PairView& view, std::byte* to) {
+  constexpr size_t kStep = 128;
+  const size_t cols = size_t(view.cols), panel_bytes = size_t(view.blocks) * kBlock * kPanel * 2;
+  for (size_t first = 0; first < size_t(view.rows); first += kPanel, to += panel_bytes)
+    for (size_t begin = 0; begin < cols; begin += kStep)
+      for (size_t r = first; r < std::min(first + kPanel, size_t(view.rows)); ++r) {
+        const size_t end = std::min(begin + kStep, cols);
+        for (size_t k = begin; k < end; k += 2)
+          std::memcpy(to + k / 2 * 64 + (r - first) * 4, rows + (r * cols + k) * 2, k + 1 < end ? 4 : 2);
+      }
+}
+
+void read_pairs(const PairView& view, int row, float* out) {
+  const size_t panel = size_t(view.blocks) * kBlock * kPanel;
+  const uint16_t* line = view.pairs + size_t(row / kPanel) * panel + size_t(row % kPanel) * 2;
+  for (size_t k = 0; k < size_t(view.cols); ++k)
+    out[k] = std::bit_cast<float>(uint32_t(line[k / 2 * (2 * kPanel) + k % 2]) << 16);
 }
 
 int code_at(const PackedView& view, const uint8_t* panel, int r, int k) {
@@ -80,8 +101,17 @@ Matrix Matrix::plain(Arena& arena, const std::string& name, Dtype dtype, int row
   m.cols_ = cols;
   m.activation_ = activation;
   check_size(name, "values", data, size_t(rows) * size_t(cols) * (dtype == kF32 ? 4 : 2));
-  m.plain_view_ = {copy<std::byte>(arena, data), dtype, rows, cols};
-  m.bytes_ = data.size;
+  if (dtype != kBf16) {
+    m.plain_view_ = {copy<std::byte>(arena, data), dtype, rows, cols};
+    m.bytes_ = data.size;
+    return m;
+  }
+  m.layout_ = Layout::kPairs;
+  m.pair_view_ = {nullptr, rows, cols, (cols + kBlock - 1) / kBlock};
+  m.bytes_ = size_t(m.panels()) * size_t(m.pair_view_.blocks) * kBlock * kPanel * 2;
+  std::byte* to = arena.take(m.bytes_);
+  pair_up(static_cast<const std::byte*>(data.data), m.pair_view_, to);
+  m.pair_view_.pairs = reinterpret_cast<const uint16_t*>(to);
   return m;
 }
 
@@ -98,7 +128,7 @@ Matrix Matrix::packed(Arena& arena, const std::string& name, int bits, bool symm
   Matrix m;
   m.rows_ = rows;
   m.cols_ = cols;
-  m.packed_ = true;
+  m.layout_ = Layout::kPanels;
   m.activation_ = activation;
   PackedView& v = m.packed_view_;
   v.rows = rows;
@@ -120,7 +150,14 @@ Matrix Matrix::packed(Arena& arena, const std::string& name, int bits, bool symm
 }
 
 void Matrix::read_row(int row, float* out) const {
-  packed_ ? read_packed(packed_view_, row, out) : read_plain(plain_view_, row, out);
+  switch (layout_) {
+    case Layout::kRows:
+      return read_plain(plain_view_, row, out);
+    case Layout::kPairs:
+      return read_pairs(pair_view_, row, out);
+    case Layout::kPanels:
+      return read_packed(packed_view_, row, out);
+  }
 }
 
 }  // namespace trilemma

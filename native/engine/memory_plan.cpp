@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "dispatch.h"
 #include "rope_table.h"
 #include "routing.h"
 
@@ -92,7 +93,7 @@ MemoryUse plan_memory(const DecoderConfig& config, const InputForms& forms, cons
   const ScratchPlan s = plan_scratch(config, options);
   const std::size_t buffers = s.x + s.normed + s.q + s.k + s.v + s.attended + s.gate + s.up + s.part[0] + s.part[1] +
                               s.scores + s.gathered + s.routed;
-  const std::size_t derived = ProductInput::bytes_of(forms, s.columns, s.rows, s.split);
+  const std::size_t derived = ProductInput::bytes_of(pick_kernels(options.isa), forms, s.columns, s.rows, s.split);
   const std::size_t scratch =
       buffers + derived + Routing::bytes_of(s.pairs, s.firsts) + RopeTables::bytes_of(config, options.max_context);
   return {0, KvPool::bytes_of(config, options.kv, options.max_context, options.max_sequences), scratch};

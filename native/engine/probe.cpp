@@ -47,7 +47,7 @@ struct Scratch {
       columns = std::max(columns, job.columns);
       rows = std::max(rows, job.rows);
     }
-    input.reserve(all, columns, tokens, false);
+    input.reserve(kernels, all, columns, tokens, false);
     const size_t floats = size_t(tokens) * round_up(size_t(columns), kBlock);
     x = AlignedBuffer(floats * sizeof(float));
     y = AlignedBuffer(size_t(tokens) * size_t(rows) * sizeof(float));

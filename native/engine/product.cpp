@@ -15,14 +15,22 @@ constexpr std::size_t kChunkBytes = 256 << 10;
 void run_panels(const Kernels& kernels, const ProductInput& input, const Product& p, int begin, int end) {
   const Matrix& w = *p.linear->weight;
   const Output out{p.y, p.ld, p.linear->bias, p.accumulate};
-  const bool bf16 = w.activation() == Activation::kBf16;
+  const bool rounded = w.activation() == Activation::kBf16;
+  const Bf16Kernels* bf16 = rounded ? kernels.bf16 : nullptr;
   const int rows = input.rows(p.part);
-  if (!w.is_packed())
-    kernels.matmul_plain(w.plain_view(), input.floats(p.part, bf16), rows, begin, end, out);
-  else if (w.activation() == Activation::kInt8)
-    kernels.matmul_int8(w.packed_view(), input.int8(p.part), rows, begin, end, out);
-  else
-    kernels.matmul_float(w.packed_view(), input.floats(p.part, bf16), rows, begin, end, out);
+  switch (w.layout()) {
+    case Matrix::Layout::kRows:
+      return kernels.matmul_plain(w.plain_view(), input.floats(p.part, rounded), rows, begin, end, out);
+    case Matrix::Layout::kPairs:
+      if (bf16) return bf16->matmul_pairs(w.pair_view(), input.bf16(p.part), rows, begin, end, out);
+      return kernels.matmul_pairs(w.pair_view(), input.floats(p.part, rounded), rows, begin, end, out);
+    case Matrix::Layout::kPanels:
+      if (w.activation() == Activation::kInt8)
+        return kernels.matmul_int8(w.packed_view(), input.int8(p.part), rows, begin, end, out);
+      if (bf16)
+        return bf16->matmul_packed(w.packed_view(), input.bf16(p.part), input.bf16_sums(p.part), rows, begin, end, out);
+      return kernels.matmul_float(w.packed_view(), input.floats(p.part, rounded), rows, begin, end, out);
+  }
 }
 
 // Panels per work item: enough items to balance, large enough to stream, small enough to stay in cache.
@@ -35,20 +43,20 @@ int chunk_panels(const Matrix& w, int threads, int tokens, int all_panels) {
   return std::min(panels, w.panels());
 }
 
-// Rows of the int8 form: above one tile the last one is as wide as the others.
-size_t int8_rows(int rows) { return rows > kTokenTile ? round_up(size_t(rows), kTokenTile) : size_t(rows); }
+// Rows of the forms in tiles: above one tile the last one is as wide as the others.
+size_t tiled_rows(int rows) { return rows > kTokenTile ? round_up(size_t(rows), kTokenTile) : size_t(rows); }
 
 }  // namespace
 
-void InputForms::add(Activation activation, bool asymmetric) {
+void InputForms::add(Activation activation, Matrix::Layout layout, bool asymmetric) {
   const bool b = activation == Activation::kBf16;
   int8 |= activation == Activation::kInt8;
-  bf16 |= b;
+  (layout == Matrix::Layout::kRows ? bf16_rows : bf16) |= b;
   if (asymmetric && activation != Activation::kInt8) (b ? bf16_sums : sums) = true;
 }
 
 void InputForms::add(const Linear& linear) {
-  if (linear.weight) add(linear.weight->activation(), linear.weight->asymmetric());
+  if (const Matrix* w = linear.weight) add(w->activation(), w->layout(), w->asymmetric());
 }
 
 void InputForms::add(const FfnWeights& ffn) {
@@ -63,37 +71,41 @@ void InputForms::add(const LayerWeights& layer) {
   for (const FfnWeights& expert : layer.experts.experts) add(expert);
 }
 
-ProductInput::Sizes ProductInput::sizes_of(const InputForms& forms, int columns, int rows, bool split) {
+ProductInput::Sizes ProductInput::sizes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows,
+                                            bool split) {
   const size_t blocks = round_up(size_t(columns), kBlock) / kBlock, n = size_t(rows);
+  // Parts of 17 rows and more are rounded up to whole tiles: at worst nearly twice the rows.
+  const size_t cells = (split ? 2 * n : tiled_rows(rows)) * blocks;
   Sizes sizes;
-  if (forms.bf16) sizes.bf16 = n * blocks * kBlock * 4;
+  if (forms.rounds_rows(kernels)) sizes.bf16_rows = n * blocks * kBlock * 4;
+  if (forms.rounds_tiles(kernels)) sizes.bf16_tiles = cells * kBlock * 2;
   if (forms.sums) sizes.sums = n * blocks * 4;
   if (forms.bf16_sums) sizes.bf16_sums = n * blocks * 4;
   if (!forms.int8) return sizes;
-  // Parts of 17 rows and more are rounded up to whole tiles: at worst nearly twice the rows.
-  const size_t cells = (split ? 2 * n : int8_rows(rows)) * blocks;
   sizes.codes = cells * kBlock;
   sizes.cells = cells * 4;
   return sizes;
 }
 
-void ProductInput::reserve(const InputForms& forms, int columns, int rows, bool split) {
-  const Sizes sizes = sizes_of(forms, columns, rows, split);
-  bf16_ = AlignedBuffer(sizes.bf16);
+void ProductInput::reserve(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split) {
+  const Sizes sizes = sizes_of(kernels, forms, columns, rows, split);
+  bf16_rows_ = AlignedBuffer(sizes.bf16_rows);
+  bf16_tiles_ = AlignedBuffer(sizes.bf16_tiles);
   sums_ = AlignedBuffer(sizes.sums);
   bf16_sums_ = AlignedBuffer(sizes.bf16_sums);
   codes_ = AlignedBuffer(sizes.codes);
   for (AlignedBuffer* b : {&scale_, &bias8_, &bias128_, &code_sums_}) *b = AlignedBuffer(sizes.cells);
 }
 
-std::size_t ProductInput::bytes_of(const InputForms& forms, int columns, int rows, bool split) {
-  const Sizes s = sizes_of(forms, columns, rows, split);
-  return s.bf16 + s.sums + s.bf16_sums + s.codes + 4 * s.cells;
+std::size_t ProductInput::bytes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split) {
+  const Sizes s = sizes_of(kernels, forms, columns, rows, split);
+  return s.bf16_rows + s.bf16_tiles + s.sums + s.bf16_sums + s.codes + 4 * s.cells;
 }
 
 std::size_t ProductInput::bytes() const {
   std::size_t total = 0;
-  for (const AlignedBuffer* b : {&bf16_, &sums_, &bf16_sums_, &codes_, &scale_, &bias8_, &bias128_, &code_sums_})
+  for (const AlignedBuffer* b :
+       {&bf16_rows_, &bf16_tiles_, &sums_, &bf16_sums_, &codes_, &scale_, &bias8_, &bias128_, &code_sums_})
     total += b->bytes();
   return total;
 }
@@ -112,9 +124,11 @@ void ProductInput::begin(const InputForms& forms, float* x, int columns, std::sp
                          bias8_.as<int32_t>() + cell,         bias128_.as<int32_t>() + cell,
                          code_sums_.as<float>() + cell,       std::min(rows, int(kTokenTile)),
                          int(blocks)};
-    parts_.push_back({first, rows, forms.int8 ? int8 : Int8Input{}});
+    Bf16Input bf16{};
+    if (bf16_tiles_.data()) bf16 = {bf16_tiles_.as<uint16_t>() + cell * kBlock, int8.width, int8.blocks};
+    parts_.push_back({first, rows, forms.int8 ? int8 : Int8Input{}, bf16});
     first += rows;
-    cell += int8_rows(rows) * blocks;
+    cell += tiled_rows(rows) * blocks;
   }
 }
 
@@ -123,22 +137,28 @@ void ProductInput::prepare(const Kernels& kernels, int row) const {
   float* x = x_ + at;
   kernels.pad_row(x, columns_);
   if (forms_.sums) kernels.block_sums(x, int(blocks), sums_.as<float>() + size_t(row) * blocks);
-  if (forms_.bf16) kernels.round_bf16(x, ld_, bf16_.as<float>() + at);
-  if (forms_.bf16_sums)
-    kernels.block_sums(bf16_.as<float>() + at, int(blocks), bf16_sums_.as<float>() + size_t(row) * blocks);
-  if (!forms_.int8) return;
   const auto later = [](int r, const Part& p) { return r < p.first; };
-  const auto after = std::upper_bound(parts_.begin(), parts_.end(), row, later);
-  const Part& part = *(after - 1);
-  kernels.quantize_int8(x, row - part.first, part.int8);
+  const Part& part = *(std::upper_bound(parts_.begin(), parts_.end(), row, later) - 1);
+  float* sums = forms_.bf16_sums ? bf16_sums_.as<float>() + size_t(row) * blocks : nullptr;
+  if (forms_.rounds_rows(kernels)) {
+    float* rounded = bf16_rows_.as<float>() + at;
+    kernels.round_bf16(x, ld_, rounded);
+    if (sums) kernels.block_sums(rounded, int(blocks), sums);
+  }
+  if (forms_.rounds_tiles(kernels)) kernels.bf16->round(x, row - part.first, part.bf16, sums);
+  if (forms_.int8) kernels.quantize_int8(x, row - part.first, part.int8);
 }
 
-FloatInput ProductInput::floats(int part, bool bf16) const {
+const float* ProductInput::bf16_sums(int part) const {
+  if (!bf16_sums_.data()) return nullptr;
+  return bf16_sums_.as<float>() + size_t(parts_[size_t(part)].first) * size_t(ld_ / kBlock);
+}
+
+FloatInput ProductInput::floats(int part, bool rounded) const {
   const size_t first = size_t(parts_[size_t(part)].first), at = first * size_t(ld_);
   const size_t block = first * size_t(ld_ / kBlock);
-  const auto from = [](const AlignedBuffer& b, size_t i) { return b.data() ? b.as<float>() + i : nullptr; };
-  if (bf16) return {from(bf16_, at), size_t(ld_), from(bf16_sums_, block)};
-  return {x_ + at, size_t(ld_), from(sums_, block)};
+  if (rounded) return {bf16_rows_.as<float>() + at, size_t(ld_), bf16_sums(part)};
+  return {x_ + at, size_t(ld_), sums_.data() ? sums_.as<float>() + block : nullptr};
 }
 
 void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::span<const Product> products) {

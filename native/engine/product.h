@@ -14,11 +14,15 @@ namespace trilemma {
 // Which forms of an input are needed besides f32.
 struct InputForms {
   bool sums = false, bf16 = false, bf16_sums = false, int8 = false;
+  bool bf16_rows = false;  // rounded, for weights that only the float kernels multiply
 
-  void add(Activation activation, bool asymmetric);
+  void add(Activation activation, Matrix::Layout layout, bool asymmetric);
   void add(const Linear& linear);
   void add(const FfnWeights& ffn);
   void add(const LayerWeights& layer);
+  // Kernels with products of bf16 take that form in tiles, others as rows of rounded f32.
+  bool rounds_rows(const Kernels& kernels) const { return bf16_rows || (bf16 && !kernels.bf16); }
+  bool rounds_tiles(const Kernels& kernels) const { return bf16 && kernels.bf16; }
 };
 
 // Owns the derived forms of one input at a time; the f32 rows belong to the caller. An input is one part, or several
@@ -26,10 +30,10 @@ struct InputForms {
 class ProductInput {
  public:
   // For up to `rows` rows, in several parts where `split`.
-  void reserve(const InputForms& forms, int columns, int rows, bool split);
+  void reserve(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split);
   std::size_t bytes() const;
   // What `reserve` of the same would take.
-  static std::size_t bytes_of(const InputForms& forms, int columns, int rows, bool split);
+  static std::size_t bytes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split);
 
   // Rows of `x` are `ld` floats apart, ld = columns rounded up to 32.
   void begin(const InputForms& forms, float* x, int columns, int rows) { begin(forms, x, columns, {&rows, 1}); }
@@ -37,26 +41,29 @@ class ProductInput {
   // Pads and derives one row; safe to call for different rows at once.
   void prepare(const Kernels& kernels, int row) const;
 
-  FloatInput floats(int part, bool bf16) const;
+  FloatInput floats(int part, bool rounded) const;
+  const Bf16Input& bf16(int part) const { return parts_[size_t(part)].bf16; }
+  const float* bf16_sums(int part) const;
   const Int8Input& int8(int part) const { return parts_[size_t(part)].int8; }
   int rows(int part) const { return parts_[size_t(part)].rows; }
 
  private:
   struct Sizes {
-    std::size_t bf16 = 0, sums = 0, bf16_sums = 0;
+    std::size_t bf16_rows = 0, bf16_tiles = 0, sums = 0, bf16_sums = 0;
     std::size_t codes = 0, cells = 0;  // cells: each of the four buffers beside the codes
   };
-  static Sizes sizes_of(const InputForms& forms, int columns, int rows, bool split);
+  static Sizes sizes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split);
 
   struct Part {
     int first, rows;
     Int8Input int8;
+    Bf16Input bf16;
   };
   InputForms forms_;
   float* x_ = nullptr;
   int columns_ = 0, ld_ = 0;
   std::vector<Part> parts_;
-  AlignedBuffer bf16_, sums_, bf16_sums_;
+  AlignedBuffer bf16_rows_, bf16_tiles_, sums_, bf16_sums_;
   AlignedBuffer codes_, scale_, bias8_, bias128_, code_sums_;
 };
 

@@ -20,11 +20,6 @@ struct WeightF16 {
   static V16f read(const uint16_t* p) { return load_f16(p); }
   static V16f read_n(const uint16_t* p, int n) { return load_f16_n(p, n); }
 };
-struct WeightBf16 {
-  using type = uint16_t;
-  static V16f read(const uint16_t* p) { return load_bf16(p); }
-  static V16f read_n(const uint16_t* p, int n) { return load_bf16_n(p, n); }
-};
 
 // Registers of a tile: rows x tokens accumulators, one input per token, one weight.
 #if defined(TRILEMMA_SIMD_AVX512)
@@ -111,7 +106,7 @@ void matmul_plain(const PlainView& w, const FloatInput& x, int tokens, int begin
     case kF16:
       return plain<WeightF16>(w, x, tokens, first, last, out);
     case kBf16:
-      return plain<WeightBf16>(w, x, tokens, first, last, out);
+      return;  // held as pairs: matmul_pairs
   }
 }
 

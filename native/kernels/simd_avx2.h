@@ -138,6 +138,15 @@ inline void store_bf16(uint16_t* p, V16f a) {
 inline V16u load_line(const uint8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
+// The two bf16 halves of every lane as f32.
+inline V16f low_bf16(V16u pairs) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(pairs.hi, 16))};
+}
+inline V16f high_bf16(V16u pairs) {
+  const __m256i mask = _mm256_set1_epi32(int(0xffff0000u));
+  return {_mm256_castsi256_ps(_mm256_and_si256(pairs.lo, mask)), _mm256_castsi256_ps(_mm256_and_si256(pairs.hi, mask))};
+}
+
 template <int Shift, int Offset>
 inline __m256 nibble_half(__m256i line) {
   const __m256i code = _mm256_and_si256(_mm256_srli_epi32(line, Shift), _mm256_set1_epi32(15));

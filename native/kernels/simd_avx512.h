@@ -88,6 +88,12 @@ inline void store_bf16(uint16_t* p, V16f a) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_castps_si512(a.v), 16)));
 }
 
+// The two bf16 halves of every lane as f32.
+inline V16f low_bf16(V16u pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs.v, 16))}; }
+inline V16f high_bf16(V16u pairs) {
+  return {_mm512_castsi512_ps(_mm512_and_epi32(pairs.v, _mm512_set1_epi32(int(0xffff0000u))))};
+}
+
 inline V16u load_line(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 // A look-up: vpermps reads the low four bits of each index only, so no mask, conversion or subtraction is needed.
 template <int Shift, int Offset>

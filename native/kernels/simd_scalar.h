@@ -163,6 +163,17 @@ inline V16u load_line(const uint8_t* p) {
   memcpy(r.v, p, sizeof r.v);
   return r;
 }
+// The two bf16 halves of every lane as f32.
+inline V16f low_bf16(V16u pairs) {
+  V16f r;
+  TRILEMMA_EACH r.v[i] = bits_float(pairs.v[i] << 16);
+  return r;
+}
+inline V16f high_bf16(V16u pairs) {
+  V16f r;
+  TRILEMMA_EACH r.v[i] = bits_float(pairs.v[i] & 0xffff0000u);
+  return r;
+}
 // Four bits of each lane, minus Offset.
 template <int Shift, int Offset>
 inline V16f nibble(V16u line) {

@@ -35,6 +35,14 @@ struct PackedView {
   int bits;  // 4 or 8
 };
 
+// pairs16.v1: bf16 in panels of 16 rows; per 2 columns one 64-byte line, lane r holds columns k (low half) and k+1 of
+// row r. Columns are padded to 32, rows to 16, with zeros.
+struct PairView {
+  const uint16_t* pairs;
+  int rows, cols;
+  int blocks;  // columns padded to 32, / 32
+};
+
 // Activations quantized to int8 in groups of 32, in tiles of `width` = min(16, tokens) tokens:
 // codes [tile][block][width][32]; the other arrays [tile][block][width].
 struct Int8Input {
@@ -43,6 +51,13 @@ struct Int8Input {
   int32_t* bias8;    // -8 * sum of codes: undoes the +8 of biased 4-bit weights
   int32_t* bias128;  // -128 * sum of codes: undoes the +128 of biased 8-bit weights
   float* sum;        // scale * sum of codes: what a group's minimum is multiplied with
+  int width;
+  int blocks;
+};
+
+// Activations rounded to bf16, in the same tiles: [tile][block][width][32].
+struct Bf16Input {
+  uint16_t* codes;
   int width;
   int blocks;
 };
@@ -86,6 +101,15 @@ struct AttentionTask {
   int window;          // 0: unlimited
 };
 
+// Products of bf16 inputs by the processor's own instruction. `sums` holds the sums of rounded blocks that asymmetric
+// codes need, [token][block], or null.
+struct Bf16Kernels {
+  void (*round)(const float* x, int token, const Bf16Input& out, float* sums);
+  void (*matmul_pairs)(const PairView& w, const Bf16Input& x, int tokens, int begin, int end, const Output& out);
+  void (*matmul_packed)(const PackedView& w, const Bf16Input& x, const float* sums, int tokens, int begin, int end,
+                        const Output& out);
+};
+
 struct Kernels {
   const char* name;
   // (x - mean) / rms * weight + bias, without the mean for rms_norm. `bias` may be null; `out` may be `x`.
@@ -105,12 +129,16 @@ struct Kernels {
   void (*attention)(const KvView& kv, const AttentionTask& task);
   // Panels [begin, end) of 16 rows, all tokens.
   void (*matmul_plain)(const PlainView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out);
+  void (*matmul_pairs)(const PairView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out);
   void (*matmul_float)(const PackedView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out);
   void (*matmul_int8)(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out);
+  // Null where the instruction set multiplies no bf16: rows of f32 rounded to bf16 take their place.
+  const Bf16Kernels* bf16;
 };
 
 extern const Kernels kernels_scalar;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_avx512bf16;
 
 }  // namespace trilemma

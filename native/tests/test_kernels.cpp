@@ -49,6 +49,11 @@ void check_close(const char* what, double found, double wanted, double tolerance
 
 size_t padded(int k) { return size_t((k + 31) / 32 * 32); }
 
+float bf16_value(float x) {
+  const uint32_t b = std::bit_cast<uint32_t>(x);
+  return std::bit_cast<float>((b + 0x7fff + ((b >> 16) & 1)) & 0xffff0000u);
+}
+
 std::vector<float> padded_rows(int tokens, int cols) {
   std::vector<float> x(size_t(tokens) * padded(cols), 0.0f);
   for (int t = 0; t < tokens; ++t)
@@ -83,6 +88,38 @@ struct Quantized {
     return out;
   }
 };
+
+// Inputs rounded to bf16 in tiles, with the sums of their blocks.
+struct Rounded {
+  std::vector<uint16_t> codes;
+  std::vector<float> sums;
+  Bf16Input input{};
+
+  Rounded(const Bf16Kernels& kernels, const std::vector<float>& x, int tokens, int cols) {
+    const int width = tokens < 16 ? tokens : 16, blocks = int(padded(cols) / 32);
+    codes.resize(size_t((tokens + width - 1) / width * width) * padded(cols));
+    sums.resize(size_t(tokens) * size_t(blocks));
+    input = {codes.data(), width, blocks};
+    for (int t = 0; t < tokens; ++t)
+      kernels.round(x.data() + size_t(t) * padded(cols), t, input, sums.data() + size_t(t) * size_t(blocks));
+  }
+};
+
+// Runs a bf16 product where the host has one, for all tokens and for each alone: the bits must agree. Empty otherwise.
+std::vector<float> bf16_product(const char* what, const std::vector<float>& x, int tokens, int rows, int cols,
+                                const std::function<void(const Bf16Kernels&, const Rounded&, int, const Output&)>& run) {
+  const Bf16Kernels* kernels = tables().back()->bf16;
+  if (!kernels) return {};
+  std::vector<float> together(size_t(tokens) * size_t(rows)), alone(together.size());
+  run(*kernels, {*kernels, x, tokens, cols}, tokens, {together.data(), size_t(rows), nullptr, 0});
+  for (int t = 0; t < tokens; ++t) {
+    const auto from = x.begin() + std::ptrdiff_t(size_t(t) * padded(cols));
+    const std::vector<float> row(from, from + std::ptrdiff_t(padded(cols)));
+    run(*kernels, {*kernels, row, 1, cols}, 1, {alone.data() + size_t(t) * size_t(rows), size_t(rows), nullptr, 0});
+  }
+  CHECK(same_bits(together, alone), std::string(what) + " depends on the batch");
+  return together;
+}
 
 ref::Grid random_grid(int rows, int cols, int bits, int group, bool symmetric) {
   ref::Grid g{rows, cols, bits, group, {}, {}, {}};
@@ -119,13 +156,22 @@ void test_packed(int rows, int cols, int bits, int group, bool symmetric) {
       return y;
     };
     const std::vector<float> a = everywhere("matmul_int8", integer), b = everywhere("matmul_float", floating);
+    const std::vector<float> c = bf16_product(
+        "matmul_packed of bf16", x, tokens, rows, cols,
+        [&](const Bf16Kernels& k, const Rounded& in, int count, const Output& out) {
+          k.matmul_packed(view, in.input, in.sums.data(), count, 0, panel_count, out);
+        });
     const Quantized q(*tables()[0], x, tokens, cols);
     for (int t = 0; t < tokens; ++t) {
       const std::vector<double> seen = q.values(t, cols);
       const std::vector<double> exact(x.begin() + std::ptrdiff_t(size_t(t) * padded(cols)),
                                       x.begin() + std::ptrdiff_t(size_t(t + 1) * padded(cols)));
+      std::vector<double> rounded;
+      for (const double value : exact) rounded.push_back(double(bf16_value(float(value))));
       for (int r = 0; r < rows; ++r) {
         const size_t at = size_t(t) * size_t(rows) + size_t(r);
+        const ref::Sum g = ref::product(grid, r, rounded);
+        if (!c.empty()) check_close("matmul_packed of bf16", c[at], g.value, kSumTolerance * (g.size + 1));
         const ref::Sum i = ref::product(grid, r, seen), f = ref::product(grid, r, exact);
         const double rest = double(before[at]) + double(bias[size_t(r)]);
         check_close("matmul_int8", a[at], i.value + rest, kSumTolerance * (i.size + std::fabs(rest) + 1));
@@ -139,7 +185,7 @@ void test_plain(int rows, int cols, Dtype dtype) {
   std::vector<float> values(size_t(rows) * size_t(cols));
   std::vector<uint16_t> halves(values.size());
   for (size_t i = 0; i < values.size(); ++i) {
-    values[i] = float(check::between(-127, 127)) / 64;  // exact in all three types
+    values[i] = float(check::between(-127, 127)) / 64;  // exact in both types
     halves[i] = dtype == kF16 ? ref::to_half(values[i]) : uint16_t(std::bit_cast<uint32_t>(values[i]) >> 16);
   }
   const PlainView view{dtype == kF32 ? static_cast<const void*>(values.data()) : halves.data(), dtype, rows, cols};
@@ -161,6 +207,48 @@ void test_plain(int rows, int cols, Dtype dtype) {
           size += std::fabs(term);
         }
         check_close("matmul_plain", y[size_t(t) * size_t(rows) + size_t(r)], sum, kSumTolerance * (size + 1));
+      }
+  }
+}
+
+void test_pairs(int rows, int cols) {
+  const int panels = (rows + 15) / 16, blocks = int(padded(cols) / 32);
+  std::vector<uint16_t> pairs(size_t(panels) * size_t(blocks) * 512);
+  std::vector<float> values(size_t(rows) * size_t(cols));
+  for (int r = 0; r < rows; ++r)
+    for (int k = 0; k < cols; ++k) {
+      const float value = values[size_t(r * cols + k)] = bf16_value(check::normal());
+      const size_t line = (size_t(r / 16) * size_t(blocks) * 16 + size_t(k / 2)) * 32;
+      pairs[line + size_t(r % 16 * 2 + k % 2)] = uint16_t(std::bit_cast<uint32_t>(value) >> 16);
+    }
+  const PairView view{pairs.data(), rows, cols, blocks};
+  for (const int tokens : kTokens) {
+    const std::vector<float> x = padded_rows(tokens, cols);
+    const std::vector<float> f32 = everywhere("matmul_pairs", [&](const Kernels& k) {
+      std::vector<float> out(size_t(tokens) * size_t(rows));
+      k.matmul_pairs(view, {x.data(), padded(cols), nullptr}, tokens, 0, panels, {out.data(), size_t(rows), nullptr, 0});
+      return out;
+    });
+    const std::vector<float> bf16 =
+        bf16_product("matmul_pairs of bf16", x, tokens, rows, cols,
+                     [&](const Bf16Kernels& k, const Rounded& in, int count, const Output& out) {
+                       const int half = panels / 2;  // two calls, as two threads would
+                       k.matmul_pairs(view, in.input, count, half, panels, out);
+                       k.matmul_pairs(view, in.input, count, 0, half, out);
+                     });
+    for (int t = 0; t < tokens; ++t)
+      for (int r = 0; r < rows; ++r) {
+        double sum = 0, rounded = 0, size = 0;
+        for (int k = 0; k < cols; ++k) {
+          const double w = double(values[size_t(r * cols + k)]);
+          const float in = x[size_t(t) * padded(cols) + size_t(k)];
+          sum += w * double(in);
+          rounded += w * double(bf16_value(in));
+          size += std::fabs(w * double(in));
+        }
+        const size_t at = size_t(t) * size_t(rows) + size_t(r);
+        check_close("matmul_pairs", f32[at], sum, kSumTolerance * (size + 1));
+        if (!bf16.empty()) check_close("matmul_pairs of bf16", bf16[at], rounded, kSumTolerance * (size + 1));
       }
   }
 }
@@ -320,7 +408,8 @@ int main() {
       test_packed(rows, cols, 4, group, true);
       test_packed(rows, cols, 4, group, false);
     }
-    for (const Dtype dtype : {kF32, kF16, kBf16}) test_plain(rows, cols, dtype);
+    for (const Dtype dtype : {kF32, kF16}) test_plain(rows, cols, dtype);
+    test_pairs(rows, cols);
   }
   for (const int n : {1, 7, 16, 172, 260}) test_rowwise(n);
   test_rope(3, 8, 4);
