@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.native-built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint format bench native install docs clean
+.PHONY: help demo test test-full test-qemu lint format bench native install docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,19 @@ test: install  ## the test suite
 
 test-full: install  ## the test suite with the full matrix of contracts
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
+
+# The C++ tests where this host's processor is not: ARM with NEON, and x86 without AVX-512 (emulated). Debian's packages
+# g++-aarch64-linux-gnu and qemu-user are needed.
+NATIVE_TESTS := -DTRILEMMA_TESTS=ON -DTRILEMMA_PYTHON=OFF -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+test-qemu: install  ## the C++ tests on emulated ARM and on x86 without AVX-512
+	@command -v qemu-aarch64 aarch64-linux-gnu-g++ >/dev/null || { \
+	  echo "error: install g++-aarch64-linux-gnu and qemu-user (Debian, Ubuntu)" >&2; exit 2; }
+	$(BIN)/cmake -S native -B build/arm $(NATIVE_TESTS) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
+	$(BIN)/cmake --build build/arm && $(BIN)/ctest --test-dir build/arm --output-on-failure
+	$(BIN)/cmake -S native -B build/x86 $(NATIVE_TESTS)
+	$(BIN)/cmake --build build/x86
+	for test in test_kernels test_engine; do qemu-x86_64 -cpu max build/x86/tests/$$test || exit 1; done
 
 lint: install  ## style, types and the direction of imports
 	$(BIN)/ruff check .

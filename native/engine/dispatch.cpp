@@ -6,13 +6,16 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
 #endif
 
 namespace trilemma {
 namespace {
 
 struct Support {
-  bool avx2 = false, avx512 = false, avx512bf16 = false;
+  bool avx2 = false, avx512 = false, avx512bf16 = false, neon = false;
 };
 
 #if defined(__x86_64__)
@@ -37,6 +40,17 @@ Support detect() {
   s.avx512bf16 = s.avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
   return s;
 }
+#elif defined(__aarch64__)
+// sdot came with ARMv8.2; every Apple processor of this architecture has it.
+Support detect() {
+  Support s;
+#if defined(__linux__)
+  s.neon = getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  s.neon = true;
+#endif
+  return s;
+}
 #else
 Support detect() { return {}; }
 #endif
@@ -53,6 +67,7 @@ std::vector<std::string> supported_isas() {
   if (support().avx2) names.push_back("avx2");
   if (support().avx512) names.push_back("avx512");
   if (support().avx512bf16) names.push_back("avx512bf16");
+  if (support().neon) names.push_back("neon");
   return names;
 }
 
@@ -69,10 +84,12 @@ const Kernels& pick_kernels(const std::string& asked) {
     if (name == "avx512bf16") return kernels_avx512bf16;
     if (name == "avx512") return kernels_avx512;
     if (name == "avx2") return kernels_avx2;
+#elif defined(__aarch64__)
+    if (name == "neon") return kernels_neon;
 #endif
     return kernels_scalar;
   }
-  const bool known = name == "avx2" || name == "avx512" || name == "avx512bf16";
+  const bool known = name == "avx2" || name == "avx512" || name == "avx512bf16" || name == "neon";
   throw EngineFault("Instruction set '" + name + "' " + (known ? "is not supported by this processor" : "is unknown") +
                     ". Usable here: " + valid + ".");
 }

@@ -20,6 +20,8 @@ constexpr auto kSpin = std::chrono::microseconds(100);
 inline void relax() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
 #endif
 }
 

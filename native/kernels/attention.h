@@ -20,6 +20,9 @@ constexpr int vectors_for(int rows) { return rows >= 4 ? 2 : 4; }
 #elif defined(TRILEMMA_SIMD_AVX2)
 constexpr int kTileRows = 2;
 constexpr int vectors_for(int rows) { return rows >= 2 ? 2 : 4; }
+#elif defined(TRILEMMA_SIMD_NEON)
+constexpr int kTileRows = 2;
+constexpr int vectors_for(int) { return 2; }
 #else
 constexpr int kTileRows = 1;
 constexpr int vectors_for(int) { return 1; }

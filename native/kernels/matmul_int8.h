@@ -11,6 +11,8 @@
 #include "block_dot_avx512.h"
 #elif defined(TRILEMMA_SIMD_AVX2)
 #include "block_dot_avx2.h"
+#elif defined(TRILEMMA_SIMD_NEON)
+#include "block_dot_neon.h"
 #else
 #include "block_dot_scalar.h"
 #endif

@@ -12,6 +12,8 @@
 #include "simd_avx512.h"
 #elif defined(TRILEMMA_SIMD_AVX2)
 #include "simd_avx2.h"
+#elif defined(TRILEMMA_SIMD_NEON)
+#include "simd_neon.h"
 #else
 #include "simd_scalar.h"
 #endif

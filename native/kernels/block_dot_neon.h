@@ -1,0 +1,72 @@
+// The exact int32 sums of one block (32 columns) of a panel, with sdot: four columns of four rows a register.
+// 8-bit codes are signed as they are; 4-bit ones 0..15, whose +8 the accumulator's start undoes.
+#pragma once
+
+#include "simd.h"
+#include "table.h"
+
+namespace trilemma {
+namespace {
+
+constexpr int kIntTokens = 4, kDotTokens = 2;
+
+template <int Bits>
+struct BlockWeights {
+  const uint8_t* packed;
+  explicit BlockWeights(const uint8_t* codes) : packed(codes) {}
+};
+
+// Four columns of 16 rows (one 64-byte line of signed bytes) times columns 4*Lane.. of 16 inputs.
+template <int Lane, int T>
+inline void dot_line(const int8x16_t* line, const int8x16_t* x, int32x4_t (*acc)[4]) {
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) acc[t][q] = vdotq_laneq_s32(acc[t][q], line[q], x[t], Lane);
+}
+
+// Columns 4*Lane .. of the 16 inputs in `x`: one line of 8-bit codes, or (every other Lane) a line of 4-bit ones, whose
+// high nibbles are the next four columns.
+template <int Bits, int Lane, int T>
+inline void dot_columns(const uint8_t* packed, const int8x16_t* x, int32x4_t (*acc)[4]) {
+  int8x16_t line[4], high[4];
+#pragma GCC unroll 4
+  for (int q = 0; q < 4; ++q) {
+    const uint8x16_t codes = vld1q_u8(packed + 16 * q);
+    line[q] = vreinterpretq_s8_u8(Bits == 4 ? vandq_u8(codes, vdupq_n_u8(15)) : codes);
+    if (Bits == 4) high[q] = vreinterpretq_s8_u8(vshrq_n_u8(codes, 4));
+  }
+  dot_line<Lane, T>(line, x, acc);
+  if constexpr (Bits == 4) dot_line<Lane + 1, T>(high, x, acc);
+}
+
+template <int Bits, bool Symmetric, int T>
+inline void block_dot(const BlockWeights<Bits>& w, const int8_t* x, const int32_t* bias, V16f* sum) {
+  int32x4_t acc[T][4];
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) acc[t][q] = vdupq_n_s32(Bits == 4 && Symmetric ? bias[t] : 0);
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    int8x16_t in[T];
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) in[t] = vld1q_s8(x + t * kBlock + 16 * half);
+    const uint8_t* packed = w.packed + half * kPanel * 16 * Bits / 8;
+    dot_columns<Bits, 0, T>(packed, in, acc);
+    if constexpr (Bits == 8) {
+      dot_columns<8, 1, T>(packed + 64, in, acc);
+      dot_columns<8, 2, T>(packed + 128, in, acc);
+      dot_columns<8, 3, T>(packed + 192, in, acc);
+    } else {
+      dot_columns<4, 2, T>(packed + 64, in, acc);
+    }
+  }
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+    for (int q = 0; q < 4; ++q) sum[t].q[q] = vcvtq_f32_s32(acc[t][q]);
+}
+
+}  // namespace
+}  // namespace trilemma
