@@ -39,7 +39,7 @@ struct Scratch {
   ProductInput input;
   AlignedBuffer x, y;
 
-  Scratch(const std::vector<Job>& jobs, int tokens) {
+  Scratch(const Kernels& kernels, const std::vector<Job>& jobs, int tokens) {
     InputForms all;
     int columns = 0, rows = 0;
     for (const Job& job : jobs) {
@@ -76,7 +76,7 @@ std::vector<double> time_products(const Model& model, const ProductJobs& names, 
   const Kernels& kernels = pick_kernels(isa);
   std::vector<Job> jobs;
   for (const auto& job : names) jobs.push_back(job_of(model, job));
-  Scratch scratch(jobs, tokens);
+  Scratch scratch(kernels, jobs, tokens);
   std::vector<double> seconds;
   for (int pass = 0; pass < passes; ++pass) {
     const auto begun = Clock::now();

@@ -15,8 +15,9 @@ def time_products(
 def release_free_memory() -> None: ...
 def plan_memory(
     config: Mapping[str, Any],
-    products: Sequence[tuple[str, bool]],
+    products: Sequence[tuple[str, bool, bool]],
     *,
+    isa: str,
     kv_cache: str,
     max_context: int,
     max_sequences: int = 1,
