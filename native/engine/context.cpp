@@ -35,6 +35,7 @@ void Context::reserve(const ScratchPlan& plan) {
   s.k = AlignedBuffer(plan.k);
   s.v = AlignedBuffer(plan.v);
   s.attended = AlignedBuffer(plan.attended);
+  s.partial = AlignedBuffer(plan.partial);
   s.gate = AlignedBuffer(plan.gate);
   s.up = AlignedBuffer(plan.up);
   for (const int i : {0, 1}) s.part[i] = AlignedBuffer(plan.part[i]);
@@ -51,7 +52,7 @@ void Context::reserve(const ScratchPlan& plan) {
 MemoryUse Context::memory() const {
   const Scratch& s = scratch_;
   std::size_t scratch = rope_.bytes() + s.input.bytes() + s.routing.bytes();
-  for (const AlignedBuffer* b : {&s.x, &s.normed, &s.q, &s.k, &s.v, &s.attended, &s.gate, &s.up, &s.part[0], &s.part[1],
+  for (const AlignedBuffer* b : {&s.x, &s.normed, &s.q, &s.k, &s.v, &s.attended, &s.partial, &s.gate, &s.up, &s.part[0], &s.part[1],
                                  &s.scores, &s.gathered, &s.routed})
     scratch += b->bytes();
   return {model_->weights_bytes(), kv_.bytes(), scratch};

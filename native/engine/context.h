@@ -55,6 +55,7 @@ class Context {
   struct Scratch {
     AlignedBuffer x;  // residual stream, (pass, dim)
     AlignedBuffer normed, q, k, v, attended, gate, up;
+    AlignedBuffer partial;  // attention of a few heads over many positions: what each chunk of them adds
     AlignedBuffer part[2];  // outputs that wait for their norm or for the other part of a parallel layer
     AlignedBuffer scores, gathered, routed;  // experts: (chunk, router rows); (rows, dim) going in and coming out
     Routing routing;
@@ -79,6 +80,9 @@ class Context {
   void run_experts(const ExpertsSpec& spec, const ExpertsWeights& w, int begin, int end, int count, float* out);
   void activate(const FfnSpec& spec, const InputForms& forms, std::span<const int> rows_of_parts);
   void attend(const Pass& pass, int layer, int first, int count);
+  struct AttentionPlan;
+  AttentionPlan plan_attention(const Pass& pass, int layer, int first, int count) const;
+  void store_keys(const AttentionPlan& plan, int layer, int count);
   void add_part(const Norm& post_norm, float* rows, float* x, int count);
   float* write_logits(const Pass& pass, float* logits);
   void norm(const InputForms& forms, const Norm& norm, int first, int count);

@@ -5,36 +5,15 @@
 #include <vector>
 
 #include "context.h"
+#include "pass.h"
 
 namespace trilemma {
 namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kInterruptInterval = std::chrono::milliseconds(50);
-// (token, head) rows of one attention work item: four register blocks.
-constexpr int kAttentionRows = 32;
 
 }  // namespace
-
-// Tokens that go through all layers together, in rows of the residual stream.
-struct Context::Pass {
-  std::vector<std::int32_t> tokens;
-  std::vector<Segment> segments;
-  std::vector<int> wanted;  // rows whose logits are asked for, ascending
-
-  int position(int row) const {
-    for (const Segment& s : segments)
-      if (row < s.first + s.count) return s.position + row - s.first;
-    return 0;
-  }
-  void add(const Slice& slice, int from, int count, int position, bool all, bool last) {
-    segments.push_back({slice.sequence, int(tokens.size()), count, position});
-    for (int i = 0; i < count; ++i) {
-      if (all || (last && i == count - 1)) wanted.push_back(int(tokens.size()));
-      tokens.push_back(slice.tokens[size_t(from + i)]);
-    }
-  }
-};
 
 void Context::run_cached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted) {
   Pass pass;
@@ -154,80 +133,6 @@ void Context::add_part(const Norm& post_norm, float* rows, float* x, int count) 
     float* row = rows + size_t(i) * size_t(dim);
     if (post_norm.weight) norm_row(post_norm, row, row);
     kernels_.add_scaled(x + size_t(i) * size_t(dim), row, 1.0f, dim);
-  });
-}
-
-void Context::attention(const Pass& pass, int layer, int first, int count, float* out) {
-  const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
-  const LayerWeights& weights = model_->layers()[size_t(layer)];
-  const AttentionWeights& w = weights.attention;
-  const size_t q_dim = size_t(spec.q_dim()), kv_dim = size_t(spec.kv_dim());
-  Scratch& s = scratch_;
-  InputForms forms;
-  for (const Linear* l : {&w.q, &w.k, &w.v}) forms.add(*l);
-  norm(forms, weights.attention_norm, first, count);
-  multiply(kernels_, threads_, s.input,
-           {{&w.q, s.q.as<float>(), q_dim}, {&w.k, s.k.as<float>(), kv_dim}, {&w.v, s.v.as<float>(), kv_dim}});
-  attend(pass, layer, first, count);
-  InputForms out_forms;
-  out_forms.add(w.o);
-  s.input.begin(out_forms, s.attended.as<float>(), int(q_dim), count);
-  each_token(count, double(q_dim), [&](int i) { s.input.prepare(kernels_, i); });
-  multiply(kernels_, threads_, s.input, {{&w.o, out, size_t(model_->config().dim), true}});
-}
-
-// Norms (where asked) and rotates q and k, stores k and v, and mixes values: for the part of each segment inside
-// [first, first + count).
-void Context::attend(const Pass& pass, int layer, int first, int count) {
-  struct Part {
-    KvView kv;
-    int row, count, position, first_item, blocks;
-  };
-  const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
-  const size_t q_dim = size_t(spec.q_dim()), kv_dim = size_t(spec.kv_dim());
-  const int group = spec.heads / spec.kv_heads, half = rope_.half(layer);
-  float *q = scratch_.q.as<float>(), *k = scratch_.k.as<float>(), *v = scratch_.v.as<float>();
-  std::vector<Part> parts;
-  int items = 0;
-  double work = 0;
-  for (const Segment& segment : pass.segments) {
-    const int begin = std::max(segment.first, first), end = std::min(segment.first + segment.count, first + count);
-    if (begin >= end) continue;
-    const int position = segment.position + begin - segment.first;
-    const int blocks = ((end - begin) * group + kAttentionRows - 1) / kAttentionRows;
-    parts.push_back({kv_.view(segment.sequence, layer), begin - first, end - begin, position, items, blocks});
-    items += blocks * spec.kv_heads;
-    work += double(position + end - begin) * (end - begin) * double(q_dim);
-  }
-  const AttentionWeights& w = model_->layers()[size_t(layer)].attention;
-  const auto norm_head = [&](const float* weight, float* head) {
-    kernels_.rms_norm(head, weight, nullptr, spec.head_dim, model_->config().norm_eps, head);
-  };
-  const auto part_of = [&](auto matches) { return *std::find_if(parts.begin(), parts.end(), matches); };
-  each_token(count, 2.0 * double(q_dim + 2 * kv_dim), [&](int i) {
-    const Part part = part_of([&](const Part& p) { return i < p.row + p.count; });
-    const int position = part.position + i - part.row;
-    float *qi = q + size_t(i) * q_dim, *ki = k + size_t(i) * kv_dim, *vi = v + size_t(i) * kv_dim;
-    if (w.q_norm)
-      for (int h = 0; h < spec.heads; ++h) norm_head(w.q_norm, qi + h * spec.head_dim);
-    if (w.k_norm)
-      for (int h = 0; h < spec.kv_heads; ++h) norm_head(w.k_norm, ki + h * spec.head_dim);
-    const float* cos = half ? rope_.cos(layer, position) : nullptr;
-    const float* sin = half ? rope_.sin(layer, position) : nullptr;
-    kernels_.rope(qi, spec.heads, spec.head_dim, half, cos, sin, spec.scale);
-    if (half) kernels_.rope(ki, spec.kv_heads, spec.head_dim, half, cos, sin, 1.0f);
-    kernels_.kv_store(part.kv, ki, vi, spec.kv_heads, position);
-  });
-  const size_t ld_out = round_up(q_dim, kBlock);
-  ThreadPool::instance().run(work < 2 * ThreadPool::kSerialFloats ? 1 : threads_, items, [&](int item) {
-    const Part part = part_of([&](const Part& p) { return item < p.first_item + p.blocks * spec.kv_heads; });
-    const int head = (item - part.first_item) / part.blocks, block = (item - part.first_item) % part.blocks;
-    const size_t column = size_t(head * group) * size_t(spec.head_dim);
-    const int rows = part.count * group;
-    kernels_.attention(
-        part.kv, {q + size_t(part.row) * q_dim + column,
-                  scratch_.attended.as<float>() + size_t(part.row) * ld_out + column, q_dim, ld_out, group, head,
-                  block * kAttentionRows, std::min(rows, (block + 1) * kAttentionRows), part.position, spec.window});
   });
 }
 

@@ -13,7 +13,7 @@ constexpr int kDefaultChunk = 128;
 
 // Of all layers, the widest.
 struct Widths {
-  size_t q = 0, kv = 0, hidden = 0, scores = 0;
+  size_t q = 0, kv = 0, hidden = 0, scores = 0, partial = 0;
 };
 
 void plan_rows(ScratchPlan& plan, const DecoderConfig& config, const ContextOptions& options) {
@@ -54,6 +54,11 @@ void validate(const DecoderConfig& config, const ContextOptions& o) {
               ", the model's own context.");
 }
 
+std::size_t partial_floats(const AttentionSpec& spec) {
+  const size_t rows = size_t(spec.heads / spec.kv_heads);
+  return rows * (round_up(size_t(spec.head_dim), 16) + kPanel);
+}
+
 ScratchPlan plan_scratch(const DecoderConfig& config, const ContextOptions& options) {
   ScratchPlan plan;
   plan_rows(plan, config, options);
@@ -65,6 +70,7 @@ ScratchPlan plan_scratch(const DecoderConfig& config, const ContextOptions& opti
     if (layer.attention) {
       w.q = std::max(w.q, size_t(layer.attention->q_dim()));
       w.kv = std::max(w.kv, size_t(layer.attention->kv_dim()));
+      w.partial = std::max(w.partial, partial_floats(*layer.attention));
     }
     if (layer.ffn) w.hidden = std::max(w.hidden, size_t(layer.ffn->hidden));
   }
@@ -75,6 +81,8 @@ ScratchPlan plan_scratch(const DecoderConfig& config, const ContextOptions& opti
   plan.q = floats(plan.chunk, w.q);
   plan.k = plan.v = floats(plan.chunk, w.kv);
   plan.attended = floats(plan.chunk, round_up(w.q, kBlock));
+  const int chunks = (options.max_context + kKvChunk - 1) / kKvChunk;
+  if (chunks > 1) plan.partial = floats(kSplitHeads * chunks, w.partial);
   plan.gate = floats(plan.rows, round_up(w.hidden, kBlock));
   plan.up = floats(plan.rows, w.hidden);
   if (apart) plan.part[0] = floats(plan.chunk, dim);
@@ -91,7 +99,7 @@ MemoryUse plan_memory(const DecoderConfig& config, const InputForms& forms, cons
   config.validate();
   validate(config, options);
   const ScratchPlan s = plan_scratch(config, options);
-  const std::size_t buffers = s.x + s.normed + s.q + s.k + s.v + s.attended + s.gate + s.up + s.part[0] + s.part[1] +
+  const std::size_t buffers = s.x + s.normed + s.q + s.k + s.v + s.attended + s.partial + s.gate + s.up + s.part[0] + s.part[1] +
                               s.scores + s.gathered + s.routed;
   const std::size_t derived = ProductInput::bytes_of(pick_kernels(options.isa), forms, s.columns, s.rows, s.split);
   const std::size_t scratch =

@@ -28,10 +28,16 @@ struct ScratchPlan {
   int columns = 0;  // of the widest product input
   bool split = false;
   std::size_t x = 0, normed = 0, q = 0, k = 0, v = 0, attended = 0, gate = 0, up = 0;
+  std::size_t partial = 0;
   std::size_t part[2] = {0, 0};
   std::size_t scores = 0, gathered = 0, routed = 0;
   std::size_t pairs = 0, firsts = 0;  // entries of the routing
 };
+
+// A decode step of so few heads (of the cache, over all sequences) is spread over threads by chunks of positions too.
+constexpr int kSplitHeads = 16;
+// Floats that one head and one chunk then need.
+std::size_t partial_floats(const AttentionSpec& spec);
 
 ScratchPlan plan_scratch(const DecoderConfig& config, const ContextOptions& options);
 

@@ -1,4 +1,5 @@
-// Attention of one KV head over the cache: tiles of 128 positions, merged in ascending order by the online softmax.
+// Attention of one KV head over the cache: tiles of 128 positions by the online softmax, in chunks of 512 that are summed
+// apart and merged in ascending order, so that chunks may be summed by different threads.
 //
 // Up to kRows rows (token, query head) share every tile that is loaded. A row's arithmetic does not depend on which
 // rows came along: masked positions contribute exactly nothing, and a tile without any position of a row leaves
@@ -180,21 +181,44 @@ inline void value_tile(const typename Cache::type* v, int padded_dim, int positi
   if constexpr (R > 1) value_tile<Cache, R / 2>(v, padded_dim, positions, weights + r, factor + r, out + r, count - r);
 }
 
+inline void clear(State& s, int row, int padded_dim) {
+  s.maximum[row] = -__builtin_inff();
+  s.total[row] = 0.0f;
+  for (int d = 0; d < padded_dim; d += 16) store(s.out[row] + d, zero());
+}
+
+// Adds a later chunk's sums, its largest score and its total weight, to those of a row.
+inline void merge(State& s, int row, const float* out, float maximum, float total, int padded_dim) {
+  const float before = s.maximum[row], now = before > maximum ? before : maximum;
+  if (now == -__builtin_inff()) return;  // nothing on either side, or NaN: `total` stays 0 and the row ends as NaN
+  alignas(64) float factor[16], other[16];
+  store(factor, exp(set1(before - now)));
+  store(other, exp(set1(maximum - now)));
+  for (int d = 0; d < padded_dim; d += 16)
+    store(s.out[row] + d, fma(load(out + d), set1(other[0]), mul(load(s.out[row] + d), set1(factor[0]))));
+  s.maximum[row] = now;
+  s.total[row] = s.total[row] * factor[0] + total * other[0];
+}
+
+inline void write_rows(const KvView& kv, const Rows& rows, const State& s) {
+  for (int r = 0; r < rows.count; ++r) {
+    const V16f total = set1(s.total[r]);
+    for (int d = 0; d < kv.head_dim; d += 16) {
+      const int n = kv.head_dim - d < 16 ? kv.head_dim - d : 16;
+      store_n(rows.out[r] + d, div(load(s.out[r] + d), total), n);
+    }
+  }
+}
+
+// Positions [first, last) of one chunk, from a clear state.
 template <class Cache>
-inline void attend(const KvView& kv, int head, const Rows& rows, State& s) {
+inline void attend_chunk(const KvView& kv, int head, const Rows& rows, int first, int last, State& s) {
   const size_t capacity = size_t(kv.capacity);
   const auto* k = static_cast<const typename Cache::type*>(kv.k) + size_t(head) * capacity * size_t(kv.head_dim);
   const auto* v = static_cast<const typename Cache::type*>(kv.v) + size_t(head) * capacity * size_t(kv.padded_dim);
   const float* k_scale = kv.k_scale ? kv.k_scale + size_t(head) * capacity : nullptr;
   const float* v_scale = kv.v_scale ? kv.v_scale + size_t(head) * capacity : nullptr;
-  int first = rows.begin[0], last = rows.end[0];
-  for (int r = 0; r < rows.count; ++r) {
-    first = rows.begin[r] < first ? rows.begin[r] : first;
-    last = rows.end[r] > last ? rows.end[r] : last;
-    s.maximum[r] = -__builtin_inff();
-    s.total[r] = 0.0f;
-    for (int d = 0; d < kv.padded_dim; d += 16) store(s.out[r] + d, zero());
-  }
+  for (int r = 0; r < rows.count; ++r) clear(s, r, kv.padded_dim);
   for (int base = first / kTile * kTile; base < last; base += kTile) {
     const int positions = last - base < kTile ? last - base : kTile;
     const int vectors = (positions + 15) / 16;
@@ -212,75 +236,97 @@ inline void attend(const KvView& kv, int head, const Rows& rows, State& s) {
     value_tile<Cache>(v + size_t(base) * size_t(kv.padded_dim), kv.padded_dim, positions, s.scores, factor, s.out,
                       rows.count);
   }
+}
+
+// The positions that any row attends to, cut to one chunk.
+inline bool span_of(const Rows& rows, int chunk, int& first, int& last) {
+  first = rows.begin[0];
+  last = rows.end[0];
+  for (int r = 1; r < rows.count; ++r) {
+    first = rows.begin[r] < first ? rows.begin[r] : first;
+    last = rows.end[r] > last ? rows.end[r] : last;
+  }
+  first = first > chunk * kKvChunk ? first : chunk * kKvChunk;
+  last = last < (chunk + 1) * kKvChunk ? last : (chunk + 1) * kKvChunk;
+  return first < last;
+}
+
+template <class Cache>
+inline void attend(const KvView& kv, int head, const Rows& rows, State& s, State& later) {
+  int first, last, chunk = 0;
+  while (!span_of(rows, chunk, first, last)) ++chunk;
+  attend_chunk<Cache>(kv, head, rows, first, last, s);
+  while (span_of(rows, ++chunk, first, last)) {
+    attend_chunk<Cache>(kv, head, rows, first, last, later);
+    for (int r = 0; r < rows.count; ++r) merge(s, r, later.out[r], later.maximum[r], later.total[r], kv.padded_dim);
+  }
+  write_rows(kv, rows, s);
+}
+
+template <class Cache>
+inline void attend_partly(const KvView& kv, const AttentionTask& task, const Rows& rows, float* partial, State& s) {
+  int first, last;
+  if (span_of(rows, task.chunk, first, last))
+    attend_chunk<Cache>(kv, task.kv_head, rows, first, last, s);
+  else
+    for (int r = 0; r < rows.count; ++r) clear(s, r, kv.padded_dim);
+  for (int r = 0; r < rows.count; ++r, partial += kv.padded_dim + kPanel) {
+    for (int d = 0; d < kv.padded_dim; d += 16) store(partial + d, load(s.out[r] + d));
+    partial[kv.padded_dim] = s.maximum[r];
+    partial[kv.padded_dim + 1] = s.total[r];
+  }
+}
+
+// Up to kRows rows of a task from `at` on.
+inline Rows rows_of(const KvView& kv, const AttentionTask& task, int at) {
+  Rows rows;
+  rows.count = task.row_end - at < kRows ? task.row_end - at : kRows;
   for (int r = 0; r < rows.count; ++r) {
-    const V16f total = set1(s.total[r]);
-    for (int d = 0; d < kv.head_dim; d += 16) {
-      const int n = kv.head_dim - d < 16 ? kv.head_dim - d : 16;
-      store_n(rows.out[r] + d, div(load(s.out[r] + d), total), n);
-    }
+    const int token = (at + r) / task.group, member = (at + r) % task.group;
+    const size_t head = size_t(member) * size_t(kv.head_dim);
+    rows.q[r] = task.q + size_t(token) * task.ld_q + head;
+    rows.out[r] = task.out + size_t(token) * task.ld_out + head;
+    rows.end[r] = task.first_position + token + 1;
+    rows.begin[r] = task.window && rows.end[r] > task.window ? rows.end[r] - task.window : 0;
+  }
+  return rows;
+}
+
+template <class Cache>
+inline void attend_rows(const KvView& kv, const AttentionTask& task) {
+  State state, later;
+  for (int at = task.row_begin; at < task.row_end; at += kRows) {
+    const Rows rows = rows_of(kv, task, at);
+    const size_t row = size_t(at - task.row_begin) * size_t(kv.padded_dim + kPanel);
+    if (task.partial)
+      attend_partly<Cache>(kv, task, rows, task.partial + row, state);
+    else
+      attend<Cache>(kv, task.kv_head, rows, state, later);
   }
 }
 
 void attention(const KvView& kv, const AttentionTask& task) {
+  if (kv.type == kKvF32) attend_rows<CacheF32>(kv, task);
+  if (kv.type == kKvBf16) attend_rows<CacheBf16>(kv, task);
+  if (kv.type == kKvInt8) attend_rows<CacheInt8>(kv, task);
+}
+
+void attention_merge(const KvView& kv, const AttentionTask& task, int chunks, size_t stride) {
   State state;
   for (int at = task.row_begin; at < task.row_end; at += kRows) {
-    Rows rows;
-    rows.count = task.row_end - at < kRows ? task.row_end - at : kRows;
-    for (int r = 0; r < rows.count; ++r) {
-      const int token = (at + r) / task.group, member = (at + r) % task.group;
-      const size_t head = size_t(member) * size_t(kv.head_dim);
-      rows.q[r] = task.q + size_t(token) * task.ld_q + head;
-      rows.out[r] = task.out + size_t(token) * task.ld_out + head;
-      rows.end[r] = task.first_position + token + 1;
-      rows.begin[r] = task.window && rows.end[r] > task.window ? rows.end[r] - task.window : 0;
+    const Rows rows = rows_of(kv, task, at);
+    const int width = kv.padded_dim + kPanel;
+    const float* partial = task.partial + size_t(at - task.row_begin) * size_t(width);
+    for (int r = 0; r < rows.count; ++r, partial += width) {
+      for (int d = 0; d < kv.padded_dim; d += 16) store(state.out[r] + d, load(partial + d));
+      state.maximum[r] = partial[kv.padded_dim];
+      state.total[r] = partial[kv.padded_dim + 1];
+      for (int c = 1; c < chunks; ++c) {
+        const float* next = partial + size_t(c) * stride;
+        merge(state, r, next, next[kv.padded_dim], next[kv.padded_dim + 1], kv.padded_dim);
+      }
     }
-    if (kv.type == kKvF32) attend<CacheF32>(kv, task.kv_head, rows, state);
-    if (kv.type == kKvBf16) attend<CacheBf16>(kv, task.kv_head, rows, state);
-    if (kv.type == kKvInt8) attend<CacheInt8>(kv, task.kv_head, rows, state);
-  }
-}
-
-inline float quantize_head(const float* x, int n, float* codes) {
-  V16u peak = abs_bits(zero());
-  for (int i = 0; i < n; i += 16) peak = max_u(peak, abs_bits(load_n(x + i, n - i < 16 ? n - i : 16)));
-  const float scale = reduce_max_bits(peak) / 127.0f;
-  const V16f inverse = set1(scale == 0.0f ? 0.0f : 1.0f / scale);
-  for (int i = 0; i < n; i += 16) {
-    const int lanes = n - i < 16 ? n - i : 16;
-    store_n(codes + i, quantize(load_n(x + i, lanes), inverse), lanes);
-  }
-  return scale;
-}
-
-// K and V of one position, (heads, head_dim) each, rounded to the cache's type.
-void kv_store(const KvView& kv, const float* k, const float* v, int heads, int position) {
-  const size_t dim = size_t(kv.head_dim), capacity = size_t(kv.capacity), padded_dim = size_t(kv.padded_dim);
-  alignas(64) float key[kMaxHeadDim + 16], value[kMaxHeadDim + 16];
-  for (int h = 0; h < heads; ++h, k += dim, v += dim) {
-    const size_t k_at = size_t(h) * capacity * dim + size_t(position / 16) * dim * 16 + size_t(position % 16);
-    const size_t v_at = (size_t(h) * capacity + size_t(position)) * padded_dim;
-    for (size_t d = dim; d < padded_dim; ++d) value[d] = 0.0f;
-    if (kv.type == kKvInt8) {
-      kv.k_scale[size_t(h) * capacity + size_t(position)] = quantize_head(k, kv.head_dim, key);
-      kv.v_scale[size_t(h) * capacity + size_t(position)] = quantize_head(v, kv.head_dim, value);
-      for (size_t d = 0; d < dim; ++d) static_cast<int8_t*>(kv.k)[k_at + d * 16] = int8_t(key[d]);
-      for (size_t d = 0; d < padded_dim; d += 16) store_s8(static_cast<int8_t*>(kv.v) + v_at + d, load(value + d));
-      continue;
-    }
-    for (size_t d = 0; d < dim; d += 16) {
-      const int n = dim - d < 16 ? int(dim - d) : 16;
-      const V16f a = load_n(k + d, n), b = load_n(v + d, n);
-      store(key + d, kv.type == kKvBf16 ? to_bf16(a) : a);
-      store_n(value + d, kv.type == kKvBf16 ? to_bf16(b) : b, n);
-    }
-    if (kv.type == kKvBf16) {
-      for (size_t d = 0; d < dim; ++d)
-        static_cast<uint16_t*>(kv.k)[k_at + d * 16] = uint16_t(__builtin_bit_cast(uint32_t, key[d]) >> 16);
-      for (size_t d = 0; d < padded_dim; d += 16) store_bf16(static_cast<uint16_t*>(kv.v) + v_at + d, load(value + d));
-    } else {
-      for (size_t d = 0; d < dim; ++d) static_cast<float*>(kv.k)[k_at + d * 16] = key[d];
-      for (size_t d = 0; d < padded_dim; d += 16) store(static_cast<float*>(kv.v) + v_at + d, load(value + d));
-    }
+    write_rows(kv, rows, state);
   }
 }
 

@@ -15,6 +15,8 @@ enum Nonlinearity : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
 // All matrices are walked in panels of 16 rows and columns in blocks of 32.
 enum : int { kPanel = 16, kBlock = 32, kTokenTile = 16, kKvTile = 16, kMaxHeadDim = 512 };
+// Positions whose attention is summed apart and merged in ascending order, whoever sums them.
+enum : int { kKvChunk = 512 };
 
 // rows.v1: row-major, unpadded.
 struct PlainView {
@@ -99,7 +101,12 @@ struct AttentionTask {
   int row_begin, row_end;
   int first_position;  // of token 0
   int window;          // 0: unlimited
+  // Not null: what chunk number `chunk` alone adds goes there instead of `out`: of each row padded_dim sums, then the
+  // largest score and the total weight, padded_dim + 16 floats a row.
+  float* partial;
+  int chunk;
 };
+
 
 // Products of bf16 inputs by the processor's own instruction. `sums` holds the sums of rounded blocks that asymmetric
 // codes need, [token][block], or null.
@@ -127,6 +134,8 @@ struct Kernels {
   void (*glu)(float* gate, const float* up, int n, Nonlinearity kind);  // gate = f(gate) * up; up may be null
   void (*kv_store)(const KvView& kv, const float* k, const float* v, int heads, int position);
   void (*attention)(const KvView& kv, const AttentionTask& task);
+  // Merges the partial sums of `chunks` chunks, `stride` floats apart from task.partial on, into `out`.
+  void (*attention_merge)(const KvView& kv, const AttentionTask& task, int chunks, size_t stride);
   // Panels [begin, end) of 16 rows, all tokens.
   void (*matmul_plain)(const PlainView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out);
   void (*matmul_pairs)(const PairView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out);

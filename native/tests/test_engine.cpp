@@ -17,7 +17,7 @@ DecoderConfig small_config() {
   DecoderConfig c;
   c.dim = 60;
   c.vocab_size = 211;
-  c.max_context = 160;
+  c.max_context = 1200;
   c.norm_bias = true;
   c.embedding_scale = 2.5f;
   c.learned_positions = true;
@@ -108,6 +108,30 @@ void test_one_answer(const std::shared_ptr<Model>& model, KvMode kv) {
     }
 }
 
+// Decode over several chunks of positions, which threads share: equal to one thread, to other sizes of chunks of tokens,
+// and to prefill at once.
+void test_long_context(const std::shared_ptr<Model>& model, KvMode kv) {
+  const std::vector<std::int32_t> tokens = random_tokens(1100);
+  Context plain(model, {1, "", kv, 1200, 1, 0});
+  const std::vector<float> wanted = logits(plain, plain.sequences().create(), tokens);
+  const std::span<const std::int32_t> all(tokens);
+  for (const int threads : {1, 2, 3}) {
+    Context context(model, {threads, "", kv, 1200, 2, 50});
+    const int sequence = context.sequences().create(), other = context.sequences().create();
+    logits(context, sequence, all.first(1098));
+    logits(context, other, all.first(600));
+    const Slice slices[] = {{sequence, all.subspan(1098, 1), LogitsMode::kLast},
+                            {other, all.subspan(600, 1), LogitsMode::kLast}};
+    std::vector<float> both(2 * 211);
+    context.forward(slices, both.data());
+    const std::vector<float> last = logits(context, sequence, all.subspan(1099));
+    const auto row = [&](size_t i) { return std::span(wanted).subspan(i * 211, 211); };
+    CHECK(same(std::span(both).first(211), row(1098)), "two sequences over long contexts");
+    CHECK(same(std::span(both).last(211), row(600)), "two sequences over long contexts");
+    CHECK(same(last, row(1099)), "decode over a long context");
+  }
+}
+
 template <class Work>
 bool refuses(const Work& work) {
   try {
@@ -125,7 +149,7 @@ void test_refusals(const std::shared_ptr<Model>& model) {
   CHECK(refuses([&] { logits(context, s, std::vector<std::int32_t>{211}); }), "a token outside the vocabulary");
   CHECK(refuses([&] { logits(context, s, random_tokens(17)); }), "more than the context");
   CHECK(refuses([&] { context.sequences().truncate(s, 1); }), "growing by truncation");
-  CHECK(refuses([&] { Context(model, {1, "", KvMode::kBf16, 161, 1, 0}); }), "a context longer than the model's");
+  CHECK(refuses([&] { Context(model, {1, "", KvMode::kBf16, 1201, 1, 0}); }), "a context longer than the model's");
   CHECK(refuses([&] { Context(model, {0, "", KvMode::kBf16, 16, 1, 0}); }), "no threads");
   CHECK(context.sequences().length(s) == 0, "a refused step must change nothing");
 }
@@ -162,6 +186,7 @@ int main() {
   for (const bool packed : {false, true}) {
     const auto model = small_model(packed, packed ? NormKind::kRms : NormKind::kLayer);
     for (const KvMode kv : {KvMode::kNone, KvMode::kF32, KvMode::kBf16, KvMode::kInt8}) test_one_answer(model, kv);
+    for (const KvMode kv : {KvMode::kBf16, KvMode::kInt8}) test_long_context(model, kv);
     test_refusals(model);
     test_interruption(model);
   }

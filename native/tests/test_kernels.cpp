@@ -372,11 +372,33 @@ void test_attention(KvType type, int dim, int group, int tokens, int first, int 
       const size_t column = size_t(h * group * dim);
       const int rows = tokens * group, cut = rows / 3;
       for (const auto& [begin, end] : {std::pair{0, cut}, std::pair{cut, rows}})
-        kernels.attention(cache.view,
-                          {q.data() + column, out.data() + column, q_dim, q_dim, group, h, begin, end, first, window});
+        kernels.attention(cache.view, {q.data() + column, out.data() + column, q_dim, q_dim, group, h, begin, end, first,
+                                       window, nullptr, 0});
     }
     return out;
   });
+  if (tokens == 1) {
+    const std::vector<float> parts = everywhere("attention in chunks", [&](const Kernels& kernels) {
+      Cache cache(type, heads, dim, capacity);
+      for (int p = 0; p < length; ++p)
+        kernels.kv_store(cache.view, k.data() + size_t(p) * kv_dim, v.data() + size_t(p) * kv_dim, heads, p);
+      std::vector<float> out(q.size());
+      const int begin = window && length > window ? (length - window) / kKvChunk : 0;
+      const int chunks = (length - 1) / kKvChunk + 1 - begin;
+      const size_t stride = size_t(group) * size_t(cache.view.padded_dim + 16);
+      for (int h = 0; h < heads; ++h) {
+        const size_t column = size_t(h * group * dim);
+        std::vector<float> partial(stride * size_t(chunks), std::nanf(""));
+        AttentionTask task{q.data() + column, out.data() + column, q_dim, q_dim, group, h, 0, group, first, window,
+                           partial.data(), begin};
+        for (int c = 0; c < chunks; ++c, task.partial += stride, ++task.chunk) kernels.attention(cache.view, task);
+        task.partial = partial.data();
+        kernels.attention_merge(cache.view, task, chunks, stride);
+      }
+      return out;
+    });
+    CHECK(same_bits(parts, y), "attention in chunks differs from attention at once");
+  }
   for (int t = 0; t < tokens; ++t)
     for (int h = 0; h < heads * group; ++h) {
       std::vector<double> query;
@@ -422,6 +444,13 @@ int main() {
       test_attention(type, 8, 3, 19, 120, window);
       test_attention(type, 40, 1, 140, 0, window);
       test_attention(type, 96, 4, 1, 270, window);
+      test_attention(type, 20, 9, 1, 1300, window);
+      test_attention(type, 16, 2, 30, 1010, window);
+    }
+  for (const KvType type : {kKvF32, kKvInt8})
+    for (const int window : {600, 1024}) {
+      test_attention(type, 16, 2, 1, 1700, window);
+      test_attention(type, 16, 2, 40, 1000, window);
     }
   return check::finish("test_kernels");
 }

@@ -1,0 +1,144 @@
+// The attention half of a layer: products around it, rotation and cache, and its work spread over threads.
+#include <algorithm>
+#include <vector>
+
+#include "context.h"
+#include "pass.h"
+
+namespace trilemma {
+namespace {
+
+// (token, head) rows of one work item: four register blocks.
+constexpr int kAttentionRows = 32;
+
+}  // namespace
+
+void Context::attention(const Pass& pass, int layer, int first, int count, float* out) {
+  const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
+  const LayerWeights& weights = model_->layers()[size_t(layer)];
+  const AttentionWeights& w = weights.attention;
+  const size_t q_dim = size_t(spec.q_dim()), kv_dim = size_t(spec.kv_dim());
+  Scratch& s = scratch_;
+  InputForms forms;
+  for (const Linear* l : {&w.q, &w.k, &w.v}) forms.add(*l);
+  norm(forms, weights.attention_norm, first, count);
+  multiply(kernels_, threads_, s.input,
+           {{&w.q, s.q.as<float>(), q_dim}, {&w.k, s.k.as<float>(), kv_dim}, {&w.v, s.v.as<float>(), kv_dim}});
+  attend(pass, layer, first, count);
+  InputForms out_forms;
+  out_forms.add(w.o);
+  s.input.begin(out_forms, s.attended.as<float>(), int(q_dim), count);
+  each_token(count, double(q_dim), [&](int i) { s.input.prepare(kernels_, i); });
+  multiply(kernels_, threads_, s.input, {{&w.o, out, size_t(model_->config().dim), true}});
+}
+
+// What each segment inside [first, first + count) attends to, and the work items that it is cut into: heads of the cache,
+// blocks of rows, and where few heads meet many positions, chunks of those.
+struct Context::AttentionPlan {
+  struct Part {
+    KvView kv;
+    int row, count, position, first_item, blocks, first_chunk, chunks;
+    std::size_t partial;  // floats into the scratch
+
+    bool split() const { return chunks > 1; }
+  };
+  std::vector<Part> parts;
+  int items = 0;
+  double work = 0;
+
+  const Part& of_item(int item, int kv_heads) const {
+    return *std::find_if(parts.begin(), parts.end(),
+                         [&](const Part& p) { return item < p.first_item + p.blocks * p.chunks * kv_heads; });
+  }
+  const Part& of_row(int row) const {
+    return *std::find_if(parts.begin(), parts.end(), [&](const Part& p) { return row < p.row + p.count; });
+  }
+};
+
+Context::AttentionPlan Context::plan_attention(const Pass& pass, int layer, int first, int count) const {
+  const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
+  const int group = spec.heads / spec.kv_heads;
+  AttentionPlan plan;
+  for (const Segment& segment : pass.segments) {
+    const int begin = std::max(segment.first, first), end = std::min(segment.first + segment.count, first + count);
+    if (begin >= end) continue;
+    const int position = segment.position + begin - segment.first, tokens = end - begin;
+    const int blocks = (tokens * group + kAttentionRows - 1) / kAttentionRows;
+    plan.parts.push_back(
+        {kv_.view(segment.sequence, layer), begin - first, tokens, position, plan.items, blocks, 0, 1, 0});
+    plan.items += blocks * spec.kv_heads;
+    plan.work += double(position + tokens) * tokens * double(spec.q_dim());
+  }
+  if (threads_ == 1 || plan.items > kSplitHeads || scratch_.partial.bytes() == 0) return plan;
+  int items = 0;
+  std::size_t partial = 0;
+  for (AttentionPlan::Part& p : plan.parts) {
+    const int seen = p.position + 1, begin = spec.window && seen > spec.window ? seen - spec.window : 0;
+    p.first_item = items;
+    if (p.count == 1) {
+      p.first_chunk = begin / kKvChunk;
+      p.chunks = p.position / kKvChunk - p.first_chunk + 1;
+      p.partial = partial;
+      partial += size_t(p.chunks * spec.kv_heads) * partial_floats(spec);
+    }
+    items += p.blocks * p.chunks * spec.kv_heads;
+  }
+  plan.items = items;
+  return plan;
+}
+
+// Norms (where asked) and rotates q and k, stores k and v, and mixes values: for the part of each segment inside
+// [first, first + count).
+void Context::attend(const Pass& pass, int layer, int first, int count) {
+  const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
+  const AttentionPlan plan = plan_attention(pass, layer, first, count);
+  store_keys(plan, layer, count);
+  const int group = spec.heads / spec.kv_heads;
+  const size_t q_dim = size_t(spec.q_dim()), ld_out = round_up(q_dim, kBlock), partial = partial_floats(spec);
+  const auto task_of = [&](const AttentionPlan::Part& part, int head, int block, int chunk) {
+    const size_t column = size_t(head * group) * size_t(spec.head_dim);
+    const int rows = part.count * group;
+    const size_t at = part.partial + size_t(head * part.chunks + chunk) * partial;
+    return AttentionTask{scratch_.q.as<float>() + size_t(part.row) * q_dim + column,
+                         scratch_.attended.as<float>() + size_t(part.row) * ld_out + column, q_dim, ld_out, group, head,
+                         block * kAttentionRows, std::min(rows, (block + 1) * kAttentionRows), part.position,
+                         spec.window, part.split() ? scratch_.partial.as<float>() + at : nullptr,
+                         part.first_chunk + chunk};
+  };
+  const int threads = plan.work < 2 * ThreadPool::kSerialFloats ? 1 : threads_;
+  ThreadPool::instance().run(threads, plan.items, [&](int item) {
+    const AttentionPlan::Part& part = plan.of_item(item, spec.kv_heads);
+    const int at = item - part.first_item, block = at / part.chunks % part.blocks;
+    kernels_.attention(part.kv, task_of(part, at / (part.blocks * part.chunks), block, at % part.chunks));
+  });
+  for (const AttentionPlan::Part& part : plan.parts)
+    for (int head = 0; part.split() && head < spec.kv_heads; ++head)
+      kernels_.attention_merge(part.kv, task_of(part, head, 0, 0), part.chunks, partial);
+}
+
+void Context::store_keys(const AttentionPlan& plan, int layer, int count) {
+  const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
+  const AttentionWeights& w = model_->layers()[size_t(layer)].attention;
+  const size_t q_dim = size_t(spec.q_dim()), kv_dim = size_t(spec.kv_dim());
+  const int half = rope_.half(layer);
+  const auto norm_head = [&](const float* weight, float* head) {
+    kernels_.rms_norm(head, weight, nullptr, spec.head_dim, model_->config().norm_eps, head);
+  };
+  each_token(count, 2.0 * double(q_dim + 2 * kv_dim), [&](int i) {
+    const AttentionPlan::Part& part = plan.of_row(i);
+    const int position = part.position + i - part.row;
+    float* q = scratch_.q.as<float>() + size_t(i) * q_dim;
+    float* k = scratch_.k.as<float>() + size_t(i) * kv_dim;
+    if (w.q_norm)
+      for (int h = 0; h < spec.heads; ++h) norm_head(w.q_norm, q + h * spec.head_dim);
+    if (w.k_norm)
+      for (int h = 0; h < spec.kv_heads; ++h) norm_head(w.k_norm, k + h * spec.head_dim);
+    const float* cos = half ? rope_.cos(layer, position) : nullptr;
+    const float* sin = half ? rope_.sin(layer, position) : nullptr;
+    kernels_.rope(q, spec.heads, spec.head_dim, half, cos, sin, spec.scale);
+    if (half) kernels_.rope(k, spec.kv_heads, spec.head_dim, half, cos, sin, 1.0f);
+    kernels_.kv_store(part.kv, k, scratch_.v.as<float>() + size_t(i) * kv_dim, spec.kv_heads, position);
+  });
+}
+
+}  // namespace trilemma
