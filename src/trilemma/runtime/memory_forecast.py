@@ -19,16 +19,18 @@ from trilemma.model.model import Activation, Model
 from trilemma.runtime.engine import KvCache
 from trilemma.runtime.native_weights import plan_memory
 
+_ROWS = ("f32", "f16")  # held as they come
 FormatOf = Callable[[str], str]  # a matrix's name -> its storage format
 ActivationOf = Callable[[str], Activation]  # a matrix's name -> the precision of what it is multiplied by
 
 
 class EngineMemoryForecast(Record):
-    """Bytes that an engine of this form will count when it is open. Threads and instruction set change none of them.
+    """Bytes that an engine of this form will count when it is open, whatever its threads.
 
     kv_bytes: whole blocks of 16 positions for `context` positions of each of `sequences`, reserved in full; with the
         policy 'none', one layer's keys and values in f32 and the tokens.
-    scratch_bytes: activations of a chunk of tokens, inputs in the forms that the weights ask for, rotary tables.
+    scratch_bytes: activations of a chunk of tokens, inputs in the forms that weights and instruction set ask for,
+        partial attention over long contexts, rotary tables.
     """
 
     weights_bytes: int
@@ -44,12 +46,12 @@ class EngineMemoryForecast(Record):
 
 
 def forecast_engine(
-    model: Model, *, context: int, kv: KvCache | None = None, sequences: int = 1
+    model: Model, *, context: int, kv: KvCache | None = None, sequences: int = 1, isa: str | None = None
 ) -> EngineMemoryForecast:
     """`forecast_engine_of` a model in its own form; `kv` is its own policy by default."""
     return forecast_engine_of(
         model.config, model.format_of, lambda name: model.linear(name).activation,
-        context=context, kv=kv or model.run.kv_cache, sequences=sequences,
+        context=context, kv=kv or model.run.kv_cache, sequences=sequences, isa=isa,
     )  # fmt: skip
 
 
@@ -61,6 +63,7 @@ def forecast_engine_of(
     context: int,
     kv: KvCache,
     sequences: int = 1,
+    isa: str | None = None,
 ) -> EngineMemoryForecast:
     """What an engine of these shapes and formats would count.
 
@@ -69,6 +72,7 @@ def forecast_engine_of(
         context: positions that each sequence has room for: prompt and output together.
         kv: cache policy.
         sequences: held at once.
+        isa: instruction set; the best one here by default.
 
     Raises:
         InputError: a context that the model does not have, or less than one sequence.
@@ -79,12 +83,20 @@ def forecast_engine_of(
             f"A context of {context} is not possible: the model's own is {config.max_context}. "
             f"Ask for 1 to {config.max_context} tokens, prompt and output together."
         )
-    products = sorted({(activation_of(name), _asymmetric(format_of(name))) for name in config.product_names()})
-    cache, scratch = plan_memory(config, products, kv_cache=kv, context=context, sequences=sequences)
+    names = config.product_names()
+    products = sorted({(activation_of(name), _asymmetric(form := format_of(name)), form in _ROWS) for name in names})
+    cache, scratch = plan_memory(config, products, isa=isa, kv_cache=kv, context=context, sequences=sequences)
     return EngineMemoryForecast(
-        weights_bytes=weights_bytes(config, format_of, format_bytes), kv_bytes=cache, scratch_bytes=scratch,
+        weights_bytes=weights_bytes(config, format_of, _held_bytes), kv_bytes=cache, scratch_bytes=scratch,
         context=context, kv_cache=kv, sequences=sequences,
     )  # fmt: skip
+
+
+def _held_bytes(format_name: str, shape: tuple[int, int]) -> int:
+    """As in the file, but bf16 matrices lie in whole panels of 16 rows and 32 columns."""
+    if format_name == "bf16":
+        return 2 * (-(-shape[0] // 16) * 16) * (-(-shape[1] // 32) * 32)
+    return format_bytes(format_name, shape)
 
 
 def _asymmetric(format_name: str) -> bool:

@@ -52,19 +52,26 @@ def load_weights(model: Model) -> _native.Model:
 
 
 def plan_memory(
-    config: DecoderConfig, products: Sequence[tuple[str, bool]], *, kv_cache: str, context: int, sequences: int = 1
+    config: DecoderConfig,
+    products: Sequence[tuple[str, bool, bool]],
+    *,
+    isa: str | None = None,
+    kv_cache: str,
+    context: int,
+    sequences: int = 1,
 ) -> tuple[int, int]:
     """Bytes of KV cache and scratch that an engine over `config` would hold; nothing is allocated.
 
     Args:
-        products: (activation, asymmetric) of the matrices that are multiplied, each pair once.
+        products: (activation, asymmetric, held in rows) of the matrices that are multiplied, each combination once.
+        isa: instruction set; the best one here by default.
 
     Raises:
         UnsupportedModelError: a config or an option that the engine can not run.
     """
     try:
         return _native.plan_memory(
-            config.model_dump(), products, kv_cache=kv_cache, max_context=context, max_sequences=sequences
+            config.model_dump(), products, isa=isa or "", kv_cache=kv_cache, max_context=context, max_sequences=sequences
         )
     except _native.NativeError as fault:
         raise UnsupportedModelError(str(fault)) from None
