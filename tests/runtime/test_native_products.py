@@ -137,12 +137,22 @@ def embedding_for(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
     return rng.standard_normal((min(31, rows, cols), cols)).astype(np.float32) * np.float32(2)
 
 
-def check_everywhere(model: _native.Model, wanted: np.ndarray, size: np.ndarray) -> None:
+def check_everywhere(model: _native.Model, wanted: np.ndarray, size: np.ndarray, activation: str) -> None:
+    """Near the product, and equal in bits over instruction sets, threads and chunks.
+
+    The processor's own bf16 products round in their own way: that set is equal to itself.
+    """
+    apart = [isa for isa in ISAS if isa == "avx512bf16" and activation == "bf16"]
+    for isas in filter(None, ([isa for isa in ISAS if isa not in apart], apart)):
+        check_equal_and_near(model, wanted, size, isas)
+
+
+def check_equal_and_near(model: _native.Model, wanted: np.ndarray, size: np.ndarray, isas: list[str]) -> None:
     distinct = len(wanted)
-    first = run(model, 1, ISAS[-1], distinct=distinct)
+    first = run(model, 1, isas[-1], distinct=distinct)
     for tokens in TOKENS:
-        results = [run(model, tokens, isa, distinct=distinct, threads=threads) for isa in ISAS for threads in (1, 2)]
-        results.append(run(model, tokens, ISAS[-1], distinct=distinct, chunk=7))
+        results = [run(model, tokens, isa, distinct=distinct, threads=threads) for isa in isas for threads in (1, 2)]
+        results.append(run(model, tokens, isas[-1], distinct=distinct, chunk=7))
         for other in results[1:]:
             np.testing.assert_array_equal(other, results[0])
         np.testing.assert_array_equal(results[0][:1], first)
@@ -166,7 +176,7 @@ def test_quantized(random_generator, rows, cols, activation, bits, group, symmet
         lambda m: m.add_packed("head.weight", bits, symmetric, group, rows, cols, activation, codes, scales, minima),
     )  # fmt: skip
     wanted, size = expected(c.dequantize(), normed_inputs(embedding, cols), activation)
-    check_everywhere(model, wanted, size)
+    check_everywhere(model, wanted, size, activation)
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
@@ -186,7 +196,7 @@ def test_plain(random_generator, rows, cols, dtype, activation):
     raw = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
     model = layerless(rows, cols, embedding, lambda m: m.add_plain("head.weight", dtype, rows, cols, raw, activation))
     wanted, size = expected(values.astype(np.float64), normed_inputs(embedding, cols), activation)
-    check_everywhere(model, wanted, size)
+    check_everywhere(model, wanted, size, activation)
 
 
 @pytest.mark.parametrize(("bits", "group", "symmetric"), [(8, 0, True), (4, 32, True), (4, 64, False)])

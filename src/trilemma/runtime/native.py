@@ -36,8 +36,8 @@ def supported_isas() -> list[str]:
 class NativeEngine:
     """The Engine protocol in C++.
 
-    Results are bit-equal whatever the number of threads, the instruction set, and the way tokens
-    are split over calls.
+    Results are bit-equal whatever the number of threads, the way tokens are split over calls, and the
+    instruction set; only products of bf16 inputs on avx512bf16 round in the processor's own way.
 
     Args:
         model: plain matrices run with f32 or bf16 activations, quantized ones also with int8-g32.
