@@ -28,6 +28,10 @@ from trilemma.core.metric import METRICS
         ("energy<=500mJ", "energy_j_per_output_token", "<=", 0.5, False),
         ("accuracy/piqa>=60%", "accuracy/piqa", ">=", 0.6, False),
         ("battery>=90min", "battery_h", ">=", 1.5, False),
+        ("p99_itl_ms<=50", "itl_p99_s", "<=", 0.050, False),
+        ("median_ttft_ms<=0.2s", "ttft_s", "<=", 0.2, False),
+        ("pp512>=100", "prefill_tokens_per_s", ">=", 100, False),
+        ("tg128>=90%", "decode_tokens_per_s", ">=", 0.9, True),
     ],
 )
 def test_reads_metric_unit_and_reference(text, metric, op, value, relative):

@@ -54,6 +54,8 @@ class Limit(Record):
                 "for example 'weights<=50%', 'tpot<=20ms', 'peak_memory<=400MB', 'decode>=30'."
             )
         name, op, number, unit = match.groups()
+        if not unit and name.endswith("_ms"):
+            unit = "ms"
         try:
             metric = resolve_metric(name)
         except UnknownNameError as error:

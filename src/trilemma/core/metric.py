@@ -40,6 +40,7 @@ METRICS: dict[str, Metric] = _table(
     ("ttft_s", "s", "lower", "ttft", "request in to first token out, at the stated prompt length"),
     ("tpot_s", "s", "lower", "tpot", "mean time per output token after the first"),
     ("itl_s", "s", "lower", "itl", "every gap between output tokens, pooled"),
+    ("itl_p99_s", "s", "lower", "itl_p99", "99th percentile of the gaps between output tokens"),
     ("prefill_tokens_per_s", "tokens/s", "higher", "prefill", "prompt tokens per second, one sequence"),
     ("decode_tokens_per_s", "tokens/s", "higher", "decode", "output tokens per second, one sequence"),
     ("throughput_tokens_per_s", "tokens/s", "higher", "throughput", "output tokens per second over all sequences at the stated concurrency"),
@@ -75,7 +76,14 @@ TASK_METRICS = {
     "accuracy_change": "accuracy less the reference's on the same items",
 }
 
-SYNONYMS = {"time_to_first_token": "ttft_s", "time_per_output_token": "tpot_s", "kl_div": "kl_mean"}
+# Those of vLLM's benchmark end in _ms: a limit's bare number is then in milliseconds.
+SYNONYMS = {
+    "time_to_first_token": "ttft_s", "time_per_output_token": "tpot_s", "kl_div": "kl_mean",
+    "median_ttft_ms": "ttft_s", "median_tpot_ms": "tpot_s", "median_itl_ms": "itl_s", "p99_itl_ms": "itl_p99_s",
+    "output_throughput": "throughput_tokens_per_s",
+}  # fmt: skip
+# llama-bench's names say a length too; the length of a run is its own.
+_LLAMA_BENCH = {"pp": "prefill_tokens_per_s", "tg": "decode_tokens_per_s"}
 
 
 def resolve_metric(name: str) -> Metric:
@@ -96,5 +104,7 @@ def resolve_metric(name: str) -> Metric:
             return metric
     if name in SYNONYMS:
         return METRICS[SYNONYMS[name]]
+    if name[:2] in _LLAMA_BENCH and name[2:].isdecimal():
+        return METRICS[_LLAMA_BENCH[name[:2]]]
     aliases = [metric.alias for metric in METRICS.values() if metric.alias]
     raise UnknownNameError("metric", name, {*METRICS, *aliases})

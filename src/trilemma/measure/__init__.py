@@ -21,6 +21,7 @@ METERS: Registry[Callable[..., Any]] = Registry(
         "ttft_s": "trilemma.measure.timing.speed:measure_speed",
         "tpot_s": "trilemma.measure.timing.speed:measure_speed",
         "itl_s": "trilemma.measure.timing.speed:measure_speed",
+        "itl_p99_s": "trilemma.measure.timing.speed:measure_speed",
         "prefill_tokens_per_s": "trilemma.measure.timing.speed:measure_speed",
         "decode_tokens_per_s": "trilemma.measure.timing.speed:measure_speed",
         "throughput_tokens_per_s": "trilemma.measure.timing.batch_sweep:batch_sweep",

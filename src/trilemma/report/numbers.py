@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import statistics
 
 from trilemma.core.measurement import Measurement
 from trilemma.core.metric import METRICS
@@ -12,7 +12,8 @@ from trilemma.core.verdict import Verdict
 LABELS = {
     "weights_bytes": "Weights", "artifact_bytes": "On disk", "engine_memory_bytes": "Engine memory",
     "peak_memory_bytes": "Peak memory", "kv_bytes_per_token": "KV per token", "ttft_s": "First token",
-    "tpot_s": "Time per token", "itl_s": "Gap between tokens", "prefill_tokens_per_s": "Prefill",
+    "tpot_s": "Time per token", "itl_s": "Gap between tokens",
+    "itl_p99_s": "99% of gaps", "prefill_tokens_per_s": "Prefill",
     "decode_tokens_per_s": "Decode", "throughput_tokens_per_s": "Throughput",
     "energy_j_per_output_token": "Energy per token", "perplexity": "Perplexity", "bits_per_byte": "Bits per byte",
     "ppl_increase": "Perplexity increase", "kl_mean": "KL divergence", "kl_p99": "KL, 99th percentile",
@@ -49,7 +50,7 @@ def ratio(after: Measurement, before: Measurement) -> float:
     """One value as a fraction of another: from paired repetitions where both have them, as verdicts do it."""
     ours, theirs = after.samples, before.samples
     if len(ours) == len(theirs) >= 3 and min(*ours, *theirs) > 0:
-        return math.exp(math.fsum(math.log(a / b) for a, b in zip(ours, theirs, strict=True)) / len(ours))
+        return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
     assert after.value is not None
     assert before.value
     return after.value / before.value

@@ -71,7 +71,12 @@ def plan_memory(
     """
     try:
         return _native.plan_memory(
-            config.model_dump(), products, isa=isa or "", kv_cache=kv_cache, max_context=context, max_sequences=sequences
+            config.model_dump(),
+            products,
+            isa=isa or "",
+            kv_cache=kv_cache,
+            max_context=context,
+            max_sequences=sequences,
         )
     except _native.NativeError as fault:
         raise UnsupportedModelError(str(fault)) from None

@@ -31,7 +31,7 @@ TIME_LOOKS = (9, 16, 30)  # repetitions after which limits on times are judged
 TIME_MARGIN = 1.30  # for intervals of a median; simulated, benchmarks/verdicts.py measures the outcome
 TEXT_MARGINS = (1.0, 1.12, 1.18)  # for one look, and when text doubles once or twice
 ENERGY_S = 40.0  # windows long enough for a counter, of both models; not for a search of half a minute
-TIME_METRICS = ("ttft_s", "tpot_s", "itl_s", "prefill_tokens_per_s", "decode_tokens_per_s")
+TIME_METRICS = ("ttft_s", "tpot_s", "itl_s", "itl_p99_s", "prefill_tokens_per_s", "decode_tokens_per_s")
 
 
 def confirm_trial(

@@ -17,7 +17,7 @@ MOST_SELECT_TOKENS, MOST_CONFIRM_TOKENS = 16_384, 32_768
 LEAST_WINDOWS = 8  # fewer documents make no interval worth the name
 MEASURED = frozenset(
     {"weights_bytes", "artifact_bytes", "engine_memory_bytes", "peak_memory_bytes", "kv_bytes_per_token", "ttft_s",
-     "tpot_s", "itl_s", "prefill_tokens_per_s", "decode_tokens_per_s", "energy_j_per_output_token",
+     "tpot_s", "itl_s", "itl_p99_s", "prefill_tokens_per_s", "decode_tokens_per_s", "energy_j_per_output_token",
      "energy_j_per_total_token", "power_w", "perplexity", "bits_per_byte", "ppl_increase", "kl_mean", "kl_p99",
      "kl_p999", "top1_agreement"}
 )  # fmt: skip

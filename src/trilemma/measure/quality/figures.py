@@ -36,7 +36,7 @@ __all__ = [
     "token_likelihood",
 ]
 
-_INTERVAL = "95% symmetric percentile-t bootstrap over"
+_INTERVAL = "95% interval over"
 
 
 @dataclass(frozen=True)
