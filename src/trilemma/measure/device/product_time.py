@@ -118,6 +118,11 @@ class ProductTimes:
         # Where arithmetic takes longer than memory, waiting hides behind it: the extra was timed with the tokens.
         return max(0.0, cached + size * self._extra(known, precision, threads, tokens, working_set))
 
+    def streamed_s(self, nbytes: float, threads: int, working_set: float) -> float:
+        """Extra seconds of reading so many bytes of a cache once, in a step of one token: as unquantized weights."""
+        known, precision = self.stand_in("bf16", "bf16")
+        return max(0.0, nbytes * self._extra(known, precision, threads, 1, working_set))
+
     def _extra(self, format_name: str, activation: str, threads: int, tokens: float, working_set: float) -> float:
         curves = self._extras.get((format_name, activation, threads), {})
         if not curves:

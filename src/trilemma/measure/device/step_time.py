@@ -167,6 +167,9 @@ class StepTimes:
                 attention += attention_seconds(
                     self.tables.attention, layer.attention, form.kv, tokens, depth, self.threads
                 )
+        if tokens == 1:  # a prompt's tokens share what they read
+            nbytes = float(kv_bytes(form.config, form.kv, depth))
+            attention += self.products.streamed_s(nbytes, self.threads, working_set)
         overhead = self.overhead(form.config, tokens, head)
         return StepTime(
             products_s=cached + streamed, streamed_s=streamed, attention_s=attention, overhead_s=overhead
