@@ -14,7 +14,8 @@ the machine is than when the profile was taken. `raw` is predicted / measured - 
 by that ratio first: by the 16-token cell's for the first token, by a mean of the two others for the time per token,
 weighted by how much of the predicted products' time is waiting for memory. On a quiet machine the two agree.
 
-Exit 1 when the corrected errors miss the bar: median 8%, 90th percentile 20%, for each of the two times.
+Exit 1 when the raw errors miss the bar: median 8%, 90th percentile 20%, for each of the two times. Where they do and the
+corrected ones do not, the machine is another one than the profile's.
 """
 
 from __future__ import annotations
@@ -236,14 +237,14 @@ def compare(case: Case, expected: Prediction, ratios: dict[str, list[float]], wh
 
 
 def verdict(results: Sequence[Result], noisy: str | None) -> int:
-    """Prints medians and 90th percentiles; 1 when the corrected ones miss the bar."""
+    """Prints medians and 90th percentiles; 1 when the raw ones miss the bar."""
     missed = False
     for what in ("tpot_s", "ttft_s"):
         for kind in ("raw", "corrected"):
             found = [abs(getattr(result, kind)) for result in results if result.what == what]
             median, p90 = float(np.median(found)), float(np.quantile(found, 0.9))
             met = median <= BAR["median"] and p90 <= BAR["p90"]
-            missed |= kind == "corrected" and not met
+            missed |= kind == "raw" and not met
             said = "met" if met else "MISSED"
             print(f"{what}, {kind}: median error {median:.1%}, p90 {p90:.1%} ({len(found)} cases): {said}")
     print(f"bar: median {BAR['median']:.0%}, p90 {BAR['p90']:.0%}")

@@ -41,7 +41,7 @@ def test_devices_are_listed(trilemma):
         (["--device", "phone", "--scheme", "W9A9"], "W9A9"),
         (["--device", "phone", "--context", "9999"], "does not fit"),
         (["--duty-cycle", "5%"], "--device"),
-        (["--scheme", "W8A8"], "--device"),
+        (["--context", "64"], "--device"),
         (["--device", "missing.yaml"], "missing.yaml"),
     ],
 )
