@@ -14,8 +14,8 @@ the machine is than when the profile was taken. `raw` is predicted / measured - 
 by that ratio first: by the 16-token cell's for the first token, by a mean of the two others for the time per token,
 weighted by how much of the predicted products' time is waiting for memory. On a quiet machine the two agree.
 
-Exit 1 when the raw errors miss the bar: median 8%, 90th percentile 20%, for each of the two times. Where they do and the
-corrected ones do not, the machine is another one than the profile's.
+Exit 1 when the raw errors miss the bar: median 8%, 90th percentile 20%, for each of the two times. Where they do
+and the corrected ones do not, the machine is another one than the profile's.
 """
 
 from __future__ import annotations
