@@ -1,0 +1,66 @@
+"""One model in one format for every engine: an artifact of ours, and from it a GGUF, a dump and the peers' graphs.
+
+A bare config gets random codes and scales directly in the format, so that a billion parameters take seconds and
+little memory; a real model is quantized to nearest. Embedding and head are stored like the rest.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from peers.dump import write_dump
+from peers.engines_of import Files, Setup, run_worker, weight_kinds
+from trilemma.core.recipe import Recipe, Step
+from trilemma.export.gguf import export_gguf
+from trilemma.formats.artifact import load_any, write_artifact
+from trilemma.formats.random_weights import with_random_weights
+from trilemma.techniques.apply import apply_recipe
+from trilemma.techniques.technique import Build
+
+
+def build(source: Path, storage: str, folder: Path, setup: Setup) -> Files:
+    """Write into `folder` what the present engines need; what is there already is kept."""
+    name = f"{source.name}-{storage}"
+    artifact, gguf, dump = folder / name, folder / f"{name}.gguf", folder / f"{name}.dump"
+    present = setup.present()
+    if not artifact.exists():
+        write_model(source, storage, artifact)
+    if "llama.cpp" in present and not gguf.exists():
+        export_gguf(load_any(artifact), gguf)
+    built = {}
+    if storage != "bf16":
+        built = {f"openvino-{kind}": folder / f"{name}-{kind}.xml" for kind in weight_kinds(storage)}
+        built["onnxruntime"] = folder / f"{name}.onnx"
+    for label, path in built.items():
+        engine = label.partition("-")[0]
+        if engine not in present or path.exists():
+            continue
+        if not dump.exists():
+            write_dump(artifact, dump)
+        task = {"do": "build", "dump": str(dump), "model": str(path), "weights": label.partition("-")[2]}
+        run_worker(setup.pythons[engine], engine, task)
+    return Files(artifact, gguf, dump, built)
+
+
+def sizes_of(files: Files) -> dict[str, dict[str, int]]:
+    """Bytes of the weights as each engine has them on disk; OpenVINO's and ONNX Runtime's scales may be wider."""
+    found = {"ours": files.artifact / "model.safetensors", "llama.cpp": files.gguf}
+    found |= {name: path.with_suffix(".bin") for name, path in files.built.items()}
+    return {"bytes": {name: path.stat().st_size for name, path in found.items() if path.exists()}}
+
+
+def write_model(source: Path, storage: str, artifact: Path) -> None:
+    """The model of `source` as an artifact in a format."""
+    model = load_any(source)
+    if model.source.random:
+        write_artifact(with_random_weights(model, lambda _: storage), artifact, Recipe(name=storage, steps=()))
+        return
+    settings: dict[str, object] = {"weights": storage, "embedding": storage, "head": storage, "scale": "absmax"}
+    step = Step(technique="rtn", settings=settings)
+    if storage == "bf16":
+        step = Step(technique="plain", settings={"dtype": "bf16"})
+    recipe = Recipe(name=storage, steps=(step,))
+    write_artifact(apply_recipe(model, recipe, Build()), artifact, recipe)
+
+
+__all__ = ["build", "sizes_of", "write_model"]

@@ -1,0 +1,77 @@
+"""What is measured: prefills of some lengths, decodes at some depths and batches, in processes of their own.
+
+A group of cells shares one process of each engine, so that opening is paid once; groups are small, so that a round
+of all engines stays short and a drifting machine hits all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+PREFILLS = (128, 512, 2048)
+DEPTHS = (0, 512, 4096, 16384)
+BATCHES = (4, 8, 16)
+BATCH_DEPTH = 128  # positions that each sequence of a batch has behind it
+DECODED = 64
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One figure: `tokens` of one prompt, or `tokens` steps of `batch` sequences that are `depth` positions long."""
+
+    kind: Literal["prefill", "decode"]
+    tokens: int
+    depth: int = 0
+    batch: int = 1
+    repeats: int = 2
+
+    @property
+    def name(self) -> str:
+        if self.kind == "prefill":
+            return f"prefill {self.tokens}"
+        return f"decode x{self.batch} at {self.depth}" if self.batch > 1 else f"decode at {self.depth}"
+
+    @property
+    def context(self) -> int:
+        """Positions that a sequence needs room for, a few to spare."""
+        return self.depth + self.tokens + 8
+
+    def task(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Cells of one process; all of one kind, and of one batch size above 1."""
+
+    name: str
+    cells: tuple[Cell, ...]
+
+
+def groups_of(
+    max_context: int, *, prefills: Sequence[int] = PREFILLS, depths: Sequence[int] = DEPTHS,
+    batches: Sequence[int] = BATCHES, decoded: int = DECODED, repeats: int = 2,
+) -> Iterator[Group | tuple[str, str]]:  # fmt: skip
+    """The groups of a model, and (name, reason) for what its context does not hold."""
+
+    def kept(cells: Sequence[Cell]) -> tuple[Cell, ...]:
+        return tuple(cell for cell in cells if cell.context <= max_context)
+
+    asked: list[tuple[str, list[Cell]]] = [
+        ("prefill", [Cell("prefill", length, repeats=repeats) for length in prefills]),
+        ("decode", [Cell("decode", decoded, depth, repeats=repeats) for depth in depths if depth < 2048]),
+        *((f"depth {depth}", [Cell("decode", decoded, depth, repeats=1)]) for depth in depths if depth >= 2048),
+        *((f"batch {batch}", [Cell("decode", decoded // 2, BATCH_DEPTH, batch, repeats)]) for batch in batches),
+    ]
+    for name, cells in asked:
+        held = kept(cells)
+        if held:
+            yield Group(name, held)
+        for cell in cells:
+            if cell not in held:
+                yield cell.name, f"the model's context is {max_context}"
+
+
+__all__ = ["BATCHES", "BATCH_DEPTH", "DEPTHS", "PREFILLS", "Cell", "Group", "groups_of"]
