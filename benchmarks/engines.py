@@ -196,6 +196,9 @@ def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
         lines.append(f"{shape} {storage}, ceilings in G/s: " + ", ".join(f"{k[:-6]} {v:.1f}" for k, v in found.items()))
     told = {(row["shape"], row["cell"], row["reason"]): None for row in rows if row["record"] == "skipped"}
     lines += [f"left out: {shape} {cell}: {reason}" for shape, cell, reason in told]
+    for row in (row for row in rows if row["record"] == "files"):
+        sizes = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in row["bytes"].items())
+        lines.append(f"{row['shape']} {row['format']}, weights in MB: {sizes}")
     ways = {
         (one.shape, one.format, one.cell, engine): way for one in figures for engine, way in one.ways.items() if way
     }

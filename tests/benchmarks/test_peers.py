@@ -29,8 +29,8 @@ sys.path.insert(0, str(BENCHMARKS))
 from peers import cells, dump, engines_of, summary  # noqa: E402
 
 CALLS = [[5, 6, 7, 100, 200], [299, 17, 3, 9], [12], [44], [8]]  # a prompt, a second part of it, three steps
-EXACT = 0.015  # of the logits' norm, against f32 inputs: 8-bit or bf16 inputs and a cache of 16 bits on their side
-OURS = 0.045  # against our 8-bit inputs in groups of 32, which random weights amplify
+EXACT = 0.003  # of the logits' norm: f32 throughout
+ROUNDED = 0.05  # 8-bit or bf16 inputs, which random weights amplify; a wrong mask or matrix is off by 0.2 or more
 
 
 @pytest.fixture(scope="module", params=["int4-g32", "int8-g32"])
@@ -50,7 +50,7 @@ def dumped(request, tmp_path_factory, shapes_path):
     exact = with_random_weights(load_any(folder / "shape"), lambda _: request.param, activation_of=lambda _: "f32")
     expected = {}
     for runtime, opened in (("torch", exact), ("native", load_any(folder / "artifact"))):
-        engine = open_engine(opened, runtime=runtime, options=EngineOptions(threads=1))
+        engine = open_engine(opened, runtime=runtime, options=EngineOptions(threads=1, kv_cache="f32"))
         rows = engine.logits(tokens)
         expected[runtime] = rows[np.cumsum([len(call) for call in CALLS]) - 1]
         engine.close()
@@ -77,20 +77,28 @@ def off_by(found: np.ndarray, expected: np.ndarray) -> float:
     return float((np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)).max())
 
 
-@pytest.mark.parametrize("hint", ["f32", "bf16"])
-def test_openvino_computes_the_same_logits(dumped, tmp_path, hint):
+def test_openvino_computes_the_same_logits(dumped, tmp_path):
     folder, storage, expected = dumped
     for kind in engines_of.weight_kinds(storage):
-        found = logits_of("openvino", folder, tmp_path / f"{kind}.xml", weights=kind, hint=hint, kv="f16")
+        found = logits_of("openvino", folder, tmp_path / f"{kind}.xml", weights=kind, hint="f32", kv="f32", dynamic=0)
         assert off_by(found, expected["torch"]) < EXACT
-        assert off_by(found, expected["native"]) < OURS
+
+
+@pytest.mark.parametrize("hint", ["f32", "bf16"])
+def test_openvino_as_it_is_timed_is_near(dumped, tmp_path, hint):
+    folder, storage, expected = dumped
+    kind = engines_of.weight_kinds(storage)[0]
+    found = logits_of("openvino", folder, tmp_path / "m.xml", weights=kind, hint=hint, kv="f16")
+    assert off_by(found, expected["torch"]) < ROUNDED
+    assert off_by(found, expected["native"]) < ROUNDED
 
 
 def test_onnxruntime_computes_the_same_logits(dumped, tmp_path):
     folder, _, expected = dumped
-    found = logits_of("onnxruntime", folder, tmp_path / "m.onnx")
-    assert off_by(found, expected["torch"]) < EXACT
-    assert off_by(found, expected["native"]) < OURS
+    exact = logits_of("onnxruntime", folder, tmp_path / "exact.onnx", accuracy=1)
+    assert off_by(exact, expected["torch"]) < EXACT
+    found = logits_of("onnxruntime", folder, tmp_path / "timed.onnx")
+    assert off_by(found, expected["native"]) < ROUNDED
 
 
 def test_the_dump_is_the_model(dumped):
