@@ -241,12 +241,16 @@ void release_free_memory() {
 #endif
 }
 
-// (KV cache, scratch) in bytes; `products` are (activation, asymmetric, held in rows) of the matrices.
-nb::tuple plan(const nb::dict& config, const std::vector<std::tuple<std::string, bool, bool>>& products,
+// (KV cache, scratch) in bytes; `products` are (activation, bits, symmetric) of the matrices, bits 0 for those in rows.
+nb::tuple plan(const nb::dict& config, const std::vector<std::tuple<std::string, int, bool>>& products,
                const std::string& isa, const std::string& kv_cache, int max_context, int max_sequences) {
   InputForms forms;
-  for (const auto& [activation, asymmetric, rows] : products)
-    forms.add(activation_of(activation), rows ? Matrix::Layout::kRows : Matrix::Layout::kPanels, asymmetric);
+  for (const auto& [activation, bits, symmetric] : products) {
+    const auto layout = bits == 0    ? Matrix::Layout::kRows
+                        : bits == 16 ? Matrix::Layout::kPairs
+                                     : Matrix::Layout::kPanels;
+    forms.add(activation_of(activation), layout, {bits, symmetric, 0});
+  }
   const MemoryUse use =
       plan_memory(read_config(config), forms, {1, isa, kv_mode_of(kv_cache), max_context, max_sequences, 0});
   return nb::make_tuple(use.kv, use.scratch);
@@ -269,13 +273,17 @@ void bind_model(nb::module_& m) {
           "add_packed",
           [](Model& self, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
              const std::string& activation, const ByteArray& codes, const ByteArray& scales,
-             const std::optional<ByteArray>& minima) {
-            self.add_matrix(name, Matrix::packed(self.arena(), name, bits, symmetric, group, rows, cols,
-                                                 activation_of(activation), bytes_of(codes), bytes_of(scales),
-                                                 minima ? bytes_of(*minima) : Bytes{nullptr, 0}));
+             const std::optional<ByteArray>& minima, int sub_group, const std::optional<ByteArray>& sub_scales,
+             const std::optional<ByteArray>& sub_minima) {
+            const auto given = [](const std::optional<ByteArray>& part) { return part ? bytes_of(*part) : Bytes{}; };
+            self.add_matrix(name, Matrix::packed(self.arena(), name, {bits, symmetric, group, sub_group}, rows, cols,
+                                                 activation_of(activation),
+                                                 {bytes_of(codes), bytes_of(scales), given(minima), given(sub_scales),
+                                                  given(sub_minima)}));
           },
           "name"_a, "bits"_a, "symmetric"_a, "group"_a, "rows"_a, "cols"_a, "activation"_a, "codes"_a, "scales"_a,
-          "minima"_a.none() = nb::none())
+          "minima"_a.none() = nb::none(), "sub_group"_a = 0, "sub_scales"_a.none() = nb::none(),
+          "sub_minima"_a.none() = nb::none())
       .def(
           "add_vector",
           [](Model& self, const std::string& name, const FloatArray& values) {

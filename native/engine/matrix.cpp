@@ -71,20 +71,50 @@ void read_pairs(const PairView& view, int row, float* out) {
 }
 
 int code_at(const PackedView& view, const uint8_t* panel, int r, int k) {
-  if (view.bits == 8) return int8_t(panel[size_t(k / 4) * 64 + size_t(r * 4 + k % 4)]);
-  const uint8_t byte = panel[size_t(k / 8) * 64 + size_t(r * 4 + k % 4)];
-  return ((k / 4) % 2 ? byte >> 4 : byte & 15) - (view.minima ? 0 : 8);
+  const size_t at = size_t(r * 4 + k % 4);
+  if (view.bits == 8) return int8_t(panel[size_t(k / 4) * 64 + at]);
+  const uint8_t* block = panel + size_t(k / kBlock) * size_t(kBlock * kPanel * view.bits / 8);
+  const int line = k % kBlock / 4;  // of four columns
+  const uint8_t low = block[size_t(line / 2) * 64 + at];
+  int code = line % 2 ? low >> 4 : low & 15;
+  if (view.bits == 5) code |= (block[256 + at] >> line & 1) << 4;
+  if (view.bits == 6) code |= (block[256 + size_t(line / 4) * 64 + at] >> (line % 4 * 2) & 3) << 4;
+  return view.minima ? code : code - (1 << (view.bits - 1));
 }
 
+// Products of both levels are exact: 11 bits of an f16 times 8 of a byte.
 void read_packed(const PackedView& view, int row, float* out) {
   const int panel = row / kPanel, r = row % kPanel;
   const uint8_t* codes = view.codes + size_t(panel) * size_t(view.blocks) * size_t(kBlock * kPanel * view.bits / 8);
   const size_t groups = size_t(panel) * size_t(view.groups) * kPanel + size_t(r);
+  const int subs = view.sub_group ? view.blocks * (kBlock / view.sub_group) : 0;
   for (int k = 0; k < view.cols; ++k) {
     const size_t g = groups + size_t(k / kBlock / view.group_blocks) * kPanel;
-    const float value = float(code_at(view, codes, r, k)) * half(view.scales[g]);
-    out[k] = view.minima ? value + half(view.minima[g]) : value;
+    float scale = half(view.scales[g]), minimum = view.minima ? half(view.minima[g]) : 0;
+    if (view.sub_group) {
+      const size_t sub = (size_t(panel) * size_t(subs) + size_t(k / view.sub_group)) * kPanel + size_t(r);
+      scale *= view.sub_scales[sub];
+      if (view.minima) minimum *= view.sub_minima[sub];
+    }
+    const float value = float(code_at(view, codes, r, k)) * scale;
+    out[k] = view.minima ? value + minimum : value;
   }
+}
+
+void check_grid(const std::string& name, const Grid& grid) {
+  const auto [bits, symmetric, group, sub_group] = grid;
+  const bool known = sub_group == 0 ? bits == 4 || bits == 5 || (bits == 8 && symmetric)
+                                  : (sub_group == 32 && (bits == 4 || bits == 5) && !symmetric) ||
+                                        (sub_group == 16 && bits == 6 && symmetric);
+  if (!known)
+    throw EngineFault("Tensor '" + name + "': " + std::to_string(bits) +
+                      (symmetric ? "-bit symmetric" : "-bit asymmetric") + " codes" +
+                      (sub_group ? " with a factor for " + std::to_string(sub_group) + " columns" : std::string()) +
+                      " are not supported; 4 and 5 bits (both kinds) and 8 symmetric ones are, and with factors 4 and 5 "
+                      "asymmetric ones (of 32 columns) and 6 symmetric ones (of 16).");
+  if (group < 0 || group % kBlock != 0)
+    throw EngineFault("Tensor '" + name + "': group " + std::to_string(group) +
+                      " must be a multiple of 32, or 0 for the whole row.");
 }
 
 }  // namespace
@@ -115,37 +145,53 @@ Matrix Matrix::plain(Arena& arena, const std::string& name, Dtype dtype, int row
   return m;
 }
 
-Matrix Matrix::packed(Arena& arena, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
-                      Activation activation, Bytes codes, Bytes scales, Bytes minima) {
+unsigned Grid::starts() const {
+  if (!symmetric) return 0;
+  switch (bits) {
+    case 4:
+      return 1u << kStart8;
+    case 5:
+      return 1u << kStart16;
+    case 6:
+      return 1u << kStart32Low | 1u << kStart32High;
+    default:
+      return 1u << kStart128;
+  }
+}
+
+Matrix Matrix::packed(Arena& arena, const std::string& name, const Grid& grid, int rows, int cols,
+                      Activation activation, const PackedParts& parts) {
   check_shape(name, rows, cols);
-  if (bits != 4 && !(bits == 8 && symmetric))
-    throw EngineFault("Tensor '" + name + "': " + std::to_string(bits) +
-                      (symmetric ? "-bit symmetric" : "-bit asymmetric") +
-                      " codes are not supported; 4-bit (both kinds) and 8-bit symmetric are.");
-  if (group < 0 || group % kBlock != 0)
-    throw EngineFault("Tensor '" + name + "': group " + std::to_string(group) +
-                      " must be a multiple of 32, or 0 for the whole row.");
+  check_grid(name, grid);
   Matrix m;
   m.rows_ = rows;
   m.cols_ = cols;
   m.layout_ = Layout::kPanels;
   m.activation_ = activation;
+  m.grid_ = grid;
   PackedView& v = m.packed_view_;
   v.rows = rows;
   v.cols = cols;
-  v.bits = bits;
+  v.bits = grid.bits;
   v.blocks = (cols + kBlock - 1) / kBlock;
-  v.group_blocks = group ? group / kBlock : v.blocks;
+  v.group_blocks = grid.group ? grid.group / kBlock : v.blocks;
   v.groups = (v.blocks + v.group_blocks - 1) / v.group_blocks;
+  v.sub_group = grid.sub_group;
   const size_t panels = size_t(m.panels());
   const size_t group_bytes = panels * size_t(v.groups) * kPanel * 2;
-  check_size(name, "codes", codes, panels * size_t(v.blocks) * size_t(kBlock * kPanel * bits / 8));
-  check_size(name, "scales", scales, group_bytes);
-  check_size(name, "minima", minima, symmetric ? 0 : group_bytes);
-  v.codes = copy<uint8_t>(arena, codes);
-  v.scales = copy<uint16_t>(arena, scales);
-  v.minima = copy<uint16_t>(arena, minima);
-  m.bytes_ = codes.size + scales.size + minima.size;
+  const size_t sub_bytes = grid.sub_group ? panels * size_t(v.blocks * (kBlock / grid.sub_group)) * kPanel : 0;
+  check_size(name, "codes", parts.codes, panels * size_t(v.blocks) * size_t(kBlock * kPanel * grid.bits / 8));
+  check_size(name, "scales", parts.scales, group_bytes);
+  check_size(name, "minima", parts.minima, grid.symmetric ? 0 : group_bytes);
+  check_size(name, "sub-scales", parts.sub_scales, sub_bytes);
+  check_size(name, "sub-minima", parts.sub_minima, grid.symmetric ? 0 : sub_bytes);
+  v.codes = copy<uint8_t>(arena, parts.codes);
+  v.scales = copy<uint16_t>(arena, parts.scales);
+  v.minima = copy<uint16_t>(arena, parts.minima);
+  v.sub_scales = copy<int8_t>(arena, parts.sub_scales);
+  v.sub_minima = copy<int8_t>(arena, parts.sub_minima);
+  for (const Bytes& part : {parts.codes, parts.scales, parts.minima, parts.sub_scales, parts.sub_minima})
+    m.bytes_ += part.size;
   return m;
 }
 

@@ -1,4 +1,4 @@
-// One weight matrix as the engine holds it, in one of three layouts.
+// One weight matrix as the engine holds it, in one of three layouts, one of which has two versions.
 //
 // rows.v1: f32 or f16, row-major, unpadded.
 // pairs16.v1: bf16 in panels of 16 rows (the last padded with zeros), columns padded to a multiple of 32.
@@ -8,6 +8,13 @@
 //           high one; symmetric codes are stored +8.
 //   8 bits: per 4 columns one 64-byte line; byte r*4+j is the signed code of row r, column k+j.
 //   scales (and minima) are f16, [panel][group][16]; a group is 32, 64 or 128 columns, or the whole row.
+// panel16.v2: the same, with codes of 5 and 6 bits and scales of two levels.
+//   5 and 6 bits: a block of 32 columns is the four lines of its low four bits, as 4-bit codes have them, then
+//           5 bits: one line, byte r*4+j has the fifth bit of row r, columns j, 4+j, .. 28+j, from its lowest bit up;
+//           6 bits: two lines of 16 columns each, byte r*4+j has two bits of columns j, 4+j, 8+j, 12+j.
+//           Symmetric codes are stored +16 and +32.
+//   two levels: [panel][padded columns / sub-group][16] signed bytes beside scales (and minima): their products with
+//           the f16 of the group hold for 32 columns (4 and 5 bits, with minima) or 16 (6 bits, symmetric).
 #pragma once
 
 #include <string>
@@ -21,8 +28,25 @@ namespace trilemma {
 enum class Activation { kF32, kBf16, kInt8 };
 
 struct Bytes {
-  const void* data;
-  std::size_t size;
+  const void* data = nullptr;
+  std::size_t size = 0;
+};
+
+// The grid of packed codes. group: columns that share an f16 scale, 0 for the whole row; sub_group: columns that share a
+// factor of it, 0 where there is one level.
+struct Grid {
+  int bits;
+  bool symmetric;
+  int group;
+  int sub_group = 0;
+
+  // Arrays of Int8Input::start that products with such codes need, a bit each.
+  unsigned starts() const;
+};
+
+// Minima, and what belongs to a second level of scales, may be absent.
+struct PackedParts {
+  Bytes codes, scales, minima{}, sub_scales{}, sub_minima{};
 };
 
 class Matrix {
@@ -34,16 +58,15 @@ class Matrix {
   // naming `name` otherwise. bf16 comes in rows and is held as pairs.
   static Matrix plain(Arena& arena, const std::string& name, Dtype dtype, int rows, int cols, Bytes data,
                       Activation activation);
-  // group 0 means the whole row.
-  static Matrix packed(Arena& arena, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
-                       Activation activation, Bytes codes, Bytes scales, Bytes minima);
+  static Matrix packed(Arena& arena, const std::string& name, const Grid& grid, int rows, int cols,
+                       Activation activation, const PackedParts& parts);
 
   int rows() const { return rows_; }
   int cols() const { return cols_; }
   int panels() const { return (rows_ + kPanel - 1) / kPanel; }
   Layout layout() const { return layout_; }
   Activation activation() const { return activation_; }
-  bool asymmetric() const { return packed_view_.minima != nullptr; }
+  const Grid& grid() const { return grid_; }  // of panels
   const PlainView& plain_view() const { return plain_view_; }
   const PairView& pair_view() const { return pair_view_; }
   const PackedView& packed_view() const { return packed_view_; }
@@ -60,6 +83,7 @@ class Matrix {
   PlainView plain_view_{};
   PairView pair_view_{};
   PackedView packed_view_{};
+  Grid grid_{8, true, 0};
 };
 
 }  // namespace trilemma

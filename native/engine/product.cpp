@@ -48,15 +48,21 @@ size_t tiled_rows(int rows) { return rows > kTokenTile ? round_up(size_t(rows), 
 
 }  // namespace
 
-void InputForms::add(Activation activation, Matrix::Layout layout, bool asymmetric) {
+void InputForms::add(Activation activation, Matrix::Layout layout, const Grid& grid) {
   const bool b = activation == Activation::kBf16;
-  int8 |= activation == Activation::kInt8;
+  const bool asymmetric = layout == Matrix::Layout::kPanels && !grid.symmetric;
   (layout == Matrix::Layout::kRows ? bf16_rows : bf16) |= b;
-  if (asymmetric && activation != Activation::kInt8) (b ? bf16_sums : sums) = true;
+  if (activation != Activation::kInt8) {
+    if (asymmetric) (b ? bf16_sums : sums) = true;
+    return;
+  }
+  int8 = true;
+  int8_sums |= asymmetric;
+  int8_starts |= grid.starts();
 }
 
 void InputForms::add(const Linear& linear) {
-  if (const Matrix* w = linear.weight) add(w->activation(), w->layout(), w->asymmetric());
+  if (const Matrix* w = linear.weight) add(w->activation(), w->layout(), w->grid());
 }
 
 void InputForms::add(const FfnWeights& ffn) {
@@ -84,7 +90,16 @@ ProductInput::Sizes ProductInput::sizes_of(const Kernels& kernels, const InputFo
   if (!forms.int8) return sizes;
   sizes.codes = cells * kBlock;
   sizes.cells = cells * 4;
+  if (forms.int8_sums) sizes.int8_sums = cells * 4;
+  for (int i = 0; i < kStarts; ++i)
+    if (forms.int8_starts >> i & 1) sizes.starts[i] = cells * 4;
   return sizes;
+}
+
+std::size_t ProductInput::Sizes::total() const {
+  std::size_t all = bf16_rows + bf16_tiles + sums + bf16_sums + codes + cells + int8_sums;
+  for (const std::size_t bytes : starts) all += bytes;
+  return all;
 }
 
 void ProductInput::reserve(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split) {
@@ -94,19 +109,21 @@ void ProductInput::reserve(const Kernels& kernels, const InputForms& forms, int 
   sums_ = AlignedBuffer(sizes.sums);
   bf16_sums_ = AlignedBuffer(sizes.bf16_sums);
   codes_ = AlignedBuffer(sizes.codes);
-  for (AlignedBuffer* b : {&scale_, &bias8_, &bias128_, &code_sums_}) *b = AlignedBuffer(sizes.cells);
+  scale_ = AlignedBuffer(sizes.cells);
+  code_sums_ = AlignedBuffer(sizes.int8_sums);
+  for (int i = 0; i < kStarts; ++i) starts_[i] = AlignedBuffer(sizes.starts[i]);
 }
 
 std::size_t ProductInput::bytes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split) {
-  const Sizes s = sizes_of(kernels, forms, columns, rows, split);
-  return s.bf16_rows + s.bf16_tiles + s.sums + s.bf16_sums + s.codes + 4 * s.cells;
+  return sizes_of(kernels, forms, columns, rows, split).total();
 }
 
 std::size_t ProductInput::bytes() const {
   std::size_t total = 0;
   for (const AlignedBuffer* b :
-       {&bf16_rows_, &bf16_tiles_, &sums_, &bf16_sums_, &codes_, &scale_, &bias8_, &bias128_, &code_sums_})
+       {&bf16_rows_, &bf16_tiles_, &sums_, &bf16_sums_, &codes_, &scale_, &code_sums_})
     total += b->bytes();
+  for (const AlignedBuffer& b : starts_) total += b.bytes();
   return total;
 }
 
@@ -120,13 +137,17 @@ void ProductInput::begin(const InputForms& forms, float* x, int columns, std::sp
   size_t cell = 0;
   int first = 0;
   for (const int rows : rows_of_parts) {
-    const Int8Input int8{codes_.as<int8_t>() + cell * kBlock, scale_.as<float>() + cell,
-                         bias8_.as<int32_t>() + cell,         bias128_.as<int32_t>() + cell,
-                         code_sums_.as<float>() + cell,       std::min(rows, int(kTokenTile)),
-                         int(blocks)};
+    const int width = std::min(rows, int(kTokenTile));
+    Int8Input int8{};
+    if (forms.int8) {
+      int8 = {codes_.as<int8_t>() + cell * kBlock, scale_.as<float>() + cell, nullptr, {}, width, int(blocks)};
+      if (forms.int8_sums) int8.sum = code_sums_.as<float>() + cell;
+      for (int i = 0; i < kStarts; ++i)
+        if (forms.int8_starts >> i & 1) int8.start[i] = starts_[i].as<int32_t>() + cell;
+    }
     Bf16Input bf16{};
-    if (bf16_tiles_.data()) bf16 = {bf16_tiles_.as<uint16_t>() + cell * kBlock, int8.width, int8.blocks};
-    parts_.push_back({first, rows, forms.int8 ? int8 : Int8Input{}, bf16});
+    if (bf16_tiles_.data()) bf16 = {bf16_tiles_.as<uint16_t>() + cell * kBlock, width, int(blocks)};
+    parts_.push_back({first, rows, int8, bf16});
     first += rows;
     cell += tiled_rows(rows) * blocks;
   }

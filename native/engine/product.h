@@ -13,10 +13,12 @@ namespace trilemma {
 
 // Which forms of an input are needed besides f32.
 struct InputForms {
-  bool sums = false, bf16 = false, bf16_sums = false, int8 = false;
+  bool sums = false, bf16 = false, bf16_sums = false, int8 = false, int8_sums = false;
   bool bf16_rows = false;  // rounded, for weights that only the float kernels multiply
+  unsigned int8_starts = 0;  // arrays of Int8Input::start, a bit each
 
-  void add(Activation activation, Matrix::Layout layout, bool asymmetric);
+  // Of a matrix in that layout; `grid` counts where it lies in panels.
+  void add(Activation activation, Matrix::Layout layout, const Grid& grid);
   void add(const Linear& linear);
   void add(const FfnWeights& ffn);
   void add(const LayerWeights& layer);
@@ -50,7 +52,9 @@ class ProductInput {
  private:
   struct Sizes {
     std::size_t bf16_rows = 0, bf16_tiles = 0, sums = 0, bf16_sums = 0;
-    std::size_t codes = 0, cells = 0;  // cells: each of the four buffers beside the codes
+    std::size_t codes = 0, cells = 0;  // cells: each of the buffers beside the codes
+    std::size_t int8_sums = 0, starts[kStarts] = {};
+    std::size_t total() const;
   };
   static Sizes sizes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split);
 
@@ -64,7 +68,7 @@ class ProductInput {
   int columns_ = 0, ld_ = 0;
   std::vector<Part> parts_;
   AlignedBuffer bf16_rows_, bf16_tiles_, sums_, bf16_sums_;
-  AlignedBuffer codes_, scale_, bias8_, bias128_, code_sums_;
+  AlignedBuffer codes_, scale_, code_sums_, starts_[kStarts];
 };
 
 struct Product {

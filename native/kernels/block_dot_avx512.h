@@ -2,32 +2,28 @@
 // four activations broadcast from memory. Biased weights are undone by the accumulator's start.
 #pragma once
 
-#include "simd.h"
-#include "table.h"
+#include "panel.h"
 
 namespace trilemma {
 namespace {
 
 constexpr int kIntTokens = 16, kDotTokens = 4;
+constexpr bool kBiased8 = true;  // 8-bit codes are multiplied as code + 128
 
-template <int Bits>
+template <class C>
 struct BlockWeights {
   __m512i lines[8];
 
-  explicit BlockWeights(const uint8_t* packed) {
-    if (Bits == 4) {
-      const __m512i mask = _mm512_set1_epi8(15);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const __m512i line = _mm512_loadu_si512(packed + 64 * i);
-        lines[2 * i] = _mm512_and_si512(line, mask);
-        lines[2 * i + 1] = _mm512_and_si512(_mm512_srli_epi16(line, 4), mask);
-      }
-    } else {
-      const __m512i flip = _mm512_set1_epi8(char(0x80));
-#pragma GCC unroll 8
-      for (int i = 0; i < 8; ++i) lines[i] = _mm512_xor_si512(_mm512_loadu_si512(packed + 64 * i), flip);
-    }
+  explicit BlockWeights(const uint8_t* packed) { set<0>(packed); }
+
+ private:
+  template <int I>
+  void set(const uint8_t* packed) {
+    if constexpr (C::kBits == 8)
+      lines[I] = _mm512_xor_si512(_mm512_loadu_si512(packed + 64 * I), _mm512_set1_epi8(char(0x80)));
+    else
+      lines[I] = code_line<C::kBits, I>(packed).v;
+    if constexpr (I < 7) set<I + 1>(packed);
   }
 };
 
@@ -37,8 +33,9 @@ inline __m512i broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
-template <int Bits, bool Symmetric, int T>
-inline void block_dot(const BlockWeights<Bits>& w, const int8_t* x, const int32_t* bias, V16f* sum) {
+template <class C, int Part, int T>
+inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* start, V16f* sum) {
+  constexpr int kLines = 8 / C::kParts, kFirst = Part * kLines;
   // With few tokens the additions of one sum would wait for each other: two chains, exact all the same.
   constexpr int kChains = T <= 2 ? 2 : 1;
   __m512i acc[T][kChains];
@@ -46,9 +43,9 @@ inline void block_dot(const BlockWeights<Bits>& w, const int8_t* x, const int32_
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
     for (int c = 0; c < kChains; ++c)
-      acc[t][c] = Symmetric && c == 0 ? _mm512_set1_epi32(bias[t]) : _mm512_setzero_si512();
+      acc[t][c] = C::kSymmetric && c == 0 ? _mm512_set1_epi32(start[t]) : _mm512_setzero_si512();
 #pragma GCC unroll 8
-  for (int i = 0; i < 8; ++i)
+  for (int i = kFirst; i < kFirst + kLines; ++i)
 #pragma GCC unroll 4
     for (int t = 0; t < T; ++t)
       acc[t][i % kChains] = _mm512_dpbusd_epi32(acc[t][i % kChains], w.lines[i], broadcast4(x + t * kBlock + 4 * i));

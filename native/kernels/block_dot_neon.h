@@ -1,19 +1,26 @@
 // The exact int32 sums of one block (32 columns) of a panel, with sdot: four columns of four rows a register.
-// 8-bit codes are signed as they are; 4-bit ones 0..15, whose +8 the accumulator's start undoes.
+// 8-bit codes are signed as they are; those of fewer bits are stored from 0 on, which the accumulator's start undoes.
 #pragma once
 
-#include "simd.h"
-#include "table.h"
+#include "panel.h"
 
 namespace trilemma {
 namespace {
 
 constexpr int kIntTokens = 4, kDotTokens = 2;
 
-template <int Bits>
+constexpr bool kBiased8 = false;
+
+// Lines as they lie in memory, or those of 5 and 6 bits as bytes.
+template <class C, bool Expanded = C::kBits == 5 || C::kBits == 6>
 struct BlockWeights {
   const uint8_t* packed;
   explicit BlockWeights(const uint8_t* codes) : packed(codes) {}
+};
+template <class C>
+struct BlockWeights<C, true> {
+  alignas(64) uint8_t packed[8 * 64];
+  explicit BlockWeights(const uint8_t* codes) { expand_codes<C::kBits, 0>(codes, packed); }
 };
 
 // Four columns of 16 rows (one 64-byte line of signed bytes) times columns 4*Lane.. of 16 inputs.
@@ -40,21 +47,22 @@ inline void dot_columns(const uint8_t* packed, const int8x16_t* x, int32x4_t (*a
   if constexpr (Bits == 4) dot_line<Lane + 1, T>(high, x, acc);
 }
 
-template <int Bits, bool Symmetric, int T>
-inline void block_dot(const BlockWeights<Bits>& w, const int8_t* x, const int32_t* bias, V16f* sum) {
+template <class C, int Part, int T>
+inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* start, V16f* sum) {
+  constexpr int kLineBits = C::kBits == 4 ? 4 : 8, kFirst = Part, kLast = C::kParts == 2 ? Part + 1 : 2;
   int32x4_t acc[T][4];
 #pragma GCC unroll 2
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) acc[t][q] = vdupq_n_s32(Bits == 4 && Symmetric ? bias[t] : 0);
+    for (int q = 0; q < 4; ++q) acc[t][q] = vdupq_n_s32(C::kOffset ? start[t] : 0);
 #pragma GCC unroll 2
-  for (int half = 0; half < 2; ++half) {
+  for (int half = kFirst; half < kLast; ++half) {
     int8x16_t in[T];
 #pragma GCC unroll 2
     for (int t = 0; t < T; ++t) in[t] = vld1q_s8(x + t * kBlock + 16 * half);
-    const uint8_t* packed = w.packed + half * kPanel * 16 * Bits / 8;
-    dot_columns<Bits, 0, T>(packed, in, acc);
-    if constexpr (Bits == 8) {
+    const uint8_t* packed = w.packed + half * kPanel * 16 * kLineBits / 8;
+    dot_columns<kLineBits, 0, T>(packed, in, acc);
+    if constexpr (kLineBits == 8) {
       dot_columns<8, 1, T>(packed + 64, in, acc);
       dot_columns<8, 2, T>(packed + 128, in, acc);
       dot_columns<8, 3, T>(packed + 192, in, acc);

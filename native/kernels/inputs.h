@@ -44,11 +44,17 @@ void quantize_int8(const float* x, int token, const Int8Input& out) {
     store_s8(codes, qlo);
     store_s8(codes + 16, qhi);
     // Integers far below 2^24: exact in any order.
-    const float sum = reduce_add(add(qlo, qhi));
+    const float low = reduce_add(qlo), high = reduce_add(qhi), sum = low + high;
     out.scale[at] = scale;
-    out.bias8[at] = -8 * int32_t(sum);
-    out.bias128[at] = -128 * int32_t(sum);
-    out.sum[at] = scale * sum;
+    if (out.sum) out.sum[at] = scale * sum;
+    const auto start = [&](Int8Start which, int offset, float codes_sum) {
+      if (out.start[which]) out.start[which][at] = -offset * int32_t(codes_sum);
+    };
+    start(kStart8, 8, sum);
+    start(kStart16, 16, sum);
+    start(kStart32Low, 32, low);
+    start(kStart32High, 32, high);
+    start(kStart128, 128, sum);
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // The instruction adds both products in its own way (no denormals, its own rounding), so that this path agrees with
 // itself for every tile, thread and batch, but with other instruction sets only within rounding.
-// Weights are bf16 pairs, or panel16.v1 codes, which bf16 holds exactly: their group's scale is applied in f32.
+// Weights are bf16 pairs, or panel16 codes, which bf16 holds exactly: their group's scale is applied in f32.
 #pragma once
 
 #include "matmul_pairs.h"
@@ -120,68 +120,73 @@ inline void add_pair(V16u weights, const uint16_t* x, V16f* sum) {
   for (int t = 0; t < T; ++t) sum[t] = dot_bf16(sum[t], weights, x + t * kBlock);
 }
 
-template <int Bits, bool Symmetric, int T>
+// Columns [begin, end) of a block; those of 5 and 6 bits come as lines of bytes.
+template <class C, int T>
+inline void bf16_columns(const uint8_t* codes, int begin, int end, const uint16_t* x, __m512i values, V16f* even,
+                         V16f* odd) {
+#pragma GCC unroll 4
+  for (int i = begin; i < end; i += 8)
+    if constexpr (C::kBits == 4) {
+      const __m512i line = load_line(codes + i * 8).v;
+      add_pair<T>(nibble_pair<0>(line, values), x + i, even);
+      add_pair<T>(nibble_pair<1>(line, values), x + i + 2, odd);
+      add_pair<T>(nibble_pair<2>(line, values), x + i + 4, even);
+      add_pair<T>(nibble_pair<3>(line, values), x + i + 6, odd);
+    } else {
+      const __m512i line = load_line(codes + i * 16).v, next = load_line(codes + i * 16 + 64).v;
+      add_pair<T>(byte_pair<0>(line), x + i, even);
+      add_pair<T>(byte_pair<1>(line), x + i + 2, odd);
+      add_pair<T>(byte_pair<0>(next), x + i + 4, even);
+      add_pair<T>(byte_pair<1>(next), x + i + 6, odd);
+    }
+}
+
+template <class C, int T>
 inline void packed_bf16_tile(const PackedView& w, int panel, const Bf16Input& in, const float* sums, int token,
                              const Output& out) {
-  const PanelView p = panel_of(w, panel);
-  const uint8_t* codes = p.codes;
-  const __m512i values = bf16_values(Symmetric ? 8 : 0);
+  const uint8_t* packed = panel_codes(w, panel);
+  const __m512i values = bf16_values(C::kOffset);
+  constexpr bool kExpanded = C::kBits == 5 || C::kBits == 6;
+  alignas(64) uint8_t expanded[kExpanded ? 8 * 64 : 1];
+  BlockScales<C> scales(w, panel);
   Bf16Tile tile(in, token);
-  V16f total[T], scale = zero(), minimum = zero();
+  V16f total[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) total[t] = zero();
-  for (int b = 0, until = 0, group = 0; b < w.blocks; ++b, tile.x += tile.stride) {
-    if (b == until) {
-      scale = load_f16(p.scales + group * kPanel);
-      if (!Symmetric) minimum = load_f16(p.minima + group * kPanel);
-      until += w.group_blocks;
-      ++group;
-    }
-    V16f even[T], odd[T];
+  for (int b = 0; b < w.blocks; ++b, tile.x += tile.stride, packed += block_bytes(C::kBits)) {
+    scales.next();
+    const uint8_t* codes = packed;
+    if constexpr (kExpanded) expand_codes<C::kBits, C::kOffset>(packed, expanded), codes = expanded;
+    for (int part = 0; part < C::kParts; ++part) {
+      V16f even[T], odd[T];
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
-#pragma GCC unroll 4
-    for (int i = 0; i < kBlock; i += 8, codes += size_t(Bits) * 16) {
-      const uint16_t* x = tile.x + i;
-      const __m512i line = load_line(codes).v;
-      if (Bits == 4) {
-        add_pair<T>(nibble_pair<0>(line, values), x, even);
-        add_pair<T>(nibble_pair<1>(line, values), x + 2, odd);
-        add_pair<T>(nibble_pair<2>(line, values), x + 4, even);
-        add_pair<T>(nibble_pair<3>(line, values), x + 6, odd);
-      } else {
-        const __m512i next = load_line(codes + 64).v;
-        add_pair<T>(byte_pair<0>(line), x, even);
-        add_pair<T>(byte_pair<1>(line), x + 2, odd);
-        add_pair<T>(byte_pair<0>(next), x + 4, even);
-        add_pair<T>(byte_pair<1>(next), x + 6, odd);
+      for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
+      constexpr int kColumns = kBlock / C::kParts;
+      bf16_columns<C, T>(codes, part * kColumns, (part + 1) * kColumns, tile.x, values, even, odd);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        total[t] = fma(scales.scale[part], add(even[t], odd[t]), total[t]);
+        if (!C::kSymmetric)
+          total[t] = fma(scales.minimum, set1(sums[size_t(token + t) * size_t(w.blocks) + size_t(b)]), total[t]);
       }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      total[t] = fma(scale, add(even[t], odd[t]), total[t]);
-      if (!Symmetric)
-        total[t] = fma(minimum, set1(sums[size_t(token + t) * size_t(w.blocks) + size_t(b)]), total[t]);
     }
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) write_panel(total[t], panel, w.rows, token + t, out);
 }
 
-template <int Bits, bool Symmetric, int T = kBf16Tokens>
+template <class C, int T = kBf16Tokens>
 inline void packed_bf16_tokens(const PackedView& w, const Bf16Input& x, const float* sums, int t, int tokens, int begin,
                                int end, const Output& out) {
   for (; t + T <= tokens; t += T)
-    for (int p = begin; p < end; ++p) packed_bf16_tile<Bits, Symmetric, T>(w, p, x, sums, t, out);
+    for (int p = begin; p < end; ++p) packed_bf16_tile<C, T>(w, p, x, sums, t, out);
   if constexpr (T > 1)
-    if (t < tokens) packed_bf16_tokens<Bits, Symmetric, T - 1>(w, x, sums, t, tokens, begin, end, out);
+    if (t < tokens) packed_bf16_tokens<C, T - 1>(w, x, sums, t, tokens, begin, end, out);
 }
 
 void matmul_packed_bf16(const PackedView& w, const Bf16Input& x, const float* sums, int tokens, int begin, int end,
                         const Output& out) {
-  if (w.bits == 8) return packed_bf16_tokens<8, true>(w, x, sums, 0, tokens, begin, end, out);
-  if (w.minima) return packed_bf16_tokens<4, false>(w, x, sums, 0, tokens, begin, end, out);
-  packed_bf16_tokens<4, true>(w, x, sums, 0, tokens, begin, end, out);
+  with_codes(w, [&](auto codes) { packed_bf16_tokens<decltype(codes)>(w, x, sums, 0, tokens, begin, end, out); });
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
-// y = W x for panel16.v1 with float activations (f32, or f32 values rounded to bf16): the accuracy mode.
+// y = W x for panel16 with float activations (f32, or f32 values rounded to bf16): the accuracy mode.
 //
-// Lanes are rows. Per block of 32 columns: two chains (columns k%8 < 4 and the others) of code * x, added,
+// Lanes are rows. Per block of 32 columns (or half of one, where that has a scale of its own): two chains (columns k%8 < 4 and the others) of code * x, added,
 // then one fma with the group's scale. Codes are exact in f32, so the scale is the only rounding of a weight.
 #pragma once
 
@@ -47,56 +47,62 @@ inline void columns8(const uint8_t* codes, const float* x, size_t ldx, V16f* sum
   step<T>(signed_byte<3>(line), x + 3, ldx, sum);
 }
 
-template <int Bits, bool Symmetric, int T>
+// Columns [begin, end) of a block of either width; those of 5 and 6 bits come as lines of bytes.
+template <class C, int T>
+inline void columns(const uint8_t* codes, int begin, int end, const float* x, size_t ldx, V16f* even, V16f* odd) {
+  for (int i = begin; i < end; i += 8)
+    if constexpr (C::kBits == 4) {
+      columns4<C::kSymmetric, T>(codes + i * 8, x + i, ldx, even, odd);
+    } else {
+      columns8<T>(codes + i * 16, x + i, ldx, even);
+      columns8<T>(codes + i * 16 + 64, x + i + 4, ldx, odd);
+    }
+}
+
+template <class C, int T>
 inline void float_tile(const PackedView& w, int panel, const FloatInput& in, int token, const Output& out) {
-  const PanelView p = panel_of(w, panel);
   const float* x = in.x + size_t(token) * in.ld;
-  const float* sums = in.sums + size_t(token) * (in.ld / kBlock);
-  const uint8_t* codes = p.codes;
-  V16f total[T], scale = zero(), minimum = zero();
+  const float* sums = C::kSymmetric ? nullptr : in.sums + size_t(token) * (in.ld / kBlock);
+  const uint8_t* packed = panel_codes(w, panel);
+  constexpr bool kExpanded = C::kBits == 5 || C::kBits == 6;
+  alignas(64) uint8_t expanded[kExpanded ? 8 * 64 : 1];
+  BlockScales<C> scales(w, panel);
+  V16f total[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) total[t] = zero();
-  for (int b = 0, until = 0, group = 0; b < w.blocks; ++b, x += kBlock) {
-    if (b == until) {
-      scale = load_f16(p.scales + group * kPanel);
-      if (!Symmetric) minimum = load_f16(p.minima + group * kPanel);
-      until += w.group_blocks;
-      ++group;
-    }
-    V16f even[T], odd[T];
+  for (int b = 0; b < w.blocks; ++b, x += kBlock, packed += block_bytes(C::kBits)) {
+    scales.next();
+    const uint8_t* codes = packed;
+    if constexpr (kExpanded) expand_codes<C::kBits, C::kOffset>(packed, expanded), codes = expanded;
+    for (int part = 0; part < C::kParts; ++part) {
+      V16f even[T], odd[T];
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
-    for (int i = 0; i < kBlock; i += 8, codes += size_t(Bits) * 16) {
-      if (Bits == 4) {
-        columns4<Symmetric, T>(codes, x + i, in.ld, even, odd);
-      } else {
-        columns8<T>(codes, x + i, in.ld, even);
-        columns8<T>(codes + 64, x + i + 4, in.ld, odd);
+      for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
+      constexpr int kColumns = kBlock / C::kParts;
+      columns<C, T>(codes, part * kColumns, (part + 1) * kColumns, x, in.ld, even, odd);
+#pragma GCC unroll 8
+      for (int t = 0; t < T; ++t) {
+        total[t] = fma(scales.scale[part], add(even[t], odd[t]), total[t]);
+        if (!C::kSymmetric)
+          total[t] = fma(scales.minimum, set1(sums[size_t(t) * (in.ld / kBlock) + size_t(b)]), total[t]);
       }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      total[t] = fma(scale, add(even[t], odd[t]), total[t]);
-      if (!Symmetric) total[t] = fma(minimum, set1(sums[size_t(t) * (in.ld / kBlock) + size_t(b)]), total[t]);
     }
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) write_panel(total[t], panel, w.rows, token + t, out);
 }
 
-template <int Bits, bool Symmetric>
+template <class C>
 inline void float_panels(const PackedView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out) {
   int t = 0;
   for (; t + kFloatTokens <= tokens; t += kFloatTokens)
-    for (int p = begin; p < end; ++p) float_tile<Bits, Symmetric, kFloatTokens>(w, p, x, t, out);
+    for (int p = begin; p < end; ++p) float_tile<C, kFloatTokens>(w, p, x, t, out);
   for (; t < tokens; ++t)
-    for (int p = begin; p < end; ++p) float_tile<Bits, Symmetric, 1>(w, p, x, t, out);
+    for (int p = begin; p < end; ++p) float_tile<C, 1>(w, p, x, t, out);
 }
 
 void matmul_float(const PackedView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out) {
-  if (w.bits == 8) return float_panels<8, true>(w, x, tokens, begin, end, out);
-  if (w.minima) return float_panels<4, false>(w, x, tokens, begin, end, out);
-  float_panels<4, true>(w, x, tokens, begin, end, out);
+  with_codes(w, [&](auto codes) { float_panels<decltype(codes)>(w, x, tokens, begin, end, out); });
 }
 
 }  // namespace

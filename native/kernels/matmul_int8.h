@@ -1,6 +1,6 @@
-// y = W x for panel16.v1 with int8 activations in groups of 32.
+// y = W x for panel16 with int8 activations in groups of 32.
 //
-// Per block of 32 columns the sum of products is an exact int32; then
+// Per block of 32 columns (or half of one, where that has a scale of its own) the sum of products is an exact int32; then
 //     total = fma(w_scale * x_scale, float(sum), total)         (+ fma(w_min, x_scale * sum(x codes), total))
 // with blocks ascending. So all instruction sets, tile sizes and thread counts give the same bits.
 #pragma once
@@ -20,50 +20,67 @@
 namespace trilemma {
 namespace {
 
-// One block's contribution to T tokens, in nearly equal steps of at most kDotTokens.
-template <int Bits, bool Symmetric, int T>
-inline void add_blocks(const BlockWeights<Bits>& weights, const int8_t* x, const int32_t* bias, const float* x_scale,
-                       const float* x_sum, V16f scale, V16f minimum, V16f* total) {
+// The inputs of a tile of tokens, from one block on; null is what this kind of codes has no use for.
+template <class C>
+struct Int8Tile {
+  static constexpr Int8Start kStart = C::kBits == 8   ? kStart128
+                                      : C::kBits == 6 ? kStart32Low
+                                      : C::kBits == 5 ? kStart16
+                                                      : kStart8;
+  const int8_t* x;
+  const float *scale, *sum = nullptr;
+  static constexpr bool kHasStart = C::kSymmetric && (C::kBits < 8 || kBiased8);
+  const int32_t* start[C::kParts] = {};
+  size_t width;
+
+  Int8Tile(const Int8Input& in, int token, size_t width) : width(width) {
+    const size_t first = size_t(token / kTokenTile) * size_t(in.blocks) * size_t(in.width) + size_t(token % kTokenTile);
+    x = in.codes + first * kBlock;
+    scale = in.scale + first;
+    if (!C::kSymmetric) sum = in.sum + first;
+    if (kHasStart)
+      for (int part = 0; part < C::kParts; ++part) start[part] = in.start[kStart + part] + first;
+  }
+  void next_block() {
+    x += width * kBlock;
+    scale += width;
+    if (!C::kSymmetric) sum += width;
+    if (kHasStart)
+      for (int part = 0; part < C::kParts; ++part) start[part] += width;
+  }
+};
+
+// What one part of a block adds to T tokens from `token` on, in nearly equal steps of at most kDotTokens.
+template <class C, int Part, int T>
+inline void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C>& in, int token, V16f scale, V16f minimum,
+                       V16f* total) {
   constexpr int kSteps = (T + kDotTokens - 1) / kDotTokens, kStep = (T + kSteps - 1) / kSteps;
   V16f sum[kStep];
-  block_dot<Bits, Symmetric, kStep>(weights, x, bias, sum);
+  const int32_t* start = Int8Tile<C>::kHasStart ? in.start[Part] + token : nullptr;
+  block_dot<C, Part, kStep>(weights, in.x + token * kBlock, start, sum);
 #pragma GCC unroll 4
   for (int t = 0; t < kStep; ++t) {
-    total[t] = fma(mul(scale, set1(x_scale[t])), sum[t], total[t]);
-    if (!Symmetric) total[t] = fma(minimum, set1(x_sum[t]), total[t]);
+    total[t] = fma(mul(scale, set1(in.scale[token + t])), sum[t], total[t]);
+    if (!C::kSymmetric) total[t] = fma(minimum, set1(in.sum[token + t]), total[t]);
   }
-  if constexpr (T > kStep)
-    add_blocks<Bits, Symmetric, T - kStep>(weights, x + kStep * kBlock, bias + kStep, x_scale + kStep, x_sum + kStep,
-                                           scale, minimum, total + kStep);
+  if constexpr (T > kStep) add_blocks<C, Part, T - kStep>(weights, in, token + kStep, scale, minimum, total + kStep);
 }
 
-template <int Bits, bool Symmetric, int T>
-inline void int8_tile(const PackedView& w, int panel, const Int8Input& in, int token, const Output& out) {
-  const PanelView p = panel_of(w, panel);
-  const size_t width = T == kTokenTile ? size_t(kTokenTile) : size_t(in.width);
-  const size_t first = size_t(token / kTokenTile) * size_t(in.blocks) * size_t(in.width) + size_t(token % kTokenTile);
-  const int8_t* x = in.codes + first * kBlock;
-  const int32_t* bias = (Bits == 8 ? in.bias128 : in.bias8) + first;
-  const float* x_scale = in.scale + first;
-  const float* x_sum = in.sum + first;
-  const uint8_t* codes = p.codes;
-  V16f total[T], scale = zero(), minimum = zero();
+template <class C, int T>
+inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, int token, const Output& out) {
+  const uint8_t* codes = panel_codes(w, panel);
+  Int8Tile<C> in(input, token, T == kTokenTile ? size_t(kTokenTile) : size_t(input.width));
+  BlockScales<C> scales(w, panel);
+  V16f total[T];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) total[t] = zero();
-  for (int b = 0, until = 0, group = 0; b < w.blocks; ++b) {
-    if (b == until) {
-      scale = load_f16(p.scales + group * kPanel);
-      if (!Symmetric) minimum = load_f16(p.minima + group * kPanel);
-      until += w.group_blocks;
-      ++group;
-    }
-    const BlockWeights<Bits> weights(codes);
-    add_blocks<Bits, Symmetric, T>(weights, x, bias, x_scale, x_sum, scale, minimum, total);
-    codes += block_bytes(Bits);
-    x += width * kBlock;
-    bias += width;
-    x_scale += width;
-    x_sum += width;
+  for (int b = 0; b < w.blocks; ++b) {
+    scales.next();
+    const BlockWeights<C> weights(codes);
+    add_blocks<C, 0, T>(weights, in, 0, scales.scale[0], scales.minimum, total);
+    if constexpr (C::kParts == 2) add_blocks<C, 1, T>(weights, in, 0, scales.scale[1], scales.minimum, total);
+    codes += block_bytes(C::kBits);
+    in.next_block();
   }
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) write_panel(total[t], panel, w.rows, token + t, out);
@@ -71,19 +88,17 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& in, int t
 
 // All tokens from `t` on, in tiles of T and then smaller ones: 16, 8, and what is left as one tile, so that weights are
 // read as seldom as can be and no tile straddles two tiles of 16 of the input.
-template <int Bits, bool Symmetric, int T = kIntTokens>
+template <class C, int T = kIntTokens>
 inline void int8_tokens(const PackedView& w, const Int8Input& x, int t, int tokens, int begin, int end,
                         const Output& out) {
   for (; t + T <= tokens; t += T)
-    for (int p = begin; p < end; ++p) int8_tile<Bits, Symmetric, T>(w, p, x, t, out);
+    for (int p = begin; p < end; ++p) int8_tile<C, T>(w, p, x, t, out);
   if constexpr (T > 1)
-    if (t < tokens) int8_tokens<Bits, Symmetric, (T > 8 ? T / 2 : T - 1)>(w, x, t, tokens, begin, end, out);
+    if (t < tokens) int8_tokens<C, (T > 8 ? T / 2 : T - 1)>(w, x, t, tokens, begin, end, out);
 }
 
 void matmul_int8(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out) {
-  if (w.bits == 8) return int8_tokens<8, true>(w, x, 0, tokens, begin, end, out);
-  if (w.minima) return int8_tokens<4, false>(w, x, 0, tokens, begin, end, out);
-  int8_tokens<4, true>(w, x, 0, tokens, begin, end, out);
+  with_codes(w, [&](auto codes) { int8_tokens<decltype(codes)>(w, x, 0, tokens, begin, end, out); });
 }
 
 }  // namespace

@@ -5,10 +5,17 @@
 
 namespace trilemma::reference {
 
+double Grid::minimum(int row, int col) const {
+  if (minima.empty()) return 0;
+  const double of_group = double(minima[std::size_t(row * groups() + (group ? col / group : 0))]);
+  return sub_group ? of_group * sub_minima[std::size_t(row * sub_groups() + col / sub_group)] : of_group;
+}
+
 double Grid::value(int row, int col) const {
   const std::size_t g = std::size_t(row) * std::size_t(groups()) + std::size_t(group ? col / group : 0);
-  const double scaled = double(codes[std::size_t(row) * std::size_t(cols) + std::size_t(col)]) * double(scales[g]);
-  return minima.empty() ? scaled : scaled + double(minima[g]);
+  double scaled = double(codes[std::size_t(row) * std::size_t(cols) + std::size_t(col)]) * double(scales[g]);
+  if (sub_group) scaled *= sub_scales[std::size_t(row * sub_groups() + col / sub_group)];
+  return scaled + minimum(row, col);
 }
 
 std::uint16_t to_half(float exact) {
@@ -20,29 +27,45 @@ std::uint16_t to_half(float exact) {
 }
 
 Panels pack(const Grid& grid) {
-  const int panels = (grid.rows + 15) / 16, blocks = (grid.cols + 31) / 32, groups = grid.groups();
-  const bool biased = grid.bits == 4 && grid.minima.empty();
+  const int panels = (grid.rows + 15) / 16, blocks = (grid.cols + 31) / 32;
+  const unsigned offset = grid.bits < 8 && grid.minima.empty() ? 1u << (grid.bits - 1) : 0;
   Panels out;
   const auto code = [&](int row, int col) -> unsigned {
     const bool inside = row < grid.rows && col < grid.cols;
-    return unsigned((inside ? grid.codes[std::size_t(row) * std::size_t(grid.cols) + std::size_t(col)] : 0) +
-                    (biased ? 8 : 0));
+    return unsigned(inside ? grid.codes[std::size_t(row) * std::size_t(grid.cols) + std::size_t(col)] : 0) + offset;
+  };
+  // One line: 16 rows, four bytes each.
+  const auto line = [&](int panel, const auto& byte) {
+    for (int r = 0; r < 16; ++r)
+      for (int j = 0; j < 4; ++j) out.codes.push_back(std::uint8_t(byte(panel * 16 + r, j)));
   };
   for (int p = 0; p < panels; ++p)
-    for (int k = 0; k < blocks * 32; k += grid.bits == 4 ? 8 : 4)
-      for (int r = 0; r < 16; ++r)
-        for (int j = 0; j < 4; ++j) {
-          const unsigned low = code(p * 16 + r, k + j), high = grid.bits == 4 ? code(p * 16 + r, k + 4 + j) : 0;
-          out.codes.push_back(std::uint8_t(grid.bits == 4 ? low | (high << 4) : low));
-        }
-  for (int p = 0; p < panels; ++p)
-    for (int g = 0; g < groups; ++g)
-      for (int r = 0; r < 16; ++r) {
-        const int row = p * 16 + r;
-        const std::size_t at = std::size_t(row) * std::size_t(groups) + std::size_t(g);
-        out.scales.push_back(row < grid.rows ? to_half(grid.scales[at]) : 0);
-        if (!grid.minima.empty()) out.minima.push_back(row < grid.rows ? to_half(grid.minima[at]) : 0);
-      }
+    for (int k = 0; k < blocks * 32; k += 32) {
+      for (int i = 0; i < 32 && grid.bits == 8; i += 4) line(p, [&](int row, int j) { return code(row, k + i + j); });
+      if (grid.bits == 8) continue;
+      for (int i = 0; i < 32; i += 8)
+        line(p, [&](int row, int j) { return (code(row, k + i + j) & 15) | (code(row, k + i + 4 + j) & 15) << 4; });
+      const int more = grid.bits - 4, columns = more ? 32 / more : 32;  // columns that a line of further bits covers
+      for (int i = 0; i < 32 && more; i += columns)
+        line(p, [&](int row, int j) {
+          unsigned byte = 0;
+          for (int c = 0; c < columns; c += 4) byte |= (code(row, k + i + c + j) >> 4) << (c / 4 * more);
+          return byte;
+        });
+    }
+  const auto spread = [&](int count, const auto& put) {
+    for (int p = 0; p < panels; ++p)
+      for (int g = 0; g < count; ++g)
+        for (int r = 0; r < 16; ++r) put(p * 16 + r < grid.rows, std::size_t((p * 16 + r) * count + g));
+  };
+  spread(grid.groups(), [&](bool inside, std::size_t at) {
+    out.scales.push_back(inside ? to_half(grid.scales[at]) : 0);
+    if (!grid.minima.empty()) out.minima.push_back(inside ? to_half(grid.minima[at]) : 0);
+  });
+  spread(grid.sub_groups(), [&](bool inside, std::size_t at) {
+    out.sub_scales.push_back(std::int8_t(inside ? grid.sub_scales[at] : 0));
+    if (!grid.minima.empty()) out.sub_minima.push_back(std::int8_t(inside ? grid.sub_minima[at] : 0));
+  });
   return out;
 }
 
@@ -50,7 +73,7 @@ PackedView Panels::view(const Grid& grid) const {
   const int blocks = (grid.cols + 31) / 32;
   return {codes.data(), scales.data(), minima.empty() ? nullptr : minima.data(), grid.rows,
           grid.cols,    blocks,        grid.group ? grid.group / 32 : blocks,    grid.groups(),
-          grid.bits};
+          grid.bits,    grid.sub_group, sub_scales.data(),                       sub_minima.data()};
 }
 
 Sum product(const Grid& grid, int row, const std::vector<double>& x) {
@@ -61,10 +84,7 @@ Sum product(const Grid& grid, int row, const std::vector<double>& x) {
     sum.size += std::fabs(term);
   }
   // With minima the kernel sums codes and minima apart, which may cancel.
-  for (int k = 0; k < grid.cols && !grid.minima.empty(); ++k)
-    sum.size += 2 * std::fabs(double(grid.minima[std::size_t(row) * std::size_t(grid.groups()) +
-                                                 std::size_t(grid.group ? k / grid.group : 0)]) *
-                              x[std::size_t(k)]);
+  for (int k = 0; k < grid.cols; ++k) sum.size += 2 * std::fabs(grid.minimum(row, k) * x[std::size_t(k)]);
   return sum;
 }
 

@@ -9,21 +9,28 @@
 
 namespace trilemma::reference {
 
-// A quantized matrix, unpacked: w = code * scale[group] (+ minimum[group]).
+// A quantized matrix, unpacked: w = code * scale[group] (+ minimum[group]); with a sub-group, scale and minimum of a group
+// are multiplied with those of the sub-group.
 struct Grid {
   int rows, cols, bits, group;  // group 0: the whole row
   std::vector<int> codes;       // (rows, cols)
   std::vector<float> scales;    // (rows, groups), exact in f16
   std::vector<float> minima;    // the same, or empty
+  int sub_group = 0;            // 32, 16, or 0: one level
+  std::vector<int> sub_scales;  // (rows, padded columns / sub_group)
+  std::vector<int> sub_minima;
 
   int groups() const { return group ? (cols + group - 1) / group : 1; }
+  int sub_groups() const { return sub_group ? (cols + 31) / 32 * 32 / sub_group : 0; }
+  double minimum(int row, int col) const;
   double value(int row, int col) const;
 };
 
-// panel16.v1 of a grid.
+// panel16 of a grid.
 struct Panels {
   std::vector<std::uint8_t> codes;
   std::vector<std::uint16_t> scales, minima;
+  std::vector<std::int8_t> sub_scales, sub_minima;
   PackedView view(const Grid& grid) const;
 };
 Panels pack(const Grid& grid);

@@ -138,6 +138,30 @@ inline void store_bf16(uint16_t* p, V16f a) {
 inline V16u load_line(const uint8_t* p) {
   return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
 }
+inline void store_line(uint8_t* p, V16u a) {
+  _mm256_storeu_si256((__m256i*)p, a.lo);
+  _mm256_storeu_si256((__m256i*)(p + 32), a.hi);
+}
+template <int Right>
+inline __m256i shift_half(__m256i a) {
+  return Right >= 0 ? _mm256_srli_epi32(a, Right & 31) : _mm256_slli_epi32(a, -Right & 31);
+}
+// The masked bits of lanes shifted right (left where Right is negative).
+template <int Right>
+inline V16u take_bits(V16u a, uint32_t mask) {
+  const __m256i m = _mm256_set1_epi32(int(mask));
+  return {_mm256_and_si256(shift_half<Right>(a.lo), m), _mm256_and_si256(shift_half<Right>(a.hi), m)};
+}
+// low | (a >> Right & mask)
+template <int Right>
+inline V16u join_bits(V16u low, V16u a, uint32_t mask) {
+  const V16u bits = take_bits<Right>(a, mask);
+  return {_mm256_or_si256(low.lo, bits.lo), _mm256_or_si256(low.hi, bits.hi)};
+}
+inline V16u sub_bytes(V16u a, int offset) {
+  const __m256i o = _mm256_set1_epi8(char(offset));
+  return {_mm256_sub_epi8(a.lo, o), _mm256_sub_epi8(a.hi, o)};
+}
 // The two bf16 halves of every lane as f32.
 inline V16f low_bf16(V16u pairs) {
   return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs.lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(pairs.hi, 16))};

@@ -95,6 +95,24 @@ inline V16f high_bf16(V16u pairs) {
 }
 
 inline V16u load_line(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+inline void store_line(uint8_t* p, V16u a) { _mm512_storeu_si512(p, a.v); }
+// Lanes shifted right (left where Right is negative).
+template <int Right>
+inline V16u shift_lanes(V16u a) {
+  if constexpr (Right == 0) return a;
+  if constexpr (Right > 0) return {_mm512_srli_epi32(a.v, Right)};
+  return {_mm512_slli_epi32(a.v, -Right & 31)};
+}
+template <int Right>
+inline V16u take_bits(V16u a, uint32_t mask) {
+  return {_mm512_and_si512(shift_lanes<Right>(a).v, _mm512_set1_epi32(int(mask)))};
+}
+// low | (a >> Right & mask)
+template <int Right>
+inline V16u join_bits(V16u low, V16u a, uint32_t mask) {
+  return {_mm512_ternarylogic_epi32(low.v, shift_lanes<Right>(a).v, _mm512_set1_epi32(int(mask)), 0xf8)};
+}
+inline V16u sub_bytes(V16u a, int offset) { return {_mm512_sub_epi8(a.v, _mm512_set1_epi8(char(offset)))}; }
 // A look-up: vpermps reads the low four bits of each index only, so no mask, conversion or subtraction is needed.
 template <int Shift, int Offset>
 inline V16f nibble(V16u line) {

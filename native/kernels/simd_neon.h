@@ -158,6 +158,25 @@ inline V16u load_line(const uint8_t* p) {
   TRILEMMA_EACH r.q[i] = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));
   return r;
 }
+inline void store_line(uint8_t* p, V16u a) { TRILEMMA_EACH vst1q_u8(p + 16 * i, vreinterpretq_u8_u32(a.q[i])); }
+// The masked bits of lanes shifted right (left where Right is negative).
+template <int Right>
+inline V16u take_bits(V16u a, uint32_t mask) {
+  TRILEMMA_EACH a.q[i] = vandq_u32(vshlq_u32(a.q[i], vdupq_n_s32(-Right)), vdupq_n_u32(mask));
+  return a;
+}
+// low | (a >> Right & mask)
+template <int Right>
+inline V16u join_bits(V16u low, V16u a, uint32_t mask) {
+  const V16u bits = take_bits<Right>(a, mask);
+  TRILEMMA_EACH low.q[i] = vorrq_u32(low.q[i], bits.q[i]);
+  return low;
+}
+inline V16u sub_bytes(V16u a, int offset) {
+  const uint8x16_t o = vdupq_n_u8(uint8_t(offset));
+  TRILEMMA_EACH a.q[i] = vreinterpretq_u32_u8(vsubq_u8(vreinterpretq_u8_u32(a.q[i]), o));
+  return a;
+}
 // The two bf16 halves of every lane as f32.
 inline V16f low_bf16(V16u pairs) {
   V16f r;

@@ -163,6 +163,29 @@ inline V16u load_line(const uint8_t* p) {
   memcpy(r.v, p, sizeof r.v);
   return r;
 }
+inline void store_line(uint8_t* p, V16u a) { memcpy(p, a.v, sizeof a.v); }
+// The masked bits of lanes shifted right (left where Right is negative).
+template <int Right>
+inline V16u take_bits(V16u a, uint32_t mask) {
+  TRILEMMA_EACH a.v[i] = (Right >= 0 ? a.v[i] >> (Right & 31) : a.v[i] << (-Right & 31)) & mask;
+  return a;
+}
+// low | (a >> Right & mask)
+template <int Right>
+inline V16u join_bits(V16u low, V16u a, uint32_t mask) {
+  const V16u bits = take_bits<Right>(a, mask);
+  TRILEMMA_EACH low.v[i] |= bits.v[i];
+  return low;
+}
+inline V16u sub_bytes(V16u a, int offset) {
+  TRILEMMA_EACH {
+    uint8_t bytes[4];
+    memcpy(bytes, &a.v[i], 4);
+    for (uint8_t& byte : bytes) byte = uint8_t(byte - offset);
+    memcpy(&a.v[i], bytes, 4);
+  }
+  return a;
+}
 // The two bf16 halves of every lane as f32.
 inline V16f low_bf16(V16u pairs) {
   V16f r;

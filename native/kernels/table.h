@@ -25,16 +25,21 @@ struct PlainView {
   int rows, cols;
 };
 
-// panel16.v1: see docs of engine/matrix.h for the exact byte order.
+// panel16.v1 and panel16.v2: see docs of engine/matrix.h for the exact byte order.
 struct PackedView {
   const uint8_t* codes;
   const uint16_t* scales;  // f16 [panel][group][16]
   const uint16_t* minima;  // the same, or null when symmetric
   int rows, cols;
   int blocks;        // columns padded to 32, / 32
-  int group_blocks;  // blocks that share a scale
+  int group_blocks;  // blocks that share an f16 scale
   int groups;
-  int bits;  // 4 or 8
+  int bits;  // 4, 5, 6 or 8
+  // Two levels: what every `sub_group` columns (32 or 16) multiply their group's scale and minimum with; 0 and null
+  // where the f16 values stand alone.
+  int sub_group;
+  const int8_t* sub_scales;  // [panel][padded columns / sub_group][16]
+  const int8_t* sub_minima;
 };
 
 // pairs16.v1: bf16 in panels of 16 rows; per 2 columns one 64-byte line, lane r holds columns k (low half) and k+1 of
@@ -45,14 +50,17 @@ struct PairView {
   int blocks;  // columns padded to 32, / 32
 };
 
+// Where accumulators start, so that the offset of weights that are multiplied unsigned is undone: -offset * sum of codes,
+// of whole blocks or of their columns 0-15 and 16-31.
+enum Int8Start : int { kStart8, kStart16, kStart32Low, kStart32High, kStart128, kStarts };
+
 // Activations quantized to int8 in groups of 32, in tiles of `width` = min(16, tokens) tokens:
-// codes [tile][block][width][32]; the other arrays [tile][block][width].
+// codes [tile][block][width][32]; the other arrays [tile][block][width]. Null is what no matrix of this input asks for.
 struct Int8Input {
   int8_t* codes;
-  float* scale;      // absmax / 127
-  int32_t* bias8;    // -8 * sum of codes: undoes the +8 of biased 4-bit weights
-  int32_t* bias128;  // -128 * sum of codes: undoes the +128 of biased 8-bit weights
-  float* sum;        // scale * sum of codes: what a group's minimum is multiplied with
+  float* scale;  // absmax / 127
+  float* sum;    // scale * sum of codes: what a group's minimum is multiplied with
+  int32_t* start[kStarts];
   int width;
   int blocks;
 };

@@ -41,8 +41,8 @@ Matrix random_matrix(Arena& arena, const std::string& name, int rows, int cols, 
   std::vector<uint8_t> codes(panels * blocks * 256);
   for (uint8_t& c : codes) c = uint8_t(check::between(0, 255));
   std::vector<uint16_t> scales(panels * blocks * 16, 0x2400);  // 1/64
-  return Matrix::packed(arena, name, 4, true, 32, rows, cols, Activation::kInt8, {codes.data(), codes.size()},
-                        {scales.data(), scales.size() * 2}, {nullptr, 0});
+  return Matrix::packed(arena, name, {4, true, 32}, rows, cols, Activation::kInt8,
+                        {{codes.data(), codes.size()}, {scales.data(), scales.size() * 2}});
 }
 
 std::shared_ptr<Model> small_model(bool packed, NormKind norm) {

@@ -64,7 +64,7 @@ std::vector<float> padded_rows(int tokens, int cols) {
 struct Quantized {
   std::vector<int8_t> codes;
   std::vector<float> scale, sum;
-  std::vector<int32_t> bias8, bias128;
+  std::vector<int32_t> starts[kStarts];
   Int8Input input{};
 
   Quantized(const Kernels& kernels, const std::vector<float>& x, int tokens, int cols) {
@@ -73,9 +73,11 @@ struct Quantized {
     codes.resize(cells * 32);
     scale.resize(cells);
     sum.resize(cells);
-    bias8.resize(cells);
-    bias128.resize(cells);
-    input = {codes.data(), scale.data(), bias8.data(), bias128.data(), sum.data(), width, blocks};
+    input = {codes.data(), scale.data(), sum.data(), {}, width, blocks};
+    for (int i = 0; i < kStarts; ++i) {
+      starts[i].resize(cells);
+      input.start[i] = starts[i].data();
+    }
     for (int t = 0; t < tokens; ++t) kernels.quantize_int8(x.data() + size_t(t) * padded(cols), t, input);
   }
   // What the product sees of token t.
@@ -121,19 +123,23 @@ std::vector<float> bf16_product(const char* what, const std::vector<float>& x, i
   return together;
 }
 
-ref::Grid random_grid(int rows, int cols, int bits, int group, bool symmetric) {
-  ref::Grid g{rows, cols, bits, group, {}, {}, {}};
+ref::Grid random_grid(int rows, int cols, int bits, int group, bool symmetric, int sub_group) {
+  ref::Grid g{rows, cols, bits, group, {}, {}, {}, sub_group, {}, {}};
   const int low = symmetric ? -(1 << (bits - 1)) : 0;
   for (int i = 0; i < rows * cols; ++i) g.codes.push_back(check::between(low, low + (1 << bits) - 1));
   for (int i = 0; i < rows * g.groups(); ++i) {
     g.scales.push_back(float(check::between(-64, 64)) / 1024);
     if (!symmetric) g.minima.push_back(float(check::between(-64, 0)) / 64);
   }
+  for (int i = 0; i < rows * g.sub_groups(); ++i) {
+    g.sub_scales.push_back(check::between(-128, 127));
+    if (!symmetric) g.sub_minima.push_back(check::between(-128, 127));
+  }
   return g;
 }
 
-void test_packed(int rows, int cols, int bits, int group, bool symmetric) {
-  const ref::Grid grid = random_grid(rows, cols, bits, group, symmetric);
+void test_packed(int rows, int cols, int bits, int group, bool symmetric, int sub_group = 0) {
+  const ref::Grid grid = random_grid(rows, cols, bits, group, symmetric, sub_group);
   const ref::Panels panels = ref::pack(grid);
   const PackedView view = panels.view(grid);
   const int panel_count = (rows + 15) / 16;
@@ -429,6 +435,13 @@ int main() {
       test_packed(rows, cols, 8, group, true);
       test_packed(rows, cols, 4, group, true);
       test_packed(rows, cols, 4, group, false);
+      test_packed(rows, cols, 5, group, true);
+      test_packed(rows, cols, 5, group, false);
+    }
+    for (const int group : {32, 64, 256}) {
+      test_packed(rows, cols, 4, group, false, 32);
+      test_packed(rows, cols, 5, group, false, 32);
+      test_packed(rows, cols, 6, group, true, 16);
     }
     for (const Dtype dtype : {kF32, kF16}) test_plain(rows, cols, dtype);
     test_pairs(rows, cols);
