@@ -15,7 +15,7 @@ def time_products(
 def release_free_memory() -> None: ...
 def plan_memory(
     config: Mapping[str, Any],
-    products: Sequence[tuple[str, bool, bool]],
+    products: Sequence[tuple[str, int, bool]],
     *,
     isa: str,
     kv_cache: str,
@@ -40,6 +40,9 @@ class Model:
         codes: NDArray[np.uint8],
         scales: NDArray[np.uint8],
         minima: NDArray[np.uint8] | None = None,
+        sub_group: int = 0,
+        sub_scales: NDArray[np.uint8] | None = None,
+        sub_minima: NDArray[np.uint8] | None = None,
     ) -> None: ...
     def add_vector(self, name: str, values: NDArray[np.float32]) -> None: ...
     def finalize(self) -> None: ...

@@ -1,4 +1,4 @@
-"""The layout panel16.v1 against a scalar packer written from its definition."""
+"""The layouts panel16.v1 and panel16.v2 against a scalar packer written from its definition."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from trilemma.core.errors import CheckpointError
 from trilemma.formats import FORMATS, panel16
 from trilemma.formats.grid import QuantizedMatrix
-from trilemma.formats.pack import PackedMatrix, pack, unpack
+from trilemma.formats.pack import PackedMatrix, pack, packed_bytes, unpack
 from trilemma.formats.random_weights import random_matrix
 
 INTEGER = [name for name in FORMATS.names() if name.startswith("int")]
@@ -21,20 +21,33 @@ def by_hand(matrix: QuantizedMatrix) -> tuple[bytes, list[float]]:
     """The codes blob and the flat scales, one value at a time."""
     rows, columns = matrix.shape
     padded = -(-columns // 32) * 32
-    step = 8 if matrix.spec.bits == 4 else 4
-    bias = 8 if matrix.spec.bits == 4 and matrix.spec.symmetric else 0
+    bits = matrix.spec.bits
+    bias = 2 ** (bits - 1) if bits < 8 and matrix.spec.symmetric else 0
 
     def code(row: int, k: int) -> int:
         return bias + (int(matrix.codes[row, k]) if row < rows and k < columns else 0)
 
+    def line(panel: int, byte) -> None:
+        blob.extend(byte(panel * 16 + r, j) & 255 for r in range(16) for j in range(4))
+
+    def nibbles(k: int):
+        return lambda row, j: code(row, k + j) % 16 | code(row, k + 4 + j) % 16 << 4
+
+    def further(k: int):
+        count = 8 // (bits - 4)  # codes a byte
+        return lambda row, j: sum((code(row, k + 4 * i + j) >> 4) << i * (bits - 4) for i in range(count))
+
     blob, scales = bytearray(), []
     for panel in range(-(-rows // 16)):
-        for k in range(0, padded, step):
-            for r in range(16):
-                for j in range(4):
-                    low = code(panel * 16 + r, k + j)
-                    high = code(panel * 16 + r, k + 4 + j) << 4 if step == 8 else 0
-                    blob.append((low | high) & 255)
+        for block in range(0, padded, 32):
+            for k in range(block, block + 32, 4):
+                if bits == 8:
+                    line(panel, lambda row, j, k=k: code(row, k + j))
+                elif k % 8 == 0:
+                    line(panel, nibbles(k))
+            for k in range(block, block + 32, {5: 32, 6: 16}.get(bits, 32)):
+                if bits in (5, 6):
+                    line(panel, further(k))
         for group in range(matrix.scales.shape[1]):
             for r in range(16):
                 row = panel * 16 + r
@@ -46,9 +59,13 @@ def random_quantized(name: str, shape: tuple[int, int], rng: np.random.Generator
     spec = FORMATS.get(name)
     low, high = spec.code_range
     codes = rng.integers(low, high, shape, endpoint=True).astype(np.int8)
-    groups = (shape[0], spec.groups(shape[1]))
+    groups = (shape[0], spec.f16_groups(shape[1]))
     minima = None if spec.symmetric else rng.standard_normal(groups).astype(np.float16)
-    return QuantizedMatrix(spec, codes, rng.standard_normal(groups).astype(np.float16), minima)
+    scales = rng.standard_normal(groups).astype(np.float16)
+    if spec.supergroup is None:
+        return QuantizedMatrix(spec, codes, scales, minima)
+    factors, low_factors = rng.integers(-128, 128, (2, shape[0], spec.groups(shape[1]))).astype(np.int8)
+    return QuantizedMatrix(spec, codes, scales, minima, factors, None if spec.symmetric else low_factors)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -60,6 +77,45 @@ def test_bytes_are_those_of_the_definition(name, shape, random_generator):
     assert packed.codes.tobytes() == blob
     np.testing.assert_array_equal(packed.scales, np.asarray(scales, np.float16))
     assert packed.codes.size % panel16.LINE_BYTES == 0
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (18, 530)])
+@pytest.mark.parametrize("name", [name for name in INTEGER if FORMATS.get(name).layout == "panel16.v2"])
+def test_version_2_comes_back_and_means_code_times_both_scales(name, shape, random_generator):
+    matrix = random_quantized(name, shape, random_generator)
+    packed = pack(matrix)
+    back = unpack(packed)
+    assert packed.nbytes == packed_bytes(matrix.spec, shape)
+    for part in ("codes", "scales", "minima", "sub_scales", "sub_minima"):
+        np.testing.assert_array_equal(getattr(back, part), getattr(matrix, part))
+    found = packed.dequantize()
+    group, wide = matrix.spec.group, matrix.spec.supergroup or matrix.spec.group
+    for row, k in [(0, 0), (shape[0] - 1, shape[1] - 1), (shape[0] // 2, shape[1] // 2)]:
+        scale = float(matrix.scales[row, k // wide])
+        minimum = 0.0 if matrix.minima is None else float(matrix.minima[row, k // wide])
+        if matrix.sub_scales is not None:
+            scale *= int(matrix.sub_scales[row, k // group])
+        if matrix.sub_minima is not None:
+            minimum *= int(matrix.sub_minima[row, k // group])
+        assert found[row, k] == np.float32(int(matrix.codes[row, k]) * scale + minimum)
+    order = np.arange(shape[0])[::-1]
+    np.testing.assert_array_equal(matrix.rows(order).dequantize(), matrix.dequantize()[order])
+
+
+def test_factors_lie_by_panel_and_group_with_zeros_in_the_padding(random_generator):
+    matrix = random_quantized("int6-g16-k", (17, 40), random_generator)
+    factors = pack(matrix).sub_scales.reshape(2, 4, 16)  # 40 columns are padded to 64: four groups of 16
+    for row in range(17):
+        np.testing.assert_array_equal(factors[row // 16, :3, row % 16], matrix.sub_scales[row])
+    assert not factors[:, 3].any()
+    assert not factors[1, :, 1:].any()
+
+
+@pytest.mark.parametrize("name", [name for name in INTEGER if FORMATS.get(name).layout == "panel16.v2"])
+def test_random_matrices_of_version_2_have_the_usual_spread(name):
+    values = random_matrix(FORMATS.get(name), (64, 512), 3).dequantize()
+    assert abs(values.mean()) < 0.1 * 512**-0.5
+    assert 0.8 < values.std() * 512**0.5 < 1.2
 
 
 def test_blocks_of_many_panels_join_without_a_seam(random_generator, monkeypatch):

@@ -21,54 +21,87 @@ TOKENS = [1, 2, 3, 5, 8, 16, 17, 31]
 
 @dataclass
 class Codes:
-    """codes (rows, cols) int; scales and minima (rows, groups) f16."""
+    """codes (rows, cols) int; scales and minima (rows, groups) f16; factors of both for each `sub_group` columns."""
 
     bits: int
     group: int
     codes: np.ndarray
     scales: np.ndarray
     minima: np.ndarray | None
+    sub_group: int = 0
+    sub_scales: np.ndarray | None = None
+    sub_minima: np.ndarray | None = None
 
     def dequantize(self) -> np.ndarray:
-        group = self.group or self.codes.shape[1]
+        wide = self.of_columns(self.scales, self.sub_scales) * self.codes
+        return wide if self.minima is None else wide + self.of_columns(self.minima, self.sub_minima)
+
+    def of_columns(self, values: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
         columns = self.codes.shape[1]
-        wide = np.repeat(self.scales.astype(np.float64), group, axis=1)[:, :columns] * self.codes
-        if self.minima is not None:
-            wide += np.repeat(self.minima.astype(np.float64), group, axis=1)[:, :columns]
-        return wide
+        wide = np.repeat(values.astype(np.float64), self.group or columns, axis=1)[:, :columns]
+        return wide if factors is None else wide * np.repeat(factors, self.sub_group, axis=1)[:, :columns]
 
 
-def random_codes(rng: np.random.Generator, rows: int, cols: int, bits: int, group: int, symmetric: bool) -> Codes:
+def random_codes(
+    rng: np.random.Generator, rows: int, cols: int, bits: int, group: int, symmetric: bool, sub_group: int = 0
+) -> Codes:
     groups = -(-cols // (group or cols))
     low = -(2 ** (bits - 1)) if symmetric else 0
     codes = rng.integers(low, low + 2**bits, (rows, cols))
     scales = (rng.uniform(-1, 1, (rows, groups)) / 2**bits).astype(np.float16)  # negative scales are legal
     minima = None if symmetric else rng.uniform(-1, 0, (rows, groups)).astype(np.float16)
-    return Codes(bits, group, codes, scales, minima)
+    if not sub_group:
+        return Codes(bits, group, codes, scales, minima)
+    sub_scales, sub_minima = rng.integers(-128, 128, (2, rows, -(-cols // sub_group)))
+    return Codes(bits, group, codes, scales, minima, sub_group, sub_scales, None if symmetric else sub_minima)
 
 
 def pack_panels(c: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     rows, cols = c.codes.shape
     panels, blocks = -(-rows // 16), -(-cols // 32)
-    biased = c.codes + 8 if c.bits == 4 and c.minima is None else c.codes
-    full = np.full((panels * 16, blocks * 32), 8 if c.bits == 4 and c.minima is None else 0)
-    full[:rows, :cols] = biased
+    bias = 2 ** (c.bits - 1) if c.bits < 8 and c.minima is None else 0
+    full = np.full((panels * 16, blocks * 32), bias)
+    full[:rows, :cols] = c.codes + bias
     out = bytearray()
     for panel in full.reshape(panels, 16, -1):
-        step = 8 if c.bits == 4 else 4
-        for k in range(0, blocks * 32, step):
-            for r in range(16):
-                for j in range(4):
-                    high = int(panel[r, k + 4 + j]) << 4 if c.bits == 4 else 0
-                    out.append((int(panel[r, k + j]) | high) & 0xFF)
-
-    def by_panel(values: np.ndarray) -> np.ndarray:
-        padded = np.zeros((panels * 16, values.shape[1]), np.float16)
-        padded[:rows] = values
-        return np.ascontiguousarray(padded.reshape(panels, 16, -1).transpose(0, 2, 1)).reshape(-1).view(np.uint8)
-
+        step = 8 if c.bits < 8 else 4
+        for block in range(0, blocks * 32, 32):
+            for k in range(block, block + 32, step):
+                for r in range(16):
+                    for j in range(4):
+                        high = (int(panel[r, k + 4 + j]) & 15) << 4 if c.bits < 8 else 0
+                        out.append((int(panel[r, k + j]) & 15 | high) if c.bits < 8 else int(panel[r, k + j]) & 255)
+            out += further_bits(panel[:, block : block + 32], c.bits)
     minima = None if c.minima is None else by_panel(c.minima)
     return np.frombuffer(bytes(out), np.uint8), by_panel(c.scales), minima
+
+
+def further_bits(block: np.ndarray, bits: int) -> bytes:
+    """What codes of 5 and 6 bits have above four, of 16 rows and 32 columns."""
+    if bits not in (5, 6):
+        return b""
+    count = 8 // (bits - 4)  # codes a byte
+    high = (block >> 4).reshape(16, -1, count, 4)  # row, line, code in its byte, byte of the row
+    return (high << (np.arange(count) * (bits - 4))[:, None]).sum(axis=2).transpose(1, 0, 2).astype(np.uint8).tobytes()
+
+
+def by_panel(values: np.ndarray, count: int | None = None) -> np.ndarray:
+    """(rows, groups) as [panel][count][16], zero in padding."""
+    rows, groups = values.shape
+    panels = -(-rows // 16)
+    padded = np.zeros((panels * 16, count or groups), values.dtype)
+    padded[:rows, :groups] = values
+    return np.ascontiguousarray(padded.reshape(panels, 16, -1).transpose(0, 2, 1)).reshape(-1).view(np.uint8)
+
+
+def factors(c: Codes) -> dict:
+    """What `add_packed` takes besides where scales have two levels."""
+    if not c.sub_group:
+        return {}
+    count = -(-c.codes.shape[1] // 32) * 32 // c.sub_group
+    parts = {"sub_scales": c.sub_scales, "sub_minima": c.sub_minima}
+    given = {name: by_panel(part.astype(np.int8), count) for name, part in parts.items() if part is not None}
+    return {"sub_group": c.sub_group, **given}
 
 
 def config_of(rows: int, cols: int, *, tied: bool) -> dict:
@@ -179,6 +212,29 @@ def test_quantized(random_generator, rows, cols, activation, bits, group, symmet
     check_everywhere(model, wanted, size, activation)
 
 
+@pytest.mark.parametrize(("rows", "cols"), [*SHAPES[:3], (40, 576)])
+@pytest.mark.parametrize("activation", ["int8-g32", "bf16", "f32"])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric", "sub_group"),
+    [(5, 32, True, 0), (5, 32, False, 0), (4, 256, False, 32), (5, 256, False, 32), (6, 256, True, 16)],
+)
+def test_five_and_six_bits_and_scales_of_two_levels(
+    random_generator, rows, cols, activation, bits, group, symmetric, sub_group
+):
+    c = random_codes(random_generator, rows, cols, bits, group, symmetric, sub_group)
+    embedding = embedding_for(random_generator, rows, cols)
+    codes, scales, minima = pack_panels(c)
+
+    def add_head(m: _native.Model) -> None:
+        m.add_packed("head.weight", bits, symmetric, group, rows, cols, activation, codes, scales, minima, **factors(c))
+
+    model = layerless(rows, cols, embedding, add_head)
+    wanted, size = expected(c.dequantize(), normed_inputs(embedding, cols), activation)
+    if c.minima is not None:  # codes and minima are summed apart
+        size += expected(np.abs(c.of_columns(c.minima, c.sub_minima)), normed_inputs(embedding, cols), activation)[1]
+    check_everywhere(model, wanted, size, activation)
+
+
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("activation", ["f32", "bf16"])
@@ -199,14 +255,18 @@ def test_plain(random_generator, rows, cols, dtype, activation):
     check_everywhere(model, wanted, size, activation)
 
 
-@pytest.mark.parametrize(("bits", "group", "symmetric"), [(8, 0, True), (4, 32, True), (4, 64, False)])
-def test_rows_of_a_tied_embedding(random_generator, bits, group, symmetric):
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric", "sub_group"),
+    [(8, 0, True, 0), (4, 32, True, 0), (4, 64, False, 0), (5, 32, True, 0), (5, 32, False, 0), (4, 256, False, 32),
+     (5, 256, False, 32), (6, 256, True, 16)],
+)  # fmt: skip
+def test_rows_of_a_tied_embedding(random_generator, bits, group, symmetric, sub_group):
     """The gather gives code * scale (+ minimum), each rounded once; the same matrix is the head."""
-    rows, cols = 37, 72
-    c = random_codes(random_generator, rows, cols, bits, group, symmetric)
+    rows, cols = 37, 296
+    c = random_codes(random_generator, rows, cols, bits, group, symmetric, sub_group)
     codes, scales, minima = pack_panels(c)
     model = _native.Model(config_of(rows, cols, tied=True))
-    model.add_packed("embedding.weight", bits, symmetric, group, rows, cols, "f32", codes, scales, minima)
+    model.add_packed("embedding.weight", bits, symmetric, group, rows, cols, "f32", codes, scales, minima, **factors(c))
     model.add_vector("final_norm.weight", np.ones(cols, np.float32))
     model.finalize()
     weights = c.dequantize()

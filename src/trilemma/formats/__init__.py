@@ -1,7 +1,7 @@
 """How one weight matrix is stored: the grid of values, the byte layout, packing and unpacking.
 
 Table of storage formats. `f32` and `bf16` lie row by row (layout `rows.v1`); quantized formats lie
-in panels of 16 rows (`panel16.v1`, see `panel16.py`).
+in panels of 16 rows (`panel16.v1` and `panel16.v2`, see `panel16.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ FORMATS: Registry[Format] = Registry(
         "int4-g32-asym": "trilemma.formats.integer:INT4_G32_ASYM",
         "int4-g64-asym": "trilemma.formats.integer:INT4_G64_ASYM",
         "int4-g128-asym": "trilemma.formats.integer:INT4_G128_ASYM",
+        "int5-g32": "trilemma.formats.integer:INT5_G32",
+        "int5-g32-asym": "trilemma.formats.integer:INT5_G32_ASYM",
+        "int4-g32-k": "trilemma.formats.integer:INT4_G32_K",
+        "int5-g32-k": "trilemma.formats.integer:INT5_G32_K",
+        "int6-g16-k": "trilemma.formats.integer:INT6_G16_K",
     },
 )
 

@@ -182,8 +182,7 @@ def _assemble(tensor: TensorRecord, arrays: Mapping[str, NDArray[Any]]) -> Float
     spec = FORMATS.get(tensor.format)
     if not spec.floating:
         rows, columns = tensor.shape
-        minima = arrays["minima"].reshape(-1) if "minima" in arrays else None
-        return PackedMatrix(spec, (rows, columns), arrays["codes"].reshape(-1), arrays["scales"].reshape(-1), minima)
+        return PackedMatrix(spec, (rows, columns), **{part: values.reshape(-1) for part, values in arrays.items()})
     if tensor.format == "bf16":
         return PlainMatrix("bf16", arrays["values"])
     if tensor.format == "f16":

@@ -6,6 +6,7 @@ from trilemma.core.record import Record
 from trilemma.formats import FORMATS, panel16
 from trilemma.formats.blobs import BlobSpec
 from trilemma.formats.grid import Format
+from trilemma.formats.pack import blob_bytes
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import LinearRun, Model, RunSettings
 
@@ -43,19 +44,20 @@ class ArtifactRecord(Record):
 
 
 def blob_specs(name: str, format_name: str, shape: tuple[int, ...]) -> list[BlobSpec]:
-    """The blobs of one tensor: the tensor itself when floating, else `.codes`, `.scales` and perhaps `.minima`."""
+    """The blobs of one tensor: the tensor itself when floating, else `.codes`, `.scales` and what the grid has more."""
     spec: Format = FORMATS.get(format_name)
     if spec.floating:
         return [BlobSpec(name=name, dtype=_DTYPE[format_name], shape=shape)]
-    rows, columns = shape
+    shape = rows, columns = shape[0], shape[1]
     count = panel16.panels(rows)
     lines = panel16.codes_bytes(spec, (rows, columns)) // count // panel16.LINE_BYTES
-    scales = (count, spec.groups(columns), panel16.PANEL_ROWS)
-    blobs = [
-        BlobSpec(name=f"{name}.codes", dtype="U8", shape=(count, lines, panel16.LINE_BYTES)),
-        BlobSpec(name=f"{name}.scales", dtype="F16", shape=scales),
+    scales = (count, spec.f16_groups(columns), panel16.PANEL_ROWS)
+    factors = (count, panel16.factor_groups(spec, columns), panel16.PANEL_ROWS)
+    kinds = {"codes": ("U8", (count, lines, panel16.LINE_BYTES)), "scales": ("F16", scales), "minima": ("F16", scales),
+             "sub_scales": ("I8", factors), "sub_minima": ("I8", factors)}  # fmt: skip
+    return [
+        BlobSpec(name=f"{name}.{part}", dtype=kinds[part][0], shape=kinds[part][1]) for part in blob_bytes(spec, shape)
     ]
-    return blobs if spec.symmetric else [*blobs, BlobSpec(name=f"{name}.minima", dtype="F16", shape=scales)]
 
 
 def weights_bytes(model: Model) -> int:

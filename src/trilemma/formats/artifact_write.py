@@ -125,10 +125,7 @@ def _arrays(model: Model, name: str, format_name: str) -> Iterator[NDArray[Any]]
     stored = model.stored(name)
     packed = pack(stored) if isinstance(stored, QuantizedMatrix) else stored
     assert isinstance(packed, PackedMatrix), f"{name}: {type(packed).__name__} is no packed matrix"
-    yield packed.codes
-    yield packed.scales
-    if packed.minima is not None:
-        yield packed.minima
+    yield from packed.parts().values()
 
 
 def _floating(model: Model, name: str, format_name: str) -> NDArray[Any]:

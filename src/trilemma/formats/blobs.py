@@ -23,8 +23,8 @@ from trilemma.model.safetensors import SafetensorsFile
 
 HEADER_STEP = 4096
 BLOB_STEP = 64
-_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U8": np.uint8}
-_WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+_NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U8": np.uint8, "I8": np.int8}
+_WIDTH = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
 
 
 class BlobSpec(Record):

@@ -5,7 +5,10 @@
 
 Groups run along the input dimension; the last one is short where the group size does not divide it.
 Scales and minima are rounded to f16 before codes are chosen. Code -8 and negative scales are legal
-(that is what lets GGUF's Q4_0, Q4_1 and Q8_0 lie on these grids bit for bit).
+(that is what lets GGUF's Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 lie on these grids bit for bit).
+
+Two levels, as GGUF's Q4_K, Q5_K and Q6_K have them: a group's scale is a signed byte times the f16 scale
+of its supergroup, and its minimum likewise. Both products are exact in f32.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from trilemma.core.record import Record
 
 
 class Format(Record):
-    """A storage format. `group` is the number of inputs that share a scale; None means a whole row."""
+    """A storage format. `group` is the number of inputs that share a scale; None means a whole row.
+
+    supergroup: inputs that share the f16 scale, of which each group has a factor; None where there is one level.
+    """
 
     name: str
     bits: int
@@ -27,12 +33,17 @@ class Format(Record):
     symmetric: bool = True
     floating: bool = False
     layout: str = "panel16.v1"
+    supergroup: int | None = None
 
     def group_size(self, columns: int) -> int:
         return columns if self.group is None else min(self.group, columns)
 
     def groups(self, columns: int) -> int:
         return -(-columns // self.group_size(columns))
+
+    def f16_groups(self, columns: int) -> int:
+        """f16 scales of a row: one a group, or one a supergroup."""
+        return self.groups(columns) if self.supergroup is None else -(-columns // self.supergroup)
 
     @property
     def code_range(self) -> tuple[int, int]:
@@ -47,12 +58,16 @@ class QuantizedMatrix:
 
     codes: (out, in) int8 (uint8 range 0..15 for asymmetric 4 bits fits too);
     scales: (out, groups) float16; minima: (out, groups) float16, or None when symmetric.
+    With two levels scales and minima are those of supergroups, and sub_scales and sub_minima, (out, groups) int8,
+    their groups' factors.
     """
 
     spec: Format
     codes: NDArray[np.int8]
     scales: NDArray[np.float16]
     minima: NDArray[np.float16] | None = None
+    sub_scales: NDArray[np.int8] | None = None
+    sub_minima: NDArray[np.int8] | None = None
 
     @property
     def format(self) -> str:
@@ -71,10 +86,24 @@ class QuantizedMatrix:
 
     def dequantize(self) -> NDArray[np.float32]:
         """(out, in) f32 values, exactly what the kernels compute with."""
+        values = self.codes.astype(np.float32) * self._of_inputs(self.scales, self.sub_scales)
+        if self.minima is not None:
+            values += self._of_inputs(self.minima, self.sub_minima)
+        return values
+
+    def rows(self, index: NDArray[np.intp]) -> QuantizedMatrix:
+        """The rows of these numbers, in this order."""
+        minima, sub_scales, sub_minima = (
+            None if part is None else part[index] for part in (self.minima, self.sub_scales, self.sub_minima)
+        )
+        return QuantizedMatrix(self.spec, self.codes[index], self.scales[index], minima, sub_scales, sub_minima)
+
+    def _of_inputs(self, values: NDArray[np.float16], factors: NDArray[np.int8] | None) -> NDArray[np.float32]:
+        """(out, in) f32: what each code is multiplied with, or added to."""
         columns = self.shape[1]
         group = self.spec.group_size(columns)
-        scales = np.repeat(self.scales.astype(np.float32), group, axis=1)[:, :columns]
-        values = self.codes.astype(np.float32) * scales
-        if self.minima is not None:
-            values += np.repeat(self.minima.astype(np.float32), group, axis=1)[:, :columns]
-        return values
+        wide = values.astype(np.float32)
+        if factors is not None:
+            assert self.spec.supergroup is not None
+            wide = np.repeat(wide, self.spec.supergroup // group, axis=1)[:, : factors.shape[1]] * factors
+        return np.repeat(wide, group, axis=1)[:, :columns]

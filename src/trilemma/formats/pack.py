@@ -6,6 +6,7 @@ A layout is a versioned name (`panel16.v1`); one that this release does not know
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +15,15 @@ from trilemma.core.errors import CheckpointError
 from trilemma.formats import FORMATS, panel16
 from trilemma.formats.grid import Format, QuantizedMatrix
 
-LAYOUTS = ("panel16.v1", "rows.v1")
+LAYOUTS = ("panel16.v1", "panel16.v2", "rows.v1")
 
 
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
     """One matrix as it lies in memory and on disk.
 
-    codes: flat uint8; scales and minima: flat float16 (minima None when symmetric);
-    `shape` is (out, in) without padding.
+    codes: flat uint8; scales and minima: flat float16 (minima None when symmetric); sub_scales and sub_minima: flat
+    int8 (None where scales have one level); `shape` is (out, in) without padding.
     """
 
     spec: Format
@@ -30,6 +31,14 @@ class PackedMatrix:
     codes: NDArray[np.uint8]
     scales: NDArray[np.float16]
     minima: NDArray[np.float16] | None = None
+    sub_scales: NDArray[np.int8] | None = None
+    sub_minima: NDArray[np.int8] | None = None
+
+    def parts(self) -> dict[str, NDArray[Any]]:
+        """The blobs that this matrix has, by name, in the order of `blob_bytes`."""
+        every = {"codes": self.codes, "scales": self.scales, "minima": self.minima, "sub_scales": self.sub_scales,
+                 "sub_minima": self.sub_minima}  # fmt: skip
+        return {name: values for name, values in every.items() if values is not None}
 
     @property
     def format(self) -> str:
@@ -38,7 +47,7 @@ class PackedMatrix:
     @property
     def nbytes(self) -> int:
         """Bytes of all blobs, padding included."""
-        return self.codes.nbytes + self.scales.nbytes + (0 if self.minima is None else self.minima.nbytes)
+        return sum(values.nbytes for values in self.parts().values())
 
     def dequantize(self) -> NDArray[np.float32]:
         """(out, in) f32 values, exactly what the kernels compute with."""
@@ -65,22 +74,30 @@ def format_bytes(format_name: str, shape: tuple[int, int]) -> int:
 
 
 def blob_bytes(spec: Format, shape: tuple[int, int]) -> dict[str, int]:
-    """Bytes of each blob of a matrix (out, in): 'values', or 'codes', 'scales' and perhaps 'minima'."""
+    """Bytes of each blob of a matrix (out, in): 'values', or 'codes', 'scales' and what the grid has more."""
     if spec.floating:
         return {"values": shape[0] * shape[1] * spec.bits // 8}
     check_layout(spec.layout)
     scales = 2 * panel16.scales_count(spec, shape)
     blobs = {"codes": panel16.codes_bytes(spec, shape), "scales": scales}
-    return blobs if spec.symmetric else blobs | {"minima": scales}
+    if not spec.symmetric:
+        blobs["minima"] = scales
+    if spec.supergroup is not None:
+        for part in ("sub_scales",) if spec.symmetric else ("sub_scales", "sub_minima"):
+            blobs[part] = panel16.factors_count(spec, shape)
+    return blobs
 
 
 def pack(matrix: QuantizedMatrix) -> PackedMatrix:
     """Lay the codes, scales and minima out as the format's layout says."""
     check_layout(matrix.spec.layout)
-    minima = None if matrix.minima is None else panel16.pack_scales(matrix.minima)
+    spec, columns = matrix.spec, matrix.shape[1]
+    factors = panel16.factor_groups(spec, columns)
     return PackedMatrix(
-        matrix.spec, matrix.shape, panel16.pack_codes(matrix.spec, matrix.codes),
-        panel16.pack_scales(matrix.scales), minima,
+        spec, matrix.shape, panel16.pack_codes(spec, matrix.codes), panel16.pack_scales(matrix.scales),
+        None if matrix.minima is None else panel16.pack_scales(matrix.minima),
+        None if matrix.sub_scales is None else panel16.pack_scales(matrix.sub_scales, factors),
+        None if matrix.sub_minima is None else panel16.pack_scales(matrix.sub_minima, factors),
     )  # fmt: skip
 
 
@@ -88,20 +105,21 @@ def unpack(matrix: PackedMatrix) -> QuantizedMatrix:
     """The inverse of `pack`. Raises CheckpointError when a blob has the wrong size."""
     check_layout(matrix.spec.layout)
     check_blobs(matrix)
-    groups = (matrix.shape[0], matrix.spec.groups(matrix.shape[1]))
-    minima = None if matrix.minima is None else panel16.unpack_scales(matrix.minima, groups)
+    spec, (rows, columns) = matrix.spec, matrix.shape
+    scales, factors = (rows, spec.f16_groups(columns)), (rows, panel16.factor_groups(spec, columns))
+    groups = spec.groups(columns)
     return QuantizedMatrix(
-        matrix.spec, panel16.unpack_codes(matrix.spec, matrix.codes, matrix.shape),
-        panel16.unpack_scales(matrix.scales, groups), minima,
+        spec, panel16.unpack_codes(spec, matrix.codes, matrix.shape), panel16.unpack_scales(matrix.scales, scales),
+        None if matrix.minima is None else panel16.unpack_scales(matrix.minima, scales),
+        None if matrix.sub_scales is None else panel16.unpack_scales(matrix.sub_scales, factors)[:, :groups],
+        None if matrix.sub_minima is None else panel16.unpack_scales(matrix.sub_minima, factors)[:, :groups],
     )  # fmt: skip
 
 
 def check_blobs(matrix: PackedMatrix) -> None:
     """Raises CheckpointError when the blobs do not have the sizes that format and shape call for."""
     expected = blob_bytes(matrix.spec, matrix.shape)
-    found = {"codes": matrix.codes.nbytes, "scales": matrix.scales.nbytes}
-    if matrix.minima is not None:
-        found["minima"] = matrix.minima.nbytes
+    found = {name: values.nbytes for name, values in matrix.parts().items()}
     if found != expected:
         raise CheckpointError(
             f"A {matrix.format} matrix of shape {matrix.shape} has blobs {found} bytes; expected {expected}."

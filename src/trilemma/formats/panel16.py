@@ -1,4 +1,4 @@
-"""Layout `panel16.v1`: quantized codes in panels of 16 rows, one 64-byte line a step of k.
+"""Layouts `panel16.v1` and `panel16.v2`: quantized codes in panels of 16 rows, 64-byte lines along k.
 
 Rows are padded to a multiple of 16 with zero rows (scale and minimum 0), columns to a multiple of
 32 with code 0. With r the row in its panel and j in 0..3:
@@ -10,6 +10,17 @@ Rows are padded to a multiple of 16 with zero rows (scale and minimum 0), column
 codes   [panel][line][64] uint8
 scales  [panel][group][16] float16; minima likewise (asymmetric only)
 
+`panel16.v2` is the same with codes of 5 and 6 bits and with scales of two levels. The low four bits of 32 columns are
+four lines as above, followed by
+
+    5 bits   one line; byte r*4 + j has the fifth bit of columns j, 4 + j, .. 28 + j, the first one lowest;
+             symmetric codes are stored biased by 16
+    6 bits   two lines of 16 columns each; byte r*4 + j has two bits of columns j, 4 + j, 8 + j, 12 + j;
+             symmetric codes are stored biased by 32
+
+scales, minima          of supergroups, float16 as above
+sub_scales, sub_minima  [panel][group][16] int8, with 0 for the groups of padding columns
+
 Everything here works on blocks of panels, so that a matrix of any size packs without a second copy
 of itself.
 """
@@ -17,17 +28,17 @@ of itself.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.formats.grid import Format
 
-NAME = "panel16.v1"
 PANEL_ROWS = 16
 COLUMN_STEP = 32
 LINE_BYTES = 64
-SYMMETRIC_BIAS = 8  # of stored 4-bit codes
+Value = TypeVar("Value", np.float16, np.int8)
 _BLOCK_CODES = 1 << 21  # codes handled at a time: fits a second-level cache well enough
 
 
@@ -46,7 +57,17 @@ def codes_bytes(spec: Format, shape: tuple[int, int]) -> int:
 
 def scales_count(spec: Format, shape: tuple[int, int]) -> int:
     """Number of f16 scales (and of minima), padding rows included."""
-    return panels(shape[0]) * PANEL_ROWS * spec.groups(shape[1])
+    return panels(shape[0]) * PANEL_ROWS * spec.f16_groups(shape[1])
+
+
+def factor_groups(spec: Format, columns: int) -> int:
+    """Groups of a row that have a factor of their supergroup's scale, those of padding columns included."""
+    return 0 if spec.supergroup is None else padded_columns(columns) // spec.group_size(padded_columns(columns))
+
+
+def factors_count(spec: Format, shape: tuple[int, int]) -> int:
+    """Number of int8 factors of scales (and of minima), padding included."""
+    return panels(shape[0]) * PANEL_ROWS * factor_groups(spec, shape[1])
 
 
 def pack_codes(spec: Format, codes: NDArray[np.int8]) -> NDArray[np.uint8]:
@@ -75,15 +96,16 @@ def unpack_codes(spec: Format, packed: NDArray[np.uint8], shape: tuple[int, int]
     return codes
 
 
-def pack_scales(scales: NDArray[np.float16]) -> NDArray[np.float16]:
-    """(out, groups) -> flat [panel][group][16], zero for padding rows."""
+def pack_scales(scales: NDArray[Value], count: int | None = None) -> NDArray[Value]:
+    """(out, groups) -> flat [panel][count][16], zero for padding rows and for groups beyond `groups`."""
     rows, groups = scales.shape
-    padded = np.zeros((panels(rows) * PANEL_ROWS, groups), dtype=np.float16)
-    padded[:rows] = scales
-    return np.ascontiguousarray(padded.reshape(-1, PANEL_ROWS, groups).transpose(0, 2, 1)).reshape(-1)
+    count = groups if count is None else count
+    padded = np.zeros((panels(rows) * PANEL_ROWS, count), dtype=scales.dtype)
+    padded[:rows, :groups] = scales
+    return np.ascontiguousarray(padded.reshape(-1, PANEL_ROWS, count).transpose(0, 2, 1)).reshape(-1)
 
 
-def unpack_scales(packed: NDArray[np.float16], shape: tuple[int, int]) -> NDArray[np.float16]:
+def unpack_scales(packed: NDArray[Value], shape: tuple[int, int]) -> NDArray[Value]:
     """Flat [panel][group][16] -> (out, groups); `shape` is (out, groups)."""
     rows, groups = shape
     return np.ascontiguousarray(packed.reshape(-1, groups, PANEL_ROWS).transpose(0, 2, 1).reshape(-1, groups)[:rows])
@@ -101,7 +123,7 @@ def random_codes(spec: Format, shape: tuple[int, int], rng: np.random.Generator)
 
 
 def _bias(spec: Format) -> int:
-    return SYMMETRIC_BIAS if spec.bits == 4 and spec.symmetric else 0
+    return 1 << (spec.bits - 1) if spec.bits < 8 and spec.symmetric else 0
 
 
 def _blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -123,14 +145,30 @@ def _pack_block(spec: Format, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if spec.bits == 8:
         lines = codes.reshape(rows // PANEL_ROWS, PANEL_ROWS, columns // 4, 4)
         return np.ascontiguousarray(lines.transpose(0, 2, 1, 3))
-    lines = codes.reshape(rows // PANEL_ROWS, PANEL_ROWS, columns // 8, 2, 4)
+    lines = (codes & np.uint8(15)).reshape(rows // PANEL_ROWS, PANEL_ROWS, columns // 8, 2, 4)
     nibbles = lines[:, :, :, 0] | (lines[:, :, :, 1] << np.uint8(4))  # (panel, row, line, 4)
-    return np.ascontiguousarray(nibbles.transpose(0, 2, 1, 3))
+    if spec.bits == 4:
+        return np.ascontiguousarray(nibbles.transpose(0, 2, 1, 3))
+    more, count = spec.bits - 4, 8 // (spec.bits - 4)  # further bits of a code, codes of a byte of them
+    high = (codes >> np.uint8(4)).reshape(rows // PANEL_ROWS, PANEL_ROWS, -1, count, 4)
+    shifted = high << (np.arange(count, dtype=np.uint8) * np.uint8(more))[:, None]
+    planes = np.bitwise_or.reduce(shifted, axis=3)  # (panel, row, line, 4)
+    blocks = (rows // PANEL_ROWS, PANEL_ROWS, columns // COLUMN_STEP, -1, 4)
+    whole = np.concatenate((nibbles.reshape(blocks), planes.reshape(blocks)), axis=3)
+    return np.ascontiguousarray(whole.transpose(0, 2, 3, 1, 4))
 
 
 def _unpack_block(spec: Format, packed: NDArray[np.uint8], panel_count: int) -> NDArray[np.uint8]:
     lines = packed.reshape(panel_count, -1, PANEL_ROWS, 4).transpose(0, 2, 1, 3)  # (panel, row, line, 4)
+    rows = panel_count * PANEL_ROWS
     if spec.bits == 8:
-        return np.ascontiguousarray(lines).reshape(panel_count * PANEL_ROWS, -1)
-    pair = np.stack((lines & np.uint8(15), lines >> np.uint8(4)), axis=3)  # (panel, row, line, 2, 4)
-    return pair.reshape(panel_count * PANEL_ROWS, -1)
+        return np.ascontiguousarray(lines).reshape(rows, -1)
+    more = spec.bits - 4
+    blocks = lines.reshape(panel_count, PANEL_ROWS, -1, 4 + more, 4)
+    nibbles = blocks[:, :, :, :4]
+    low = np.stack((nibbles & np.uint8(15), nibbles >> np.uint8(4)), axis=4).reshape(rows, -1)
+    if not more:
+        return low
+    shifts = (np.arange(8 // more, dtype=np.uint8) * np.uint8(more))[:, None]
+    high = (blocks[:, :, :, 4:, None, :] >> shifts) & np.uint8((1 << more) - 1)
+    return low | (high.reshape(rows, -1) << np.uint8(4))

@@ -25,7 +25,7 @@ _BLOCK_VALUES = 1 << 18
 _F16_MAX = 65504.0
 _F16_TINY = np.float16(6e-8)  # the smallest subnormal
 # Shares of the absmax scale that the search starts from; at 8 bits clipping much never pays.
-_SYMMETRIC_GRIDS = {4: np.linspace(0.65, 1.15, 12), 8: np.linspace(0.80, 1.02, 12)}
+_SYMMETRIC_GRIDS = {4: np.linspace(0.65, 1.15, 12), 5: np.linspace(0.70, 1.10, 12), 8: np.linspace(0.80, 1.02, 12)}
 _ASYMMETRIC_GRID = np.linspace(0.70, 1.0, 13)
 _REFITS = 4
 
@@ -57,8 +57,17 @@ def quantize_rtn(
 def fit_grid(
     w: Float32, spec: Format, *, scale: ScaleRule = "absmax", importance: Float32 | None = None
 ) -> tuple[Float16, Float16 | None]:
-    """Scales (out, groups) and, for an asymmetric grid, minima (out, groups), rounded to f16."""
+    """Scales (out, groups) and, for an asymmetric grid, minima (out, groups), rounded to f16.
+
+    Raises:
+        RecipeError: a grid with scales of two levels, or values that it can not hold.
+    """
     rows, columns = w.shape
+    if spec.supergroup is not None:
+        raise RecipeError(
+            f"The format '{spec.name}' is read from GGUF files; nothing here quantizes to it. "
+            "Take int4-g32, int4-g32-asym, int5-g32 or int8-g32."
+        )
     groups = spec.groups(columns)
     scales = np.empty((rows, groups), dtype=np.float16)
     minima = None if spec.symmetric else np.empty((rows, groups), dtype=np.float16)

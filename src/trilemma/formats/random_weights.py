@@ -22,6 +22,7 @@ from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Activation, Float32, LinearRun, Model, StoredMatrix
 from trilemma.model.plain import PlainMatrix
 
+_FACTOR = 32  # of a group's scale, where scales have two levels
 _PERIOD = 1_000_003  # distinct random values of a floating-point matrix; a prime, so rows differ
 
 
@@ -34,10 +35,22 @@ def random_matrix(spec: Format, shape: tuple[int, int], seed: int) -> PackedMatr
         return _random_plain(spec, shape, rng, deviation)
     low, high = spec.code_range
     scale = deviation / ((high - low + 1) / 12**0.5)  # uniform codes
-    groups = (shape[0], spec.groups(shape[1]))
-    scales = (scale * rng.uniform(0.8, 1.2, groups)).astype(np.float16)
-    minima = None if spec.symmetric else panel16.pack_scales((-7.5 * scales.astype(np.float32)).astype(np.float16))
-    return PackedMatrix(spec, shape, panel16.random_codes(spec, shape, rng), panel16.pack_scales(scales), minima)
+    factor = 1 if spec.supergroup is None else _FACTOR
+    groups = (shape[0], spec.f16_groups(shape[1]))
+    scales = (scale / factor * rng.uniform(0.8, 1.2, groups)).astype(np.float16)
+    middle = np.float32(-(low + high) / 2)
+    minima = None if spec.symmetric else panel16.pack_scales((middle * scales.astype(np.float32)).astype(np.float16))
+    codes = panel16.random_codes(spec, shape, rng)
+    factors = None if spec.supergroup is None else _factors(spec, shape)
+    return PackedMatrix(
+        spec, shape, codes, panel16.pack_scales(scales), minima, factors, None if spec.symmetric else factors
+    )
+
+
+def _factors(spec: Format, shape: tuple[int, int]) -> NDArray[np.int8]:
+    """Equal factors of the scales of all groups, laid out, zero in padding."""
+    groups = np.full((shape[0], spec.groups(shape[1])), _FACTOR, dtype=np.int8)
+    return panel16.pack_scales(groups, panel16.factor_groups(spec, shape[1]))
 
 
 class RandomPackedSource:

@@ -84,7 +84,7 @@ def forecast_engine_of(
             f"Ask for 1 to {config.max_context} tokens, prompt and output together."
         )
     names = config.product_names()
-    products = sorted({(activation_of(name), _asymmetric(form := format_of(name)), form in _ROWS) for name in names})
+    products = sorted({(activation_of(name), *_kind(format_of(name))) for name in names})
     cache, scratch = plan_memory(config, products, isa=isa, kv_cache=kv, context=context, sequences=sequences)
     return EngineMemoryForecast(
         weights_bytes=weights_bytes(config, format_of, _held_bytes), kv_bytes=cache, scratch_bytes=scratch,
@@ -99,9 +99,10 @@ def _held_bytes(format_name: str, shape: tuple[int, int]) -> int:
     return format_bytes(format_name, shape)
 
 
-def _asymmetric(format_name: str) -> bool:
+def _kind(format_name: str) -> tuple[int, bool]:
+    """(bits, symmetric) as `plan_memory` takes them."""
     spec = FORMATS.get(format_name)
-    return not spec.floating and not spec.symmetric
+    return 0 if format_name in _ROWS else spec.bits, spec.symmetric
 
 
 __all__ = ["EngineMemoryForecast", "forecast_engine", "forecast_engine_of"]

@@ -28,6 +28,7 @@ except ImportError as error:  # pragma: no cover - only where the build was skip
         "or choose the torch engine."
     ) from None
 
+_LAYOUTS = ("panel16.v1", "panel16.v2")
 _RELEASE_EVERY = 8_000_000  # bytes read
 
 
@@ -53,7 +54,7 @@ def load_weights(model: Model) -> _native.Model:
 
 def plan_memory(
     config: DecoderConfig,
-    products: Sequence[tuple[str, bool, bool]],
+    products: Sequence[tuple[str, int, bool]],
     *,
     isa: str | None = None,
     kv_cache: str,
@@ -63,7 +64,8 @@ def plan_memory(
     """Bytes of KV cache and scratch that an engine over `config` would hold; nothing is allocated.
 
     Args:
-        products: (activation, asymmetric, held in rows) of the matrices that are multiplied, each combination once.
+        products: (activation, bits, symmetric) of the matrices that are multiplied, each combination once; bits are 0
+            for f32 and f16, which are held in rows, and 16 for bf16.
         isa: instruction set; the best one here by default.
 
     Raises:
@@ -113,13 +115,14 @@ def _add(weights: _native.Model, name: str, model: Model) -> int:
 
 def _add_packed(weights: _native.Model, name: str, stored: PackedMatrix, activation: str) -> None:
     spec = stored.spec
-    if spec.layout != "panel16.v1":
-        raise UnsupportedModelError(f"Tensor '{name}' has the layout '{spec.layout}'; the engine runs 'panel16.v1'.")
-    minima = None if stored.minima is None else _bytes(stored.minima)
-    weights.add_packed(
-        name, spec.bits, spec.symmetric, spec.group or 0, *stored.shape, activation,
-        _bytes(stored.codes), _bytes(stored.scales), minima,
-    )  # fmt: skip
+    if spec.layout not in _LAYOUTS:
+        raise UnsupportedModelError(
+            f"Tensor '{name}' has the layout '{spec.layout}'; the engine runs {' and '.join(_LAYOUTS)}."
+        )
+    group = (spec.group or 0) if spec.supergroup is None else spec.supergroup
+    sub_group = 0 if spec.supergroup is None else spec.group or 0
+    parts = {part: _bytes(values) for part, values in stored.parts().items()}
+    weights.add_packed(name, spec.bits, spec.symmetric, group, *stored.shape, activation, sub_group=sub_group, **parts)
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:
