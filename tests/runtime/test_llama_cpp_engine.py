@@ -20,7 +20,6 @@ from trilemma.formats.gguf.write import write_gguf
 from trilemma.formats.random_weights import with_random_weights
 from trilemma.measure.memory.held import peak_memory
 from trilemma.model.cost import kv_bytes_per_token
-from trilemma.model.gguf import gguf_name
 from trilemma.runtime import EngineOptions, SamplingSettings, open_engine
 from trilemma.runtime.llama_cpp_process import interpreter
 from trilemma.techniques.apply import apply_recipe
@@ -83,20 +82,23 @@ def test_a_type_that_only_llama_cpp_reads_runs_there(tiny_model, tmp_path):
     model, path = tiny_model(**SIZES), tmp_path / "model.gguf"
     write_gguf(model, path)
     fields = gguf.GGUFReader(path).fields
-    writer = gguf.GGUFWriter(tmp_path / "q5.gguf", "llama")
+    writer = gguf.GGUFWriter(tmp_path / "iq4.gguf", "llama")
     for key, field in fields.items():
         if key.startswith("llama.") or key.startswith("tokenizer."):
             writer.add_key_value(key, field.contents(), field.types[0])
     for tensor in gguf.GGUFReader(path).tensors:
-        kind = gguf.GGMLQuantizationType.Q5_0 if len(tensor.shape) == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(tensor.name, gguf.quantize(tensor.data, kind), raw_dtype=kind)
+        if len(tensor.shape) == 2:  # blocks of zeros
+            blocks = np.zeros((tensor.data.shape[0], tensor.data.shape[1] // 32 * 18), np.uint8)
+            writer.add_tensor(tensor.name, blocks, raw_dtype=gguf.GGMLQuantizationType.IQ4_NL)
+        else:
+            writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModelError, match=rf"{gguf_name('embedding.weight')}|embedding.*Q5_0|Q5_0"):
-        open_engine(tmp_path / "q5.gguf")
-    opened = open_engine(tmp_path / "q5.gguf", runtime="llama.cpp", options=ONE)
+    with pytest.raises(UnsupportedModelError, match="IQ4_NL"):
+        open_engine(tmp_path / "iq4.gguf")
+    opened = open_engine(tmp_path / "iq4.gguf", runtime="llama.cpp", options=ONE)
     assert np.isfinite(opened.logits([1, 2, 3])).all()
     opened.close()
 

@@ -10,19 +10,23 @@ import pytest
 
 from trilemma.core.errors import CheckpointError, UnsupportedModelError
 from trilemma.formats.artifact import load_any, read_artifact, write_artifact
-from trilemma.formats.gguf.decode import DECODERS, decode_matrix
+from trilemma.formats.gguf.blocks import encode_matrix, target_of
+from trilemma.formats.gguf.decode import DECODERS, FORMAT_OF, decode_matrix, take_rows
 from trilemma.formats.gguf.read import read_gguf
 from trilemma.formats.gguf.write import write_gguf
 from trilemma.formats.grid import QuantizedMatrix
-from trilemma.formats.pack import PackedMatrix, unpack
+from trilemma.formats.pack import PackedMatrix, pack, unpack
 from trilemma.formats.random_weights import with_random_weights
 from trilemma.model.gguf import gguf_name, read_gguf_header
 from trilemma.model.gguf.structure import ROPE_FACTORS
+from trilemma.model.model import LinearRun, Model
 from trilemma.model.rope import make_rope
+from trilemma.model.sources import MemorySource
 from trilemma.runtime import EngineOptions, open_engine
 
 WIDE = {"dim": 64, "head_dim": 16, "heads": 4, "kv_heads": 2, "ffn": 160, "vocab": 97}
-FORMATS_BACK = ["f32", "f16", "bf16", "int8-g32", "int4-g32", "int4-g32-asym"]
+ONLY_ELSEWHERE = gguf.GGMLQuantizationType.IQ4_NL  # a type that no format here holds
+FORMATS_BACK = ["f32", "f16", "bf16", "int8-g32", "int4-g32", "int4-g32-asym", "int5-g32", "int5-g32-asym"]
 
 
 def activation_of(name: str) -> str:
@@ -73,7 +77,58 @@ def test_codes_scales_and_logits_come_back_bit_for_bit(tiny_model, tmp_path, for
     np.testing.assert_array_equal(logits[0], logits[1])
 
 
-@pytest.mark.parametrize("kind", sorted(DECODERS))
+def random_blocks(kind: str, rows: int, columns: int, rng: np.random.Generator) -> np.ndarray:
+    """(rows, bytes) random blocks of a GGML type whose f16 scales are finite."""
+    number = gguf.GGMLQuantizationType[kind]
+    values, size = gguf.GGML_QUANT_SIZES[number]
+    blocks = rng.integers(0, 256, (rows, columns // values, size), dtype=np.uint8)
+    places = {"Q6_K": [208], "Q5_1": [0, 2], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2]}.get(kind, [0])
+    for at in places:
+        scales = rng.standard_normal((rows, columns // values, 1)).astype(np.float16)
+        blocks[:, :, at : at + 2] = scales.view(np.uint8)
+    return blocks.reshape(rows, -1)
+
+
+@pytest.mark.parametrize("kind", sorted(set(DECODERS) - {"F32", "F16", "BF16"}))
+def test_any_block_has_the_values_of_the_gguf_package(kind, random_generator):
+    raw = random_blocks(kind, 19, 512, random_generator)
+    found = decode_matrix(raw.reshape(-1), kind, (19, 512), "w")
+    wanted = gguf.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    np.testing.assert_array_equal(found.dequantize(), wanted)
+    np.testing.assert_array_equal(pack(found).dequantize(), wanted)
+    assert encode_matrix(found, target_of(found.spec, 512), None).tobytes() == raw.tobytes()
+    order = random_generator.permutation(19)
+    np.testing.assert_array_equal(take_rows(found, order).dequantize(), wanted[order])
+
+
+@pytest.mark.parametrize("kind", ["Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+def test_a_file_of_these_blocks_runs_as_its_values_do_and_survives_an_artifact(tiny_model, tmp_path, kind):
+    from trilemma.core.recipe import Recipe
+
+    sizes = {"dim": 256, "head_dim": 64, "heads": 4, "kv_heads": 2, "ffn": 512, "vocab": 97}
+    path = _writer(tmp_path / "model.gguf", tiny_model(**sizes), gguf.GGMLQuantizationType[kind])
+    model = load_any(path)
+    assert model.format_of("layers.0.ffn.up.weight") == FORMAT_OF[kind]
+    values = Model(model.config, MemorySource({name: model.tensor(name) for name in model.names()}))
+    as_values = dict.fromkeys(model.config.product_names(), LinearRun(activation="f32"))
+    exact = Model(model.config, model.source, linears=as_values)
+    tokens = np.arange(40) % 97
+    logits = {}
+    for name, one in {"blocks": exact, "values": values, "int8": model}.items():
+        engine = open_engine(one, options=EngineOptions(threads=1))
+        logits[name] = engine.logits(tokens)
+        engine.close()
+    size = np.abs(logits["values"]).max()
+    np.testing.assert_allclose(logits["blocks"], logits["values"], atol=1e-4 * size)
+    assert np.abs(logits["int8"] - logits["values"]).max() < 0.1 * size
+    write_artifact(model, tmp_path / "artifact", Recipe(name="copy"))
+    again = read_artifact(tmp_path / "artifact")
+    engine = open_engine(again, options=EngineOptions(threads=1))
+    np.testing.assert_array_equal(engine.logits(tokens), logits["int8"])
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in sorted(DECODERS) if not kind.endswith("_K")])
 def test_values_are_those_of_the_gguf_package(kind, random_generator):
     shape, number = (5, 96), gguf.GGMLQuantizationType[kind]
     values = random_generator.standard_normal(shape).astype(np.float32)
@@ -118,11 +173,11 @@ def test_an_artifact_made_from_a_gguf_file_has_its_tokenizer(hearth_path, tmp_pa
 
 
 def test_types_without_a_decoder_are_refused_by_name(tiny_model, tmp_path):
-    writer = _writer(tmp_path / "model.gguf", tiny_model(**WIDE), gguf.GGMLQuantizationType.Q5_0)
+    writer = _writer(tmp_path / "model.gguf", tiny_model(**WIDE), ONLY_ELSEWHERE)
     model = load_any(writer)
-    with pytest.raises(UnsupportedModelError, match=r"Q5_0.*--runtime llama\.cpp.*llama-quantize"):
+    with pytest.raises(UnsupportedModelError, match=r"IQ4_NL.*--runtime llama\.cpp.*llama-quantize"):
         model.format_of("layers.0.ffn.up.weight")
-    with pytest.raises(UnsupportedModelError, match="Q5_0"):
+    with pytest.raises(UnsupportedModelError, match="IQ4_NL"):
         open_engine(model)
 
 
@@ -182,13 +237,21 @@ def test_an_offset_beyond_any_file_is_refused(tiny_model, tmp_path):
         load_any(path)
 
 
-@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1"])
+@pytest.mark.parametrize("kind", ["F32", "F16", "BF16", "Q8_0", "Q4_1", "Q5_0", "Q5_1"])
 def test_values_that_are_not_finite_are_refused(kind):
     raw = gguf.quantize(np.ones((2, 64), np.float32), gguf.GGMLQuantizationType[kind])
     damaged = np.ascontiguousarray(raw).reshape(-1).view(np.uint8).copy()
     damaged[:4] = 0xFF
     with pytest.raises(CheckpointError, match="NaN or infinite"):
         decode_matrix(damaged, kind, (2, 64), "w")
+
+
+@pytest.mark.parametrize(("kind", "at"), [("Q4_K", 0), ("Q4_K", 2), ("Q5_K", 2), ("Q6_K", 208)])
+def test_scales_of_supergroups_that_are_not_finite_are_refused(kind, at, random_generator):
+    damaged = random_blocks(kind, 2, 256, random_generator)
+    damaged[1, at : at + 2] = 0xFF
+    with pytest.raises(CheckpointError, match="NaN or infinite"):
+        decode_matrix(damaged.reshape(-1), kind, (2, 256), "w")
 
 
 def test_shards_are_one_model(tiny_model, tmp_path):
@@ -215,6 +278,24 @@ def test_shards_are_one_model(tiny_model, tmp_path):
         read_gguf(tmp_path / "m-00001-of-00002.gguf")
 
 
+def _blocks_of(values, kind):
+    """The values in blocks of a type; random ones of a small spread where the package can not quantize."""
+    try:
+        return gguf.quantize(values, kind)
+    except NotImplementedError:
+        rng = np.random.default_rng(values.size)
+        if kind.name not in DECODERS:
+            return np.zeros((len(values), values.shape[1] // 32 * 18), np.uint8)
+        raw = random_blocks(kind.name, len(values), values.shape[1], rng)
+        deviation = gguf.dequantize(raw, kind).std()
+        size = gguf.GGML_QUANT_SIZES[kind][1]
+        blocks = raw.reshape(-1, size)
+        for at in [208] if kind.name == "Q6_K" else [0, 2]:
+            scales = np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)
+            blocks[:, at : at + 2] = (scales * np.float16(0.05 / deviation)).view(np.uint8)
+        return raw
+
+
 def _writer(path, model, kind, metadata=None, extra=None):
     """A file of `model`'s shapes whose matrices are of one type, with metadata put over the usual ones."""
     config = model.config
@@ -224,7 +305,7 @@ def _writer(path, model, kind, metadata=None, extra=None):
     writer.add_block_count(len(config.layers))
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
-    writer.add_key_length(16)
+    writer.add_key_length(config.layers[0].attention.head_dim)
     for key, value in (metadata or {}).items():
         (writer.add_uint32 if isinstance(value, int) else writer.add_float32)(key, value)
     for name in model.names():
@@ -232,7 +313,7 @@ def _writer(path, model, kind, metadata=None, extra=None):
         if values.ndim == 1:
             writer.add_tensor(gguf_name(name), values)
         else:
-            writer.add_tensor(gguf_name(name), gguf.quantize(values, kind), raw_dtype=kind)
+            writer.add_tensor(gguf_name(name), _blocks_of(values, kind), raw_dtype=kind)
     if extra:
         writer.add_tensor(extra, np.zeros(4, np.float32))
     writer.write_header_to_file()

@@ -1,7 +1,7 @@
 """From GGUF's blocks to our grids and plain matrices: one decoder for each block type that is read.
 
-The inverse of `encode_blocks`: codes, scales and minima stay what they are. A type that no grid here holds
-(Q5_0, Q5_1, the K-quants) is refused by name; reading it is one more entry of DECODERS.
+The inverse of `encode_blocks` and `encode_k_blocks`: codes, scales and minima stay what they are. A type that no grid
+here holds (the IQ types, Q2_K, Q3_K) is refused by name; reading it is one more entry of DECODERS.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from trilemma.core.errors import CheckpointError, UnsupportedModelError
 from trilemma.formats import FORMATS
 from trilemma.formats.gguf.blocks import BLOCK
+from trilemma.formats.gguf.k_blocks import decode_q4_k, decode_q5_k, decode_q6_k
 from trilemma.formats.grid import QuantizedMatrix
 from trilemma.model.model import Float32, StoredMatrix
 from trilemma.model.plain import PlainMatrix, bf16_to_f32
@@ -25,6 +26,7 @@ Decoder = Callable[[Bytes, tuple[int, int]], Decoded]
 
 FORMAT_OF = {
     "F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "int8-g32", "Q4_0": "int4-g32", "Q4_1": "int4-g32-asym",
+    "Q5_0": "int5-g32", "Q5_1": "int5-g32-asym", "Q4_K": "int4-g32-k", "Q5_K": "int5-g32-k", "Q6_K": "int6-g16-k",
 }  # fmt: skip
 
 
@@ -67,8 +69,7 @@ def decode_vector(raw: Bytes, kind: str, name: str) -> Float32:
 def take_rows(stored: Decoded, rows: NDArray[np.intp]) -> Decoded:
     """The matrix with its rows in another order."""
     if isinstance(stored, QuantizedMatrix):
-        minima = None if stored.minima is None else stored.minima[rows]
-        return QuantizedMatrix(stored.spec, stored.codes[rows], stored.scales[rows], minima)
+        return stored.rows(rows)
     if isinstance(stored, PlainMatrix):
         return PlainMatrix(stored.dtype, stored.bits[rows])
     assert isinstance(stored, np.ndarray)
@@ -105,8 +106,23 @@ def _q4_1(raw: Bytes, shape: tuple[int, int]) -> Decoded:
     return QuantizedMatrix(FORMATS.get("int4-g32-asym"), codes, _f16_at(blocks, 0), _f16_at(blocks, 2))
 
 
+def _q5_0(raw: Bytes, shape: tuple[int, int]) -> Decoded:
+    """f16 d, 4 bytes of fifth bits, 16 of nibbles: d * (q - 16)."""
+    blocks = _blocks(raw, shape, 22)
+    codes = (_with_fifth_bits(blocks[:, :, 2:]).view(np.int8) - np.int8(16)).reshape(shape)
+    return QuantizedMatrix(FORMATS.get("int5-g32"), codes, _f16_at(blocks, 0))
+
+
+def _q5_1(raw: Bytes, shape: tuple[int, int]) -> Decoded:
+    """f16 d, f16 m, 4 bytes of fifth bits, 16 of nibbles: d * q + m."""
+    blocks = _blocks(raw, shape, 24)
+    codes = _with_fifth_bits(blocks[:, :, 4:]).view(np.int8).reshape(shape)
+    return QuantizedMatrix(FORMATS.get("int5-g32-asym"), codes, _f16_at(blocks, 0), _f16_at(blocks, 2))
+
+
 DECODERS: Mapping[str, Decoder] = {
-    "F32": _f32, "F16": _f16, "BF16": _bf16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1,
+    "F32": _f32, "F16": _f16, "BF16": _bf16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
+    "Q4_K": decode_q4_k, "Q5_K": decode_q5_k, "Q6_K": decode_q6_k,
 }  # fmt: skip
 
 
@@ -123,6 +139,12 @@ def _f16_at(blocks: Bytes, start: int) -> NDArray[np.float16]:
 def _nibbles(packed: Bytes) -> Bytes:
     """(out, blocks, 16) -> (out, blocks, 32): low nibbles are values 0..15, high ones 16..31."""
     return np.concatenate([packed & np.uint8(15), packed >> np.uint8(4)], axis=2)
+
+
+def _with_fifth_bits(packed: Bytes) -> Bytes:
+    """(out, blocks, 4 + 16) -> (out, blocks, 32): a bit of each value in order, then the nibbles."""
+    fifth = np.unpackbits(np.ascontiguousarray(packed[:, :, :4]), axis=2, bitorder="little")
+    return _nibbles(packed[:, :, 4:]) | fifth << np.uint8(4)
 
 
 def _finite(found: Any) -> bool:
