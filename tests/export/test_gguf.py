@@ -22,6 +22,7 @@ from trilemma.techniques.schemes import scheme_to_recipe
 WIDE = {"dim": 64, "head_dim": 16, "heads": 4, "kv_heads": 2, "ffn": 160, "vocab": 97}
 TYPES = {"int8-g32": "Q8_0", "int8-g128": "Q8_0", "int8-channel": "Q8_0", "int4-g32": "Q4_0", "int4-g64": "Q4_0",
          "int4-g128": "Q4_0", "int4-g32-asym": "Q4_1", "int4-g64-asym": "Q4_1", "int4-g128-asym": "Q4_1",
+         "int5-g32": "Q5_0", "int5-g32-asym": "Q5_1", "int4-g32-k": "Q4_K", "int5-g32-k": "Q5_K", "int6-g16-k": "Q6_K",
          "f32": "F32", "f16": "F16", "bf16": "BF16"}  # fmt: skip
 
 
@@ -54,7 +55,8 @@ def assert_equal_values(model, values, *, permuted: bool) -> None:
 
 @pytest.mark.parametrize("name", FORMATS.names())
 def test_every_format_goes_out_bit_for_bit(name, tiny_model, tmp_path):
-    model = with_random_weights(tiny_model(**WIDE, tied=False), lambda _: name, seed=7)
+    wide = {**WIDE, "dim": 256, "head_dim": 64, "ffn": 256} if name.endswith("-k") else WIDE
+    model = with_random_weights(tiny_model(**wide, tied=False), lambda _: name, seed=7)
     report = export_gguf(model, tmp_path / "model.gguf")
     tensors, values, _ = read(tmp_path / "model.gguf")
     assert_equal_values(model, values, permuted=True)
@@ -87,6 +89,15 @@ def test_rows_that_are_no_multiple_of_32_go_out_as_f32_and_the_report_says_so(ti
     assert tensors["blk.1.ffn_up.weight"].tensor_type.name == "Q4_0"
     assert_equal_values(model, values, permuted=True)
     assert any("172" in note for note in report.notes)
+
+
+def test_rows_that_are_no_multiple_of_256_go_out_as_f32_where_the_type_has_blocks_of_256(tiny_model, tmp_path):
+    model = with_random_weights(tiny_model(**WIDE), lambda _: "int6-g16-k", seed=7)
+    report = export_gguf(model, tmp_path / "model.gguf")
+    tensors, values, _ = read(tmp_path / "model.gguf")
+    assert tensors["blk.1.ffn_down.weight"].tensor_type.name == "F32"
+    assert_equal_values(model, values, permuted=True)
+    assert any("no multiple of 256" in note for note in report.notes)
 
 
 def test_formats_without_a_type_are_refused_or_stored_again(tiny_model, tmp_path, monkeypatch):

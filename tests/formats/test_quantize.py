@@ -10,7 +10,8 @@ from trilemma.formats import FORMATS
 from trilemma.formats.plain import to_plain
 from trilemma.formats.quantize import codes_for, fit_grid, quantize_rtn
 
-INTEGER = [name for name in FORMATS.names() if name.startswith("int")]
+INTEGER = [name for name in FORMATS.names() if name.startswith("int") and FORMATS.get(name).supergroup is None]
+TWO_LEVELS = [name for name in FORMATS.names() if FORMATS.get(name).supergroup is not None]
 SHAPES = [(1, 1), (17, 33), (5, 172), (16, 576), (3, 200)]
 
 
@@ -18,14 +19,15 @@ def absmax_by_hand(values: np.ndarray, bits: int, symmetric: bool) -> np.ndarray
     """What one group of values becomes, in f64 but for the rounding of scale and minimum to f16."""
     if symmetric:
         extreme = values[np.argmax(np.abs(values))]
-        low, high = (-8, 7) if bits == 4 else (-127, 127)
+        low, high = {4: (-8, 7), 5: (-16, 15), 8: (-127, 127)}[bits]
         scale = float(np.float16(np.float32(extreme) / np.float32(low)))
         codes = np.clip(np.rint(values / scale), low, high) if scale else np.zeros_like(values)
         return codes * scale
     minimum = float(np.float16(values.min()))
     span = max(np.float32(values.max()) - np.float32(minimum), np.float32(0))
-    scale = float(np.float16(span / np.float32(15)))
-    codes = np.clip(np.rint((values - minimum) / scale), 0, 15) if scale else np.zeros_like(values)
+    levels = {4: 15, 5: 31}[bits]
+    scale = float(np.float16(span / np.float32(levels)))
+    codes = np.clip(np.rint((values - minimum) / scale), 0, levels) if scale else np.zeros_like(values)
     return codes * scale + minimum
 
 
@@ -60,6 +62,12 @@ def test_searched_scales_are_never_worse_and_usually_better(name, random_generat
     assert error(searched, 1) <= error(plain, 1)
     # At 8 bits the best scale hardly depends on the weights, and the grid of the search is coarser than that.
     assert error(weighted, importance) < error(searched, importance) * (1 if spec.bits < 8 else 1.02)
+
+
+@pytest.mark.parametrize("name", TWO_LEVELS)
+def test_grids_that_only_come_from_files_are_refused(name):
+    with pytest.raises(RecipeError, match=f"'{name}' is read from GGUF files"):
+        quantize_rtn(np.ones((2, 256), np.float32), FORMATS.get(name))
 
 
 def test_the_search_comes_close_to_the_best_scale_there_is(random_generator):

@@ -17,6 +17,7 @@ from trilemma.core.errors import CheckpointError, EngineError, InputError, Unsup
 from trilemma.formats import FORMATS
 from trilemma.formats.pack import pack
 from trilemma.formats.quantize import quantize_rtn
+from trilemma.formats.random_weights import random_matrix
 from trilemma.model.config import Dense, LayerSpec
 from trilemma.model.model import LinearRun, Model
 from trilemma.model.plain import PlainMatrix, f32_to_bf16
@@ -34,7 +35,11 @@ def quantized(model: Model, format_name: str, activation: str) -> Model:
     """Every matrix, the embedding included, in one format."""
     spec = FORMATS.get(format_name)
     names = [name for name, shape in model.config.tensor_shapes().items() if len(shape) == 2]
-    tensors = {name: quantize_rtn(model.tensor(name), spec) for name in names}
+    if spec.supergroup is None:
+        tensors = {name: quantize_rtn(model.tensor(name), spec) for name in names}
+    else:
+        shapes = model.config.tensor_shapes()
+        tensors = {name: random_matrix(spec, shapes[name], seed) for seed, name in enumerate(names)}
     return model.with_tensors(tensors, {name: LinearRun(activation=activation) for name in names})
 
 

@@ -93,10 +93,12 @@ class QuantizedMatrix:
 
     def rows(self, index: NDArray[np.intp]) -> QuantizedMatrix:
         """The rows of these numbers, in this order."""
-        minima, sub_scales, sub_minima = (
-            None if part is None else part[index] for part in (self.minima, self.sub_scales, self.sub_minima)
-        )
-        return QuantizedMatrix(self.spec, self.codes[index], self.scales[index], minima, sub_scales, sub_minima)
+        return QuantizedMatrix(
+            self.spec, self.codes[index], self.scales[index],
+            None if self.minima is None else self.minima[index],
+            None if self.sub_scales is None else self.sub_scales[index],
+            None if self.sub_minima is None else self.sub_minima[index],
+        )  # fmt: skip
 
     def _of_inputs(self, values: NDArray[np.float16], factors: NDArray[np.int8] | None) -> NDArray[np.float32]:
         """(out, in) f32: what each code is multiplied with, or added to."""

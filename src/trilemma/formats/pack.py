@@ -36,8 +36,10 @@ class PackedMatrix:
 
     def parts(self) -> dict[str, NDArray[Any]]:
         """The blobs that this matrix has, by name, in the order of `blob_bytes`."""
-        every = {"codes": self.codes, "scales": self.scales, "minima": self.minima, "sub_scales": self.sub_scales,
-                 "sub_minima": self.sub_minima}  # fmt: skip
+        every: dict[str, NDArray[Any] | None] = {
+            "codes": self.codes, "scales": self.scales, "minima": self.minima,
+            "sub_scales": self.sub_scales, "sub_minima": self.sub_minima,
+        }  # fmt: skip
         return {name: values for name, values in every.items() if values is not None}
 
     @property

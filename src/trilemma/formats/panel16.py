@@ -171,4 +171,5 @@ def _unpack_block(spec: Format, packed: NDArray[np.uint8], panel_count: int) -> 
         return low
     shifts = (np.arange(8 // more, dtype=np.uint8) * np.uint8(more))[:, None]
     high = (blocks[:, :, :, 4:, None, :] >> shifts) & np.uint8((1 << more) - 1)
-    return low | (high.reshape(rows, -1) << np.uint8(4))
+    both: NDArray[np.uint8] = low | (high.reshape(rows, -1) << np.uint8(4))
+    return both

@@ -122,7 +122,10 @@ def _add_packed(weights: _native.Model, name: str, stored: PackedMatrix, activat
     group = (spec.group or 0) if spec.supergroup is None else spec.supergroup
     sub_group = 0 if spec.supergroup is None else spec.group or 0
     parts = {part: _bytes(values) for part, values in stored.parts().items()}
-    weights.add_packed(name, spec.bits, spec.symmetric, group, *stored.shape, activation, sub_group=sub_group, **parts)
+    weights.add_packed(
+        name, spec.bits, spec.symmetric, group, *stored.shape, activation, parts["codes"], parts["scales"],
+        parts.get("minima"), sub_group, parts.get("sub_scales"), parts.get("sub_minima"),
+    )  # fmt: skip
 
 
 def _bytes(array: NDArray[Any]) -> NDArray[np.uint8]:

@@ -40,7 +40,7 @@ LOSSLESS_FORMATS = (
     "bf16",
     "int8 in groups of 32n or per row",
     "int4 and int5 in groups of 32n, with or without minima",
-    "the formats that end in -k, where rows are a multiple of 256 long",
+    "the formats that end in -k",
 )
 
 
@@ -60,7 +60,9 @@ def target_of(spec: Format, columns: int) -> Target | None:
     if columns % BLOCK:
         return Target("F32", why=f"rows of {columns} are no multiple of {BLOCK}, so values go out as F32")
     if spec.supergroup is not None:
-        return Target(_K_TYPES[spec.name]) if spec.name in _K_TYPES and columns % SUPERBLOCK == 0 else None
+        if columns % SUPERBLOCK:
+            return Target("F32", why=f"rows of {columns} are no multiple of {SUPERBLOCK}, so values go out as F32")
+        return Target(_K_TYPES[spec.name]) if spec.name in _K_TYPES else None
     if spec.group_size(columns) % BLOCK:
         return None
     if spec.bits == 8 and spec.symmetric:
