@@ -6,7 +6,9 @@ Needs llama-cpp-python, in this environment or in that of TRILEMMA_LLAMA_CPP (th
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import tempfile
 
 import gguf
@@ -20,6 +22,8 @@ from trilemma.formats.gguf.write import write_gguf
 from trilemma.formats.random_weights import with_random_weights
 from trilemma.measure.memory.held import peak_memory
 from trilemma.model.cost import kv_bytes_per_token
+from trilemma.model.model import LinearRun
+from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import EngineOptions, SamplingSettings, open_engine
 from trilemma.runtime.llama_cpp_process import interpreter
 from trilemma.techniques.apply import apply_recipe
@@ -48,7 +52,9 @@ def engine(tiny_model):
     opened.close()
 
 
-@pytest.mark.parametrize("format_name", ["int8-g32", "int4-g32", "int4-g32-asym", "int8-channel", "int4-g64"])
+@pytest.mark.parametrize("format_name", [
+    "int8-g32", "int4-g32", "int4-g32-asym", "int8-channel", "int4-g64", "int5-g32", "int5-g32-asym",
+])  # fmt: skip
 def test_quantized_matrices_give_the_native_engines_logits(tiny_model, format_name):
     model = built(tiny_model, format_name)
     tokens, logits = np.arange(60) % 97, []
@@ -57,6 +63,44 @@ def test_quantized_matrices_give_the_native_engines_logits(tiny_model, format_na
         logits.append(opened.logits(tokens))
         opened.close()
     assert np.abs(logits[0] - logits[1]).max() <= SAME_CODES_TOLERANCE * np.abs(logits[0]).max()
+
+
+@pytest.mark.parametrize("format_name", ["int4-g32-k", "int5-g32-k", "int6-g16-k"])
+def test_k_quants_give_the_native_engines_logits(tiny_model, format_name):
+    """Inputs are rounded in groups of 256 there and of 32 here, so that both are compared with exact inputs too."""
+    model = built(tiny_model, format_name, dim=256, head_dim=128, ffn=512)
+    exact = model.with_tensors({}, {name: LinearRun(activation="f32") for name in model.config.product_names()})
+    tokens, logits = np.arange(60) % 97, {}
+    for name, one, runtime in (("exact", exact, "native"), ("ours", model, "native"), ("theirs", model, "llama.cpp")):
+        opened = open_engine(one, runtime=runtime, options=EngineOptions(threads=1, kv_cache="f32"))
+        logits[name] = opened.logits(tokens)
+        opened.close()
+    size = np.abs(logits["exact"]).max()
+    ours, theirs = (np.abs(logits[name] - logits["exact"]).max() / size for name in ("ours", "theirs"))
+    assert ours <= SAME_CODES_TOLERANCE
+    assert theirs <= 2 * SAME_CODES_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "Q5_K_M", "Q6_K", "Q5_0", "Q5_1"])
+def test_a_file_that_llama_quantize_made_predicts_alike_in_both_engines(hearth_path, texts_path, tmp_path, kind):
+    tool = os.environ.get("TRILEMMA_LLAMA_QUANTIZE") or shutil.which("llama-quantize")
+    if tool is None:
+        pytest.skip("needs llama.cpp's llama-quantize, on the path or named by TRILEMMA_LLAMA_QUANTIZE")
+    model = load_any(hearth_path)
+    write_gguf(model, tmp_path / "whole.gguf")
+    made = tmp_path / f"{kind}.gguf"
+    subprocess.run([tool, tmp_path / "whole.gguf", made, kind, "1"], check=True, capture_output=True, timeout=120)
+    tokens = np.asarray(Tokenizer.load(hearth_path).encode(texts_path.read_text(encoding="utf-8")[:6000])[:1024])
+    nats = []
+    for runtime in ("native", "llama.cpp"):
+        opened = open_engine(made, runtime=runtime, options=EngineOptions(threads=1, kv_cache="f32"))
+        rows = [opened.logits(part).astype(np.float64) for part in tokens.reshape(-1, 256)]
+        opened.close()
+        scores = [row[:-1] - np.logaddexp.reduce(row[:-1], axis=1, keepdims=True) for row in rows]
+        targets = tokens.reshape(-1, 256)[:, 1:]
+        nats.append(-np.mean([s[np.arange(255), t] for s, t in zip(scores, targets, strict=True)]))
+    assert abs(nats[0] - nats[1]) < 5e-3  # half a per cent of perplexity
+    assert {model.format_of(name) for name in model.names()} != {load_any(made).format_of(n) for n in model.names()}
 
 
 @pytest.mark.parametrize("sizes", [{"qkv_bias": True, "tied": False}, {"qk_norm": True}], ids=["qwen2", "qwen3"])
