@@ -272,11 +272,11 @@ def _attentions(config: DecoderConfig) -> list[Attention]:
 
 
 def _matrix_bytes(format_name: str, shape: tuple[int, int], format_bytes: FormatBytes | None) -> int:
-    if format_bytes is not None:
-        return format_bytes(format_name, shape)
-    if format_name not in _PLAIN_BYTES:
+    if format_name in _PLAIN_BYTES:
+        return shape[0] * shape[1] * _PLAIN_BYTES[format_name]
+    if format_bytes is None:
         raise InputError(f"The bytes of format '{format_name}' are not known here; hand in format_bytes.")
-    return shape[0] * shape[1] * _PLAIN_BYTES[format_name]
+    return format_bytes(format_name, shape)
 
 
 def _stored_bytes(model: Model) -> FormatBytes:

@@ -14,7 +14,6 @@ from trilemma.core.record import Record
 from trilemma.formats import FORMATS
 from trilemma.formats.pack import format_bytes
 from trilemma.model.config import DecoderConfig
-from trilemma.model.cost import weights_bytes
 from trilemma.model.model import Activation, Model
 from trilemma.runtime.engine import KvCache
 from trilemma.runtime.native_weights import plan_memory
@@ -87,16 +86,21 @@ def forecast_engine_of(
     products = sorted({(activation_of(name), *_kind(format_of(name))) for name in names})
     cache, scratch = plan_memory(config, products, isa=isa, kv_cache=kv, context=context, sequences=sequences)
     return EngineMemoryForecast(
-        weights_bytes=weights_bytes(config, format_of, _held_bytes), kv_bytes=cache, scratch_bytes=scratch,
+        weights_bytes=_weights_bytes(config, format_of), kv_bytes=cache, scratch_bytes=scratch,
         context=context, kv_cache=kv, sequences=sequences,
     )  # fmt: skip
 
 
-def _held_bytes(format_name: str, shape: tuple[int, int]) -> int:
+def _weights_bytes(config: DecoderConfig, format_of: FormatOf) -> int:
     """As in the file, but bf16 matrices lie in whole panels of 16 rows and 32 columns."""
-    if format_name == "bf16":
-        return 2 * (-(-shape[0] // 16) * 16) * (-(-shape[1] // 32) * 32)
-    return format_bytes(format_name, shape)
+
+    def held(name: str, rows: int, columns: int) -> int:
+        if format_of(name) == "bf16":
+            return 2 * (-(-rows // 16) * 16) * (-(-columns // 32) * 32)
+        return format_bytes(format_of(name), (rows, columns))
+
+    shapes = config.tensor_shapes().items()
+    return sum(held(name, shape[0], shape[1]) if len(shape) == 2 else 4 * shape[0] for name, shape in shapes)
 
 
 def _kind(format_name: str) -> tuple[int, bool]:
