@@ -26,9 +26,9 @@ from trilemma.model.model import Model
 from trilemma.runtime.engine import EngineMemory, EngineOptions, Generation, SamplingSettings
 from trilemma.runtime.llama_cpp_process import WorkerProcess
 from trilemma.runtime.output import Output
+from trilemma.runtime.requests import checked_tokens, context_of
 from trilemma.runtime.sampling import check_sampling, choose
 
-DEFAULT_CONTEXT = 4096
 GGML_TYPE = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}  # of the cache
 QUANT_BLOCK = 32
 _ISAS = ("AMX_INT8", "AVX512", "AVX2", "AVX", "SVE", "NEON")
@@ -62,7 +62,7 @@ class LlamaCppEngine:
         if options.isa is not None:
             raise InputError(f"llama.cpp's build has chosen its instruction set; leave isa '{options.isa}' out.")
         self.config = model.config
-        self.max_context = _context_of(model, options.max_context)
+        self.max_context = context_of(model, options.max_context)
         self.threads: int = options.threads or usable_cores()
         self.kv_cache: str = _cache_of(model, options)
         self.notes: tuple[str, ...] = ()
@@ -172,27 +172,7 @@ class LlamaCppEngine:
         return np.frombuffer(payload, dtype=np.float32).reshape(found["rows"], self.config.vocab_size)
 
     def _checked(self, tokens: NDArray[np.int32] | Sequence[int]) -> NDArray[np.int32]:
-        ids = np.asarray(tokens, dtype=np.int64).reshape(-1)
-        if not ids.size:
-            raise InputError("There are no tokens to run. Give at least one (the BOS token, say).")
-        outside = (ids < 0) | (ids >= self.config.vocab_size)
-        if outside.any():
-            bad = int(ids[outside][0])
-            raise InputError(f"Token {bad} is outside the vocabulary 0..{self.config.vocab_size - 1}: wrong tokenizer?")
-        if len(ids) > self.max_context:
-            raise InputError(f"{len(ids)} tokens do not fit the context of {self.max_context}. Shorten the text.")
-        return ids.astype(np.int32)
-
-
-def _context_of(model: Model, asked: int | None) -> int:
-    longest = model.config.max_context
-    if asked is None:
-        return min(longest, DEFAULT_CONTEXT)
-    if not 1 <= asked <= longest:
-        raise InputError(
-            f"A context of {asked} is not possible: the model's own is {longest}. Ask for 1 to {longest} tokens."
-        )
-    return asked
+        return checked_tokens(tokens, self.config.vocab_size, self.max_context)
 
 
 def _cache_of(model: Model, options: EngineOptions) -> str:

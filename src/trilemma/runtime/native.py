@@ -20,10 +20,8 @@ from trilemma.model.model import Model
 from trilemma.runtime.engine import EngineMemory, EngineOptions, Generation, SamplingSettings
 from trilemma.runtime.native_weights import _native
 from trilemma.runtime.native_weights import load_weights as load_weights
+from trilemma.runtime.requests import checked_tokens, context_of
 from trilemma.runtime.sampling import check_sampling
-
-DEFAULT_CONTEXT = 4096
-"""Context of an engine when nobody asks for more: long enough to work, short enough not to fill a device."""
 
 LogitsOf = Literal["none", "last", "all"]
 
@@ -56,7 +54,7 @@ class NativeEngine:
     def __init__(self, model: Model, options: EngineOptions | None = None) -> None:
         options = options or EngineOptions()
         self.config = model.config
-        self.max_context = _context_of(model, options.max_context)
+        self.max_context = context_of(model, options.max_context)
         self.kv_cache: str = options.kv_cache or model.run.kv_cache
         self._options = options
         self._weights: _native.Model | None = load_weights(model)
@@ -134,10 +132,7 @@ class NativeEngine:
         return self._context
 
     def _checked(self, tokens: NDArray[np.int32] | Sequence[int]) -> NDArray[np.int32]:
-        ids = _token_array(tokens, self.config.vocab_size)
-        if len(ids) > self.max_context:
-            raise InputError(f"{len(ids)} tokens do not fit the context of {self.max_context}. Shorten the text.")
-        return ids
+        return checked_tokens(tokens, self.config.vocab_size, self.max_context)
 
 
 @dataclass(frozen=True)
@@ -184,7 +179,7 @@ class SequenceBatch:
 
     def forward(self, steps: Sequence[Step]) -> list[NDArray[np.float32]]:
         """Logits of each step: (rows, vocab), with 0, 1 or len(tokens) rows."""
-        arrays = [_token_array(step.tokens, self._vocab_size) for step in steps]
+        arrays = [checked_tokens(step.tokens, self._vocab_size) for step in steps]
         slices = [(step.sequence, ids, step.logits) for step, ids in zip(steps, arrays, strict=True)]
         with _faults():
             logits = self._context.forward(slices)
@@ -194,28 +189,6 @@ class SequenceBatch:
 
     def memory(self) -> EngineMemory:
         return EngineMemory(*self._context.memory())
-
-
-def _token_array(tokens: NDArray[np.int32] | Sequence[int], vocab_size: int) -> NDArray[np.int32]:
-    ids = np.asarray(tokens, dtype=np.int64).reshape(-1)
-    if ids.size == 0:
-        raise InputError("There are no tokens to run. Give at least one (the BOS token, say).")
-    outside = (ids < 0) | (ids >= vocab_size)
-    if outside.any():
-        bad = int(ids[outside][0])
-        raise InputError(f"Token {bad} is outside the vocabulary 0..{vocab_size - 1}: wrong tokenizer?")
-    return ids.astype(np.int32)
-
-
-def _context_of(model: Model, asked: int | None) -> int:
-    longest = model.config.max_context
-    if asked is None:
-        return min(longest, DEFAULT_CONTEXT)
-    if not 1 <= asked <= longest:
-        raise InputError(
-            f"A context of {asked} is not possible: the model's own is {longest}. Ask for 1 to {longest} tokens."
-        )
-    return asked
 
 
 @contextmanager

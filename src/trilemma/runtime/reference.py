@@ -23,6 +23,7 @@ from trilemma.model.config import Attention
 from trilemma.model.decoder import Decoder, KvSlot
 from trilemma.model.model import Activation, Model
 from trilemma.runtime.engine import EngineMemory, EngineOptions, Generation, SamplingSettings
+from trilemma.runtime.requests import checked_tokens
 from trilemma.runtime.sampling import check_sampling, choose
 
 ACTIVATION_GROUP = 32
@@ -140,15 +141,7 @@ class ReferenceEngine:
         return [_Slot(layer.attention, capacity, self.kv_cache, self.dtype) for layer in self.config.layers]
 
     def _checked(self, tokens: NDArray[np.int32] | Sequence[int]) -> list[int]:
-        ids = [int(token) for token in tokens]
-        if not ids:
-            raise InputError("There are no tokens to run. Give at least one (the BOS token, say).")
-        bad = next((token for token in ids if not 0 <= token < self.config.vocab_size), None)
-        if bad is not None:
-            raise InputError(f"Token {bad} is outside the vocabulary 0..{self.config.vocab_size - 1}: wrong tokenizer?")
-        if len(ids) > self.max_context:
-            raise InputError(f"{len(ids)} tokens do not fit the context of {self.max_context}. Shorten the text.")
-        return ids
+        return [int(token) for token in checked_tokens(tokens, self.config.vocab_size, self.max_context)]
 
     @contextmanager
     def _running(self) -> Iterator[None]:
