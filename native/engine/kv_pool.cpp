@@ -11,25 +11,35 @@ KvType type_of(KvMode mode) { return mode == KvMode::kInt8 ? kKvInt8 : mode == K
 
 std::size_t element_bytes(KvType type) { return type == kKvF32 ? 4 : type == kKvBf16 ? 2 : 1; }
 
-int padded(int capacity) { return int(round_up(size_t(capacity), kKvTile)); }
-
 }  // namespace
 
+int KvPool::page_positions(int capacity) { return std::min(int(round_up(size_t(capacity), kKvTile)), int(kKvPage)); }
+
+std::vector<std::uint8_t*> KvPool::cut(const AlignedBuffer& data, std::size_t page_bytes, int pages) {
+  std::vector<std::uint8_t*> all;
+  for (int p = 0; p < pages; ++p) all.push_back(data.as<std::uint8_t>() + size_t(p) * page_bytes);
+  return all;
+}
+
 KvPool::KvPool(const DecoderConfig& config, KvMode mode, int capacity, int sequences)
-    : mode_(mode), type_(type_of(mode)), capacity_(capacity), padded_capacity_(padded(capacity)) {
-  std::size_t block = 0;
-  std::tie(layers_, block) = lay_out(config, mode, capacity);
+    : mode_(mode), type_(type_of(mode)), capacity_(capacity), page_(page_positions(capacity)) {
+  std::tie(layers_, page_bytes_) = lay_out(config, mode, page_);
   slots_.resize(size_t(sequences));
+  const int pages = pages_for(capacity);
   if (mode == KvMode::kNone) {
-    shared_ = AlignedBuffer(block);
+    shared_ = AlignedBuffer(size_t(pages) * page_bytes_);
+    shared_pages_ = cut(shared_, page_bytes_, pages);
     for (Slot& s : slots_) s.history.reserve(size_t(capacity));
-  } else {
-    for (Slot& s : slots_) s.data = AlignedBuffer(block);
+    return;
+  }
+  for (Slot& s : slots_) {
+    s.data = AlignedBuffer(size_t(pages) * page_bytes_);
+    s.pages = cut(s.data, page_bytes_, pages);
   }
 }
 
 std::pair<std::vector<KvPool::Layout>, std::size_t> KvPool::lay_out(const DecoderConfig& config, KvMode mode,
-                                                                    int capacity) {
+                                                                    int page) {
   const KvType type = type_of(mode);
   std::vector<Layout> layers;
   std::size_t at = 0, largest = 0;
@@ -45,7 +55,7 @@ std::pair<std::vector<KvPool::Layout>, std::size_t> KvPool::lay_out(const Decode
     l.heads = layer.attention->kv_heads;
     l.head_dim = layer.attention->head_dim;
     l.padded_dim = int(round_up(size_t(l.head_dim), 16));
-    const std::size_t positions = size_t(l.heads) * size_t(padded(capacity));
+    const std::size_t positions = size_t(l.heads) * size_t(page);
     l.k = take(positions * size_t(l.head_dim) * element_bytes(type));
     l.v = take(positions * size_t(l.padded_dim) * element_bytes(type));
     if (type == kKvInt8) {
@@ -58,7 +68,7 @@ std::pair<std::vector<KvPool::Layout>, std::size_t> KvPool::lay_out(const Decode
 }
 
 std::size_t KvPool::bytes_of(const DecoderConfig& config, KvMode mode, int capacity, int sequences) {
-  const std::size_t block = lay_out(config, mode, capacity).second;
+  const std::size_t block = size_t(pages_for(capacity)) * lay_out(config, mode, page_positions(capacity)).second;
   if (mode == KvMode::kNone) return block + size_t(sequences) * size_t(capacity) * sizeof(std::int32_t);
   return size_t(sequences) * block;
 }
@@ -89,26 +99,8 @@ int KvPool::fork(int sequence) {
   Slot& to = slot(fresh);
   to.history = from.history;
   to.length = from.length;
-  if (mode_ != KvMode::kNone) copy_positions(from, to);
+  if (mode_ != KvMode::kNone) std::memcpy(to.data.data(), from.data.data(), size_t(pages_for(from.length)) * page_bytes_);
   return fresh;
-}
-
-void KvPool::copy_positions(const Slot& from, Slot& to) const {
-  const size_t used = round_up(size_t(from.length), kKvTile), all = size_t(padded_capacity_),
-               size = element_bytes(type_);
-  const auto copy = [&](std::size_t start, int heads, std::size_t position_bytes) {
-    for (int h = 0; h < heads; ++h) {
-      const size_t at = start + size_t(h) * all * position_bytes;
-      std::memcpy(to.data.data() + at, from.data.data() + at, used * position_bytes);
-    }
-  };
-  for (const Layout& layer : layers_) {
-    copy(layer.k, layer.heads, size_t(layer.head_dim) * size);
-    copy(layer.v, layer.heads, size_t(layer.padded_dim) * size);
-    if (type_ != kKvInt8) continue;
-    copy(layer.k_scale, layer.heads, sizeof(float));
-    copy(layer.v_scale, layer.heads, sizeof(float));
-  }
 }
 
 void KvPool::truncate(int sequence, int length) {
@@ -130,16 +122,8 @@ void KvPool::append(int sequence, const std::int32_t* tokens, int count) {
 
 KvView KvPool::view(int sequence, int layer) const {
   const Layout& l = layers_[size_t(layer)];
-  std::byte* base = mode_ == KvMode::kNone ? shared_.data() : slot(sequence).data.data();
-  const bool scaled = type_ == kKvInt8;
-  return {base + l.k,
-          base + l.v,
-          scaled ? reinterpret_cast<float*>(base + l.k_scale) : nullptr,
-          scaled ? reinterpret_cast<float*>(base + l.v_scale) : nullptr,
-          type_,
-          l.head_dim,
-          l.padded_dim,
-          padded_capacity_};
+  const auto& pages = mode_ == KvMode::kNone ? shared_pages_ : slot(sequence).pages;
+  return {pages.data(), l.k, l.v, l.k_scale, l.v_scale, type_, l.head_dim, l.padded_dim, page_};
 }
 
 std::size_t KvPool::bytes() const {

@@ -13,7 +13,7 @@
 namespace trilemma {
 namespace {
 
-constexpr int kTile = 128, kRows = 8;
+constexpr int kTile = kKvPage, kRows = 8;
 // A register tile is rows x vectors; with few rows more vectors keep the fma units busy.
 #if defined(TRILEMMA_SIMD_AVX512)
 constexpr int kTileRows = 8;
@@ -103,6 +103,7 @@ inline void score_tile(const typename Cache::type* k, int head_dim, int vectors,
 }
 
 // Turns scores of one row into weights; returns the factor for what was summed before.
+// `k_scale` and `v_scale` start at `base`, as the scores do.
 inline float softmax_tile(State& s, int row, int base, int vectors, int begin, int end, const float* k_scale,
                           const float* v_scale) {
   float* scores = s.scores[row];
@@ -110,7 +111,7 @@ inline float softmax_tile(State& s, int row, int base, int vectors, int begin, i
   V16f peak = set1(low);
   for (int v = 0; v < vectors; ++v) {
     V16f x = load(scores + v * 16);
-    if (k_scale) x = mul(x, load(k_scale + base + v * 16));
+    if (k_scale) x = mul(x, load(k_scale + v * 16));
     x = keep_range(x, begin - base - v * 16, end - base - v * 16, low);
     store(scores + v * 16, x);
     peak = max(peak, x);
@@ -127,7 +128,7 @@ inline float softmax_tile(State& s, int row, int base, int vectors, int begin, i
   for (int v = 0; v < vectors; ++v) {
     const V16f weight = exp(sub(load(scores + v * 16), shift));
     sum = add(sum, weight);
-    store(scores + v * 16, v_scale ? mul(weight, load(v_scale + base + v * 16)) : weight);
+    store(scores + v * 16, v_scale ? mul(weight, load(v_scale + v * 16)) : weight);
   }
   if (v_scale)  // stale scales behind the end must not turn a weight of zero into NaN
     for (int v = 0; v < vectors; ++v)
@@ -213,16 +214,18 @@ inline void write_rows(const KvView& kv, const Rows& rows, const State& s) {
 // Positions [first, last) of one chunk, from a clear state.
 template <class Cache>
 inline void attend_chunk(const KvView& kv, int head, const Rows& rows, int first, int last, State& s) {
-  const size_t capacity = size_t(kv.capacity);
-  const auto* k = static_cast<const typename Cache::type*>(kv.k) + size_t(head) * capacity * size_t(kv.head_dim);
-  const auto* v = static_cast<const typename Cache::type*>(kv.v) + size_t(head) * capacity * size_t(kv.padded_dim);
-  const float* k_scale = kv.k_scale ? kv.k_scale + size_t(head) * capacity : nullptr;
-  const float* v_scale = kv.v_scale ? kv.v_scale + size_t(head) * capacity : nullptr;
+  const size_t before = size_t(head) * size_t(kv.page);  // cells of earlier heads in a page
   for (int r = 0; r < rows.count; ++r) clear(s, r, kv.padded_dim);
   for (int base = first / kTile * kTile; base < last; base += kTile) {
+    const uint8_t* page = kv.pages[base / kTile];
+    const auto* k = reinterpret_cast<const typename Cache::type*>(page + kv.k) + before * size_t(kv.head_dim);
+    const auto* v = reinterpret_cast<const typename Cache::type*>(page + kv.v) + before * size_t(kv.padded_dim);
+  const bool scaled = kv.type == kKvInt8;
+    const float* k_scale = scaled ? reinterpret_cast<const float*>(page + kv.k_scale) + before : nullptr;
+    const float* v_scale = scaled ? reinterpret_cast<const float*>(page + kv.v_scale) + before : nullptr;
     const int positions = last - base < kTile ? last - base : kTile;
     const int vectors = (positions + 15) / 16;
-    score_tile<Cache>(k + size_t(base) * size_t(kv.head_dim), kv.head_dim, vectors, rows.q, s.scores, rows.count);
+    score_tile<Cache>(k, kv.head_dim, vectors, rows.q, s.scores, rows.count);
     float factor[kRows];
     for (int r = 0; r < rows.count; ++r) {
       const bool any = rows.begin[r] < base + kTile && rows.end[r] > base;
@@ -233,7 +236,7 @@ inline void attend_chunk(const KvView& kv, int head, const Rows& rows, int first
         for (int i = 0; i < vectors; ++i) store(s.scores[r] + i * 16, zero());
       }
     }
-    value_tile<Cache>(v + size_t(base) * size_t(kv.padded_dim), kv.padded_dim, positions, s.scores, factor, s.out,
+    value_tile<Cache>(v, kv.padded_dim, positions, s.scores, factor, s.out,
                       rows.count);
   }
 }

@@ -21,17 +21,19 @@ inline float quantize_head(const float* x, int n, float* codes) {
 
 // K and V of one position, (heads, head_dim) each, rounded to the cache's type.
 void kv_store(const KvView& kv, const float* k, const float* v, int heads, int position) {
-  const size_t dim = size_t(kv.head_dim), capacity = size_t(kv.capacity), padded_dim = size_t(kv.padded_dim);
+  const size_t dim = size_t(kv.head_dim), page = size_t(kv.page), padded_dim = size_t(kv.padded_dim);
+  uint8_t* at = kv.pages[position / kv.page];
+  const size_t inside = size_t(position % kv.page);
   alignas(64) float key[kMaxHeadDim + 16], value[kMaxHeadDim + 16];
   for (int h = 0; h < heads; ++h, k += dim, v += dim) {
-    const size_t k_at = size_t(h) * capacity * dim + size_t(position / 16) * dim * 16 + size_t(position % 16);
-    const size_t v_at = (size_t(h) * capacity + size_t(position)) * padded_dim;
+    const size_t k_at = size_t(h) * page * dim + inside / 16 * dim * 16 + inside % 16;
+    const size_t cell = size_t(h) * page + inside, v_at = cell * padded_dim;
     for (size_t d = dim; d < padded_dim; ++d) value[d] = 0.0f;
     if (kv.type == kKvInt8) {
-      kv.k_scale[size_t(h) * capacity + size_t(position)] = quantize_head(k, kv.head_dim, key);
-      kv.v_scale[size_t(h) * capacity + size_t(position)] = quantize_head(v, kv.head_dim, value);
-      for (size_t d = 0; d < dim; ++d) static_cast<int8_t*>(kv.k)[k_at + d * 16] = int8_t(key[d]);
-      for (size_t d = 0; d < padded_dim; d += 16) store_s8(static_cast<int8_t*>(kv.v) + v_at + d, load(value + d));
+      reinterpret_cast<float*>(at + kv.k_scale)[cell] = quantize_head(k, kv.head_dim, key);
+      reinterpret_cast<float*>(at + kv.v_scale)[cell] = quantize_head(v, kv.head_dim, value);
+      for (size_t d = 0; d < dim; ++d) reinterpret_cast<int8_t*>(at + kv.k)[k_at + d * 16] = int8_t(key[d]);
+      for (size_t d = 0; d < padded_dim; d += 16) store_s8(reinterpret_cast<int8_t*>(at + kv.v) + v_at + d, load(value + d));
       continue;
     }
     for (size_t d = 0; d < dim; d += 16) {
@@ -42,11 +44,11 @@ void kv_store(const KvView& kv, const float* k, const float* v, int heads, int p
     }
     if (kv.type == kKvBf16) {
       for (size_t d = 0; d < dim; ++d)
-        static_cast<uint16_t*>(kv.k)[k_at + d * 16] = uint16_t(__builtin_bit_cast(uint32_t, key[d]) >> 16);
-      for (size_t d = 0; d < padded_dim; d += 16) store_bf16(static_cast<uint16_t*>(kv.v) + v_at + d, load(value + d));
+        reinterpret_cast<uint16_t*>(at + kv.k)[k_at + d * 16] = uint16_t(__builtin_bit_cast(uint32_t, key[d]) >> 16);
+      for (size_t d = 0; d < padded_dim; d += 16) store_bf16(reinterpret_cast<uint16_t*>(at + kv.v) + v_at + d, load(value + d));
     } else {
-      for (size_t d = 0; d < dim; ++d) static_cast<float*>(kv.k)[k_at + d * 16] = key[d];
-      for (size_t d = 0; d < padded_dim; d += 16) store(static_cast<float*>(kv.v) + v_at + d, load(value + d));
+      for (size_t d = 0; d < dim; ++d) reinterpret_cast<float*>(at + kv.k)[k_at + d * 16] = key[d];
+      for (size_t d = 0; d < padded_dim; d += 16) store(reinterpret_cast<float*>(at + kv.v) + v_at + d, load(value + d));
     }
   }
 }

@@ -15,6 +15,8 @@ enum Nonlinearity : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
 // All matrices are walked in panels of 16 rows and columns in blocks of 32.
 enum : int { kPanel = 16, kBlock = 32, kTokenTile = 16, kKvTile = 16, kMaxHeadDim = 512 };
+// Positions of a page of the KV cache at most, and of a step of attention.
+enum : int { kKvPage = 128 };
 // Positions whose attention is summed apart and merged in ascending order, whoever sums them.
 enum : int { kKvChunk = 512 };
 
@@ -87,16 +89,16 @@ struct Output {
   int accumulate;
 };
 
-// One layer's cache of one sequence. K is [head][tile of 16 positions][head_dim][16], so that a vector holds
-// 16 positions and no dot product needs a horizontal sum; V is [head][position][padded head_dim].
+// One layer's cache of one sequence: page p holds positions [p * page, (p + 1) * page) of every layer, this one's at the
+// offsets given. In a page K is [head][tile of 16 positions][head_dim][16], so that a vector holds 16 positions and no
+// dot product needs a horizontal sum; V is [head][position][padded head_dim].
 struct KvView {
-  void* k;
-  void* v;
-  float* k_scale;  // [head][position], int8 only
-  float* v_scale;
+  uint8_t* const* pages;
+  size_t k, v;              // bytes from a page's start
+  size_t k_scale, v_scale;  // f32 [head][position], int8 only
   KvType type;
   int head_dim, padded_dim;
-  int capacity;  // positions, a multiple of 16
+  int page;  // positions, a multiple of 16; kKvPage where there is more than one page
 };
 
 // Rows of attention are (token, query head of the group) pairs of one KV head, flattened token-first.

@@ -336,19 +336,17 @@ void test_rope(int heads, int dim, int half) {
 }
 
 struct Cache {
-  std::vector<uint8_t> k, v;
-  std::vector<float> k_scale, v_scale;
+  std::vector<std::vector<uint8_t>> data;
+  std::vector<uint8_t*> pages;
   KvView view;
 
   Cache(KvType type, int heads, int dim, int capacity) {
-    const size_t wide = size_t((dim + 15) / 16 * 16), cells = size_t(heads) * size_t(capacity);
-    k.assign(cells * size_t(dim) * 4 + 64, 0xff);  // NaN where nothing was stored: it must not leak out
-    v.assign(cells * wide * 4 + 64, 0xff);
-    k_scale.assign(cells, std::nanf(""));
-    v_scale.assign(cells, std::nanf(""));
-    const bool scaled = type == kKvInt8;
-    view = {k.data(),  v.data(), scaled ? k_scale.data() : nullptr, scaled ? v_scale.data() : nullptr, type, dim,
-            int(wide), capacity};
+    const int page = std::min(capacity, int(kKvPage));
+    const size_t wide = size_t((dim + 15) / 16 * 16), cells = size_t(heads) * size_t(page);
+    const size_t k = cells * size_t(dim) * 4, v = cells * wide * 4;
+    for (int first = 0; first < capacity; first += page)  // NaN where nothing was stored: it must not leak out
+      pages.push_back(data.emplace_back(k + v + 2 * cells * 4 + 64, 0xff).data());
+    view = {pages.data(), 0, k, k + v, k + v + cells * 4, type, dim, int(wide), page};
   }
 };
 

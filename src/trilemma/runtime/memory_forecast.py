@@ -26,7 +26,7 @@ ActivationOf = Callable[[str], Activation]  # a matrix's name -> the precision o
 class EngineMemoryForecast(Record):
     """Bytes that an engine of this form will count when it is open, whatever its threads.
 
-    kv_bytes: whole blocks of 16 positions for `context` positions of each of `sequences`, reserved in full; with the
+    kv_bytes: whole pages of 128 positions (one of fewer where `context` is shorter) for `context` positions of each of `sequences`, reserved in full; with the
         policy 'none', one layer's keys and values in f32 and the tokens.
     scratch_bytes: activations of a chunk of tokens, inputs in the forms that weights and instruction set ask for,
         partial attention over long contexts, rotary tables.
