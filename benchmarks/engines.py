@@ -1,155 +1,71 @@
 """Side by side with llama.cpp, OpenVINO and ONNX Runtime: the same weights and bits, the same threads, interleaved.
 
-    python benchmarks/engines.py examples/shapes/SmolLM2-135M examples/shapes/Llama-3.2-1B --rounds 5 \
-        --llama-bench PATH/llama-bench --openvino-python PYTHON --onnxruntime-python PYTHON \
-        --json engines.jsonl --table engines.md --plot engines.svg
+    python benchmarks/engines.py examples/shapes/Llama-3.2-1B examples/shapes/SmolLM2-135M --rounds 5 \
+        --llama-bench PATH/llama-bench --openvino-python PYTHON --onnxruntime-python PYTHON --work FOLDER \
+        --json engines.jsonl --table engines.md --plot engines.svg --minutes 60
 
 Each round starts every engine in a fresh process, one after the other and in a turning order, so that a drifting
-machine hits all of them. A peer's set-ups (flash attention, repacking; precision hint, kind of weights) are each
-tried once on each cell and its best goes into the rounds. Ceilings are probed in every round. Results are appended to
---json as they come; `--only-report` makes table and plot from such a file. A peer without a place is left out.
+machine hits all of them. A peer's set-ups (flash attention, repacking, memory map, part sizes; precision hint, kind of
+weights, groups of activations) are tried before its best takes part; ours runs as it is by default. Ceilings are
+probed in every round.
+
+The whole matrix takes hours. What matters most comes first (see `peers/cells.py`), important cells get their later
+rounds before others their first, `--minutes` ends it, and a run with the same --json carries on: what is in the file
+is not measured again. `--merge` makes table, plot and `--bars` of several files, without measuring. Formats: ours
+(int4-g32, int8-g32, bf16, f32) with every engine that holds them; types of GGUF (Q4_K_M, Q6_K, ...) beside llama.cpp.
 
 The peers' Pythons need their package and numpy alone (onnxruntime's also onnx). Random weights of a bare config.json
-say what a model costs, never how good it is. Left out: time to the first token, which `trilemma bench` measures.
+say what a model costs, never how good it is; it gets the room that the cells need. Left out: time to the first token,
+which `trilemma bench` measures. Without --work the files of all models are made anew, and are kept until the end:
+12 GB for the four shapes in two formats.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peers.build import build, sizes_of
-from peers.cells import BATCHES, DECODED, DEPTHS, PREFILLS, Cell, Group, groups_of
-from peers.engines_of import ENGINES, HERE, KV, EngineFailedError, Files, Setup, run_worker, ways_of
-from peers.summary import ceilings_of, figures_of, plot, table, words_of
+from peers.bars import bars_table
+from peers.book import Book, read_rows
+from peers.bout import Bout, tell
+from peers.build import build, sizes_of, stretched
+from peers.cells import BATCHES, DECODED, DEPTHS, PREFILLS, Group, groups_of
+from peers.engines_of import ENGINES, HERE, KV, EngineFailedError, Setup
+from peers.summary import Figure, ceilings_of, figures_of, plot, table
 
 from trilemma.formats.artifact import load_any
-from trilemma.formats.pack import format_bytes
-from trilemma.model.config import DecoderConfig
-from trilemma.model.cost import decode_bytes_per_token, macs_per_token, prompt_macs
 
 SHAPES = HERE.parent.parent / "examples" / "shapes"
-DEFAULT = [SHAPES / name for name in ("stories-15M", "SmolLM2-135M", "llama-316M", "Llama-3.2-1B")]
-DEEP = 2048  # prefilling such depths takes longer than decoding there: ways are tried at the first of them
+DEFAULT = [SHAPES / name for name in ("Llama-3.2-1B", "SmolLM2-135M", "llama-316M", "stories-15M")]
+LATER = 1.0  # rounds that a cell of one rank less waits for
 
 
-@dataclass
-class Book:
-    """All rows so far, also appended to a file."""
-
-    path: Path | None
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def add(self, record: str, **about: Any) -> None:
-        self.rows.append({"record": record, **about})
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(self.rows[-1]) + "\n")
-
-
-@dataclass
-class Bout:
-    """One model in one format, and the engines that still take part."""
+@dataclass(frozen=True)
+class Task:
+    """One group of one model in one format with one kind of cache, in one round."""
 
     source: Path
     storage: str
-    files: Files
-    setup: Setup
-    config: DecoderConfig
-    book: Book
-    engines: list[str]
-    best: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)  # (engine, kind of cell) -> way
+    kv: str
+    group: Group
+    turn: int
+    place: int  # of model, format and cache as they were asked for
 
     @property
-    def about(self) -> dict[str, Any]:
-        return {"shape": self.source.name, "format": self.storage, "kv": self.setup.kv, "threads": self.setup.threads}
+    def key(self) -> tuple[Path, str, str]:
+        return self.source, self.storage, self.kv
 
-    def play(self, group: Group, rounds: int) -> None:
-        for engine in self.engines:
-            self._choose(engine, group)
-        for turn in range(rounds):
-            for engine in [*self.engines[turn % len(self.engines) :], *self.engines[: turn % len(self.engines)]]:
-                for way, cells in self._by_way(engine, group):
-                    self._run(engine, Group(group.name, cells), way, turn)
-
-    def _choose(self, engine: str, group: Group) -> None:
-        """Try every way once and keep the best of each cell; the only way of an engine needs no trial."""
-        ways, keys = ways_of(engine, self.storage), [(engine, _kind(cell)) for cell in group.cells]
-        if len(ways) == 1 or all(key in self.best for key in keys):
-            self.best.update({key: ways[0] for key in keys if key not in self.best})
-            return
-        found = [(way, self._run(engine, group, way, None)) for way in ways]
-        for index, key in enumerate(keys):
-            rates = [(max(rates[index]), way) for way, rates in found if rates]
-            self.best[key] = max(rates, key=lambda pair: pair[0])[1] if rates else ways[0]
-
-    def _by_way(self, engine: str, group: Group) -> Iterator[tuple[dict[str, Any], tuple[Cell, ...]]]:
-        chosen = [(self.best[engine, _kind(cell)], cell) for cell in group.cells]
-        for name in dict.fromkeys(json.dumps(way) for way, _ in chosen):
-            way = json.loads(name)
-            yield way, tuple(cell for own, cell in chosen if own == way)
-
-    def _run(self, engine: str, group: Group, way: dict[str, Any], turn: int | None) -> list[list[float]] | None:
-        """One process; its rates, or None where it failed, which is told and written down."""
-        began = time.perf_counter()
-        try:
-            found = ENGINES[engine](self.setup, self.files, self.storage, group, way)
-        except EngineFailedError as error:
-            self.book.add("failed", **self.about, engine=engine, way=way, group=group.name, reason=str(error))
-            _tell(f"{engine} ({words_of(way)}) failed on {group.name}: {error}")
-            return None
-        rates: list[list[float]] = found.pop("rates")
-        for cell, values in zip(group.cells, rates, strict=True):
-            self.book.add(
-                "trial" if turn is None else "run", **self.about, engine=engine, way=way, round=turn, cell=cell.name,
-                rates=values, **self._cost(cell), **{k: v for k, v in found.items() if not isinstance(v, dict)},
-            )  # fmt: skip
-        what = ", ".join(f"{cell.name}: {max(own):.4g}" for cell, own in zip(group.cells, rates, strict=True))
-        when = "trial" if turn is None else f"round {turn + 1}"
-        name = f"{self.source.name} {self.storage} {engine} {words_of(way)}".strip()
-        _tell(f"{name}, {when}: {what} tokens/s ({time.perf_counter() - began:.0f} s)")
-        return rates
-
-    def _cost(self, cell: Cell) -> dict[str, float]:
-        """Bytes read and multiplications made for one token of one sequence, on average, with our formats."""
-        if cell.kind == "prefill":
-            macs = prompt_macs(self.config, cell.tokens) / cell.tokens
-            return {"bytes_per_token": self.step_bytes(0) / cell.tokens, "macs_per_token": macs}
-        at = cell.depth + cell.tokens // 2
-        weights, cache = self.step_bytes(0), self.step_bytes(at) - self.step_bytes(0)
-        return {"bytes_per_token": weights / cell.batch + cache, "macs_per_token": macs_per_token(self.config, at)}
-
-    def step_bytes(self, context: int) -> int:
-        """Bytes that a step of one sequence reads."""
-        shapes = self.config.tensor_shapes()
-        return decode_bytes_per_token(
-            self.config, lambda name: self.storage if len(shapes[name]) == 2 else "f32", KV[self.setup.kv]["ours"],
-            context, format_bytes,
-        )  # fmt: skip
-
-
-def _kind(cell: Cell) -> str:
-    """Cells that share the trial of ways."""
-    if cell.batch > 1:
-        return "batch"
-    return "deep" if cell.depth >= DEEP else cell.name
-
-
-def probe(bout: Bout, program: str | None, rounds: int) -> None:
-    """The machine's limits, some tries of a fresh process."""
-    size = bout.step_bytes(0)
-    task = {"threads": bout.setup.threads, "bytes": size, "program": program, "format": bout.storage}
-    for _ in range(rounds):
-        bout.book.add("ceilings", **bout.about, bytes=size, **run_worker(sys.executable, "ceilings", task))
+    @property
+    def order(self) -> tuple[float, int, int, int]:
+        rank = self.group.rank + (self.kv != "16" and self.group.rank < 2)
+        return self.turn + LATER * rank, rank, self.place, self.turn
 
 
 def compiled(folder: Path) -> str | None:
@@ -161,30 +77,63 @@ def compiled(folder: Path) -> str | None:
     return str(target) if subprocess.run(command, capture_output=True, check=False).returncode == 0 else None
 
 
+def plan(options: argparse.Namespace, folder: Path, book: Book) -> list[Task]:
+    """All tasks, what matters most first."""
+    found = []
+    longest = max([*(depth + options.decoded for depth in options.depth), *options.prefill], default=0) + 8
+    cases = [(source, storage, kv) for storage in options.formats.split(",") for source in options.models or DEFAULT
+             for kv in options.kv.split(",")]  # fmt: skip
+    for place, (source, storage, kv) in enumerate(cases):
+        roomy = stretched(source, folder, longest)
+        groups = groups_of(load_any(roomy).config.max_context, prefills=options.prefill, depths=options.depth,
+                           batches=options.batch, decoded=options.decoded, repeats=options.repeats)  # fmt: skip
+        for group in groups:
+            if isinstance(group, Group):
+                rounds = options.rounds if group.name != "depth" else min(options.rounds, 3)
+                found += [Task(roomy, storage, kv, group, turn, place) for turn in range(rounds)]
+            else:
+                book.add("skipped", shape=source.name, format=storage, kv=kv, cell=group[0], reason=group[1])
+    return sorted(found, key=lambda task: task.order)
+
+
 def measure(options: argparse.Namespace, folder: Path, book: Book) -> None:
+    began, limit_s = time.monotonic(), options.minutes * 60 if options.minutes else float("inf")
     program = compiled(folder)
-    setup = Setup(options.threads, options.kv, options.llama_bench,
+    bouts: dict[tuple[Path, str, str], Bout | None] = {}
+    probed: set[tuple[object, ...]] = set()
+    for task in plan(options, folder, book):
+        if task.key not in bouts:
+            bouts[task.key] = open_bout(options, task, folder, book)
+        bout = bouts[task.key]
+        if bout is None or bout.is_done(task.group, task.turn):
+            continue
+        left_s = limit_s - (time.monotonic() - began)
+        if bout.seconds(task.group) > left_s or left_s <= 0:
+            tell(f"out of time before {bout.shape} {bout.storage} {task.group.name}, round {task.turn + 1}")
+            if left_s <= 0:
+                return
+            continue
+        depth = max(cell.depth for cell in task.group.cells) if task.group.name == "depth" else 0
+        if (*task.key, task.turn, depth) not in probed:
+            probed.add((*task.key, task.turn, depth))
+            bout.probe(program, depth)
+        bout.play(task.group, task.turn)
+
+
+def open_bout(options: argparse.Namespace, task: Task, folder: Path, book: Book) -> Bout | None:
+    """Make the files; None where that is not possible, which is told and written down."""
+    setup = Setup(options.threads, task.kv, options.llama_bench,
                   {"openvino": options.openvino_python, "onnxruntime": options.onnxruntime_python})  # fmt: skip
-    for source in options.models or DEFAULT:
-        config = load_any(source).config
-        plan = list(groups_of(config.max_context, prefills=options.prefill, depths=options.depth,
-                              batches=options.batch, decoded=options.decoded, repeats=options.repeats))  # fmt: skip
-        for storage in options.formats.split(","):
-            _tell(f"{source.name} {storage}: making files")
-            files = build(source, storage, folder, setup)
-            engines = [name for name in setup.present() if storage != "bf16" or name in ("ours", "llama.cpp")]
-            bout = Bout(source, storage, files, setup, config, book, engines)
-            book.add("files", **bout.about, **sizes_of(files))
-            for group in plan:
-                if isinstance(group, Group):
-                    probe(bout, program, 1)
-                    bout.play(group, options.rounds if "depth" not in group.name else min(options.rounds, 3))
-                else:
-                    book.add("skipped", **bout.about, cell=group[0], reason=group[1])
-            probe(bout, program, 1)
-            if not options.work:
-                for path in folder.glob(f"{source.name}-{storage}*"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    about = {"shape": task.source.name, "format": task.storage, "kv": task.kv, "threads": options.threads}
+    tell(f"{task.source.name} {task.storage} kv {task.kv}: making files")
+    try:
+        files = build(task.source, task.storage, folder, setup)
+    except EngineFailedError as error:
+        book.add("failed", **about, engine="", way={}, group="files", reason=str(error))
+        tell(str(error))
+        return None
+    book.add("files", **about, **sizes_of(files))
+    return Bout(task.source.name, task.storage, files, setup, book, setup.present(task.storage), not options.no_trials)
 
 
 def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
@@ -194,15 +143,7 @@ def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
     for shape, storage in dict.fromkeys((one.shape, one.format) for one in figures):
         found = {name: value / 1e9 for name, value in ceilings_of(rows, shape, storage).items()}
         lines.append(f"{shape} {storage}, ceilings in G/s: " + ", ".join(f"{k[:-6]} {v:.1f}" for k, v in found.items()))
-    told = {(row["shape"], row["cell"], row["reason"]): None for row in rows if row["record"] == "skipped"}
-    lines += [f"left out: {shape} {cell}: {reason}" for shape, cell, reason in told]
-    for row in (row for row in rows if row["record"] == "files"):
-        sizes = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in row["bytes"].items())
-        lines.append(f"{row['shape']} {row['format']}, weights in MB: {sizes}")
-    ways = {
-        (one.shape, one.format, one.cell, engine): way for one in figures for engine, way in one.ways.items() if way
-    }
-    lines += ["", "Set-ups that won: " + "; ".join(f"{' '.join(key)}: {way}" for key, way in ways.items())]
+    lines += _notes(rows, figures)
     print("\n".join(lines))
     if options.table:
         options.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -212,22 +153,45 @@ def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
             options.plot.with_name(f"{options.plot.stem}-{shape}.svg").write_text(picture, encoding="utf-8")
 
 
+def _notes(rows: Sequence[dict[str, Any]], figures: Sequence[Figure]) -> Iterator[str]:
+    """What the table does not say: cells left out, failures, sizes, the peers' best set-ups."""
+    left = [(row["shape"], row["cell"], row["reason"]) for row in rows if row["record"] == "skipped"]
+    yield from dict.fromkeys(f"left out: {shape} {cell}: {reason}" for shape, cell, reason in left)
+    for row in (row for row in rows if row["record"] == "failed"):
+        yield f"failed: {row['shape']} {row['format']} {row['engine']} {row['group']}: {row['reason'][-200:]}"
+    sizes = {(row["shape"], row["format"]): row["bytes"] for row in rows if row["record"] == "files"}
+    for (shape, storage), held in sizes.items():
+        words = ", ".join(f"{name} {size / 1e6:.1f}" for name, size in held.items())
+        yield f"{shape} {storage}, weights in MB: {words}"
+    yield ""
+    yield "Set-ups that won:"
+    for one in figures:
+        won = "; ".join(f"{engine} {way}" for engine, way in one.ways.items() if way)
+        if won:
+            yield f"- {one.shape} {one.format} kv {one.kv} {one.cell}: {won}"
+
+
 def main() -> None:
-    options = _parser().parse_args()
-    if options.only_report:
-        report(options, [json.loads(line) for line in options.json.read_text(encoding="utf-8").splitlines()])
-        return
-    book = Book(options.json)
-    try:
-        if options.work:
-            options.work.mkdir(parents=True, exist_ok=True)
-            measure(options, options.work, book)
-        else:
-            with tempfile.TemporaryDirectory() as scratch:
-                measure(options, Path(scratch), book)
-    except KeyboardInterrupt:
-        _tell("stopped; the report is of what was measured until now")
-    report(options, book.rows)
+    parser = _parser()
+    options = parser.parse_args()
+    if unknown := set(options.kv.split(",")) - set(KV):
+        parser.error(f"--kv {','.join(sorted(unknown))} is no kind of cache; choose of {', '.join(KV)}")
+    if options.merge or options.only_report or options.bars:
+        rows = read_rows([*([options.json] if options.json and options.json.exists() else []), *options.merge])
+    else:
+        book = Book(options.json)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = options.work or Path(scratch)
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                measure(options, folder, book)
+            except KeyboardInterrupt:
+                tell("stopped; the report is of what was measured until now")
+        rows = book.rows
+    if options.bars:
+        print(bars_table(rows))
+    else:
+        report(options, rows)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -237,14 +201,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "models", nargs="*", type=Path, help="config.json folders or checkpoints; four shapes by default"
     )
-    parser.add_argument("--formats", default="int4-g32,int8-g32", help="also bf16")
+    parser.add_argument("--formats", default="int4-g32,int8-g32", help="also bf16, f32, and types of GGUF: Q4_K_M")
     parser.add_argument(
         "--prefill", type=numbers, default=list(PREFILLS), help=f"lengths, {listed(PREFILLS)}; '' for none"
     )
     parser.add_argument("--depth", type=numbers, default=list(DEPTHS), help=f"decode at these, {listed(DEPTHS)}")
     parser.add_argument("--batch", type=numbers, default=list(BATCHES), help=f"decode of as many, {listed(BATCHES)}")
     parser.add_argument("--decoded", type=int, default=DECODED, help="tokens of a decode")
-    parser.add_argument("--kv", choices=list(KV), default="16", help="bits of the cache")
+    parser.add_argument("--kv", default="16", help=f"bits of the cache, several with commas: {', '.join(KV)}")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5, help="at most 3 at depths that take long to fill")
     parser.add_argument("--repeats", type=int, default=2, help="within a process, after a warm-up")
@@ -259,12 +223,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--work", type=Path, default=None, help="keep the models made here, and use those that are there"
     )
+    parser.add_argument("--minutes", type=float, default=None, help="start nothing more after so long")
+    parser.add_argument("--no-trials", action="store_true", help="run each peer in its default set-up")
+    parser.add_argument("--merge", nargs="*", type=Path, default=[], help="report of these files and --json together")
+    parser.add_argument("--bars", action="store_true", help="what must be reached and what was, of --json and --merge")
     parser.add_argument("--only-report", action="store_true", help="table and plot of --json, nothing measured")
     return parser
-
-
-def _tell(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

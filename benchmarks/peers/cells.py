@@ -1,7 +1,7 @@
 """What is measured: prefills of some lengths, decodes at some depths and batches, in processes of their own.
 
-A group of cells shares one process of each engine, so that opening is paid once; groups are small, so that a round
-of all engines stays short and a drifting machine hits all of them.
+A group of cells shares one process of each engine, so that opening (and filling a cache) is paid once; groups are
+small, so that a round of all engines stays short and a drifting machine hits all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,18 @@ DEPTHS = (0, 512, 4096, 16384)
 BATCHES = (4, 8, 16)
 BATCH_DEPTH = 128  # positions that each sequence of a batch has behind it
 DECODED = 64
+DEEP = 2048  # filling a cache up to such depths takes longer than decoding there
+
+# what an engine is asked about first: 0 before 1
+_RANKS = {
+    "prefill 512": 0,
+    "decode at 0": 0,
+    "decode x8": 1,
+    "decode x16": 1,
+    "decode at 4096": 2,
+    "decode at 16384": 3,
+}
+_OTHER = 3
 
 
 @dataclass(frozen=True)
@@ -38,16 +50,32 @@ class Cell:
         """Positions that a sequence needs room for, a few to spare."""
         return self.depth + self.tokens + 8
 
+    @property
+    def setting(self) -> str:
+        """Cells that share the trial of set-ups."""
+        if self.batch > 1:
+            return "batch"
+        return "deep" if self.depth >= DEEP else self.name
+
+    @property
+    def rank(self) -> int:
+        """0 is measured first."""
+        return _RANKS.get(self.name.partition(" at ")[0] if self.batch > 1 else self.name, _OTHER)
+
     def task(self) -> dict[str, Any]:
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Cells of one process; all of one kind, and of one batch size above 1."""
+    """Cells of one process; all of one kind, of one rank, and of one batch size above 1."""
 
     name: str
     cells: tuple[Cell, ...]
+
+    @property
+    def rank(self) -> int:
+        return self.cells[0].rank
 
 
 def groups_of(
@@ -55,23 +83,19 @@ def groups_of(
     batches: Sequence[int] = BATCHES, decoded: int = DECODED, repeats: int = 2,
 ) -> Iterator[Group | tuple[str, str]]:  # fmt: skip
     """The groups of a model, and (name, reason) for what its context does not hold."""
-
-    def kept(cells: Sequence[Cell]) -> tuple[Cell, ...]:
-        return tuple(cell for cell in cells if cell.context <= max_context)
-
     asked: list[tuple[str, list[Cell]]] = [
         ("prefill", [Cell("prefill", length, repeats=repeats) for length in prefills]),
-        ("decode", [Cell("decode", decoded, depth, repeats=repeats) for depth in depths if depth < 2048]),
-        *((f"depth {depth}", [Cell("decode", decoded, depth, repeats=1)]) for depth in depths if depth >= 2048),
+        ("decode", [Cell("decode", decoded, depth, repeats=repeats) for depth in depths if depth < DEEP]),
+        ("depth", [Cell("decode", decoded, depth, repeats=repeats) for depth in sorted(depths) if depth >= DEEP]),
         *((f"batch {batch}", [Cell("decode", decoded // 2, BATCH_DEPTH, batch, repeats)]) for batch in batches),
     ]
     for name, cells in asked:
-        held = kept(cells)
-        if held:
-            yield Group(name, held)
+        held = [cell for cell in cells if cell.context <= max_context]
+        for rank in sorted({cell.rank for cell in held}):
+            yield Group(name, tuple(cell for cell in held if cell.rank == rank))
         for cell in cells:
             if cell not in held:
                 yield cell.name, f"the model's context is {max_context}"
 
 
-__all__ = ["BATCHES", "BATCH_DEPTH", "DEPTHS", "PREFILLS", "Cell", "Group", "groups_of"]
+__all__ = ["BATCHES", "BATCH_DEPTH", "DECODED", "DEEP", "DEPTHS", "PREFILLS", "Cell", "Group", "groups_of"]

@@ -1,7 +1,7 @@
 """How each engine is run: its files, its ways to be set up, and one fresh process a group of cells.
 
 `ENGINES` maps names to functions (setup, files, storage, group, way) -> what the process found: "rates" has a list of
-tokens a second for each cell. `WAYS` lists the set-ups of a peer that are tried before its best is taken.
+tokens a second for each cell. What there is to choose in a way is in `ways.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from peers.cells import BATCH_DEPTH, Cell, Group
 
 HERE = Path(__file__).resolve().parent
 KV = {"16": {"ours": "bf16", "llama.cpp": "f16", "openvino": "f16"},
-      "8": {"ours": "int8", "llama.cpp": "q8_0", "openvino": "u8"}}  # fmt: skip
+      "8": {"ours": "int8", "llama.cpp": "q8_0", "openvino": "u8"},
+      "4": {"ours": "int4", "llama.cpp": "q4_0", "openvino": "u4"}}  # fmt: skip
+GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0")
+TIMEOUT_S = 3600.0  # of one process
 Found = dict[str, Any]
 Way = Mapping[str, Any]
 
@@ -32,9 +35,13 @@ class Setup:
     llama_bench: str | None = None
     pythons: Mapping[str, str] = field(default_factory=dict)  # of openvino and onnxruntime
 
-    def present(self) -> list[str]:
+    def present(self, storage: str = "int4-g32") -> list[str]:
+        """Engines that are there and can hold the format; the graphs are made for grids of our own alone."""
         there = ["ours", *(["llama.cpp"] if self.llama_bench else [])]
-        return there + [name for name in ("openvino", "onnxruntime") if self.pythons.get(name)]
+        if not storage.startswith("int"):
+            return there
+        there += [name for name in ("openvino", "onnxruntime") if self.pythons.get(name)]
+        return there if self.kv == "16" else [name for name in there if name != "onnxruntime"]  # its caches are f32
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ def ours(setup: Setup, files: Files, storage: str, group: Group, way: Way) -> Fo
 
 
 def llama_cpp(setup: Setup, files: Files, storage: str, group: Group, way: Way) -> Found:
-    """Its own llama-bench; batches by llama-batched-bench beside it."""
+    """Its own llama-bench, which fills a cache once and restores it; batches by llama-batched-bench beside it."""
     bench, kv = str(setup.llama_bench), KV[setup.kv]["llama.cpp"]
     if group.cells[0].batch > 1:
         return _batched(setup, files, group.cells[0], way)
@@ -67,7 +74,8 @@ def llama_cpp(setup: Setup, files: Files, storage: str, group: Group, way: Way) 
     if cells[0].kind == "prefill":
         what = ["-p", _joined(cell.tokens for cell in cells), "-n", "0"]
     command = [bench, "-m", str(files.gguf), *what, "-t", str(setup.threads), "-r", str(cells[0].repeats), "-fa",
-               way["flash"], "--repack", str(way["repack"]), "-ctk", kv, "-ctv", kv, "-o", "json"]  # fmt: skip
+               way["flash"], "--repack", str(way["repack"]), "-lm", way["load"], "-ub", str(way["ubatch"]),
+               "-ctk", kv, "-ctv", kv, "-o", "json"]  # fmt: skip
     rows = json.loads(_output(command, "llama.cpp"))
     rates = {(row["n_prompt"], row["n_depth"]): row["samples_ts"] for row in rows}
     keys = [(cell.tokens, 0) if cell.kind == "prefill" else (0, cell.depth) for cell in cells]
@@ -75,31 +83,29 @@ def llama_cpp(setup: Setup, files: Files, storage: str, group: Group, way: Way) 
 
 
 def _batched(setup: Setup, files: Files, cell: Cell, way: Way) -> Found:
+    """One process: a batch to warm up, then one a repeat."""
     tool, kv = Path(str(setup.llama_bench)).with_name("llama-batched-bench"), KV[setup.kv]["llama.cpp"]
     if not tool.is_file():
         raise EngineFailedError(f"there is no '{tool.name}' beside llama-bench: build it for batches")
     room = (BATCH_DEPTH + cell.tokens + 8) * cell.batch
     command = [str(tool), "-m", str(files.gguf), "-c", str(room), "-npp", str(BATCH_DEPTH), "-ntg", str(cell.tokens),
-               "-npl", str(cell.batch), "-t", str(setup.threads), "-tb", str(setup.threads), "-fa", way["flash"],
+               "-npl", _joined([cell.batch] * (cell.repeats + 1)), "-t", str(setup.threads), "-tb", str(setup.threads),
+               "-fa", way["flash"], "-lm", way["load"], "-ub", str(way["ubatch"]),
                "-ctk", kv, "-ctv", kv, "--output-format", "jsonl"]  # fmt: skip
     command += [] if way["repack"] else ["--no-repack"]
-    rates = []
-    for _ in range(cell.repeats):
-        lines = [line for line in _output(command, "llama.cpp").splitlines() if line.startswith("{")]
-        rates.append(float(json.loads(lines[-1])["speed_tg"]))
-    return {"rates": [rates], "version": tool.name}
+    lines = [line for line in _output(command, "llama.cpp").splitlines() if line.startswith("{")]
+    rates = [float(json.loads(line)["speed_tg"]) for line in lines]
+    return {"rates": [rates[1:]], "version": tool.name}
 
 
 def openvino(setup: Setup, files: Files, storage: str, group: Group, way: Way) -> Found:
     task = {"do": "bench", "model": str(files.built[f"openvino-{way['weights']}"]), "threads": setup.threads,
-            "hint": way["hint"], "kv": KV[setup.kv]["openvino"], "dynamic": 32,
+            "hint": way["hint"], "kv": way["kv"] or KV[setup.kv]["openvino"], "dynamic": way["dynamic"],
             "cells": [cell.task() for cell in group.cells]}  # fmt: skip
     return run_worker(setup.pythons["openvino"], "openvino", task)
 
 
 def onnxruntime(setup: Setup, files: Files, storage: str, group: Group, way: Way) -> Found:
-    if setup.kv != "16":
-        raise EngineFailedError("its attention on the processor keeps f32 caches alone")
     task = {"do": "bench", "model": str(files.built["onnxruntime"]), "threads": setup.threads,
             "cells": [cell.task() for cell in group.cells]}  # fmt: skip
     return run_worker(setup.pythons["onnxruntime"], "onnxruntime", task)
@@ -108,20 +114,6 @@ def onnxruntime(setup: Setup, files: Files, storage: str, group: Group, way: Way
 ENGINES: dict[str, Callable[[Setup, Files, str, Group, Way], Found]] = {
     "ours": ours, "llama.cpp": llama_cpp, "openvino": openvino, "onnxruntime": onnxruntime,
 }  # fmt: skip
-
-
-def ways_of(engine: str, storage: str) -> list[dict[str, Any]]:
-    """Set-ups of an engine worth trying; ours has one, its default."""
-    if engine == "llama.cpp":
-        return [{"flash": "on", "repack": 1}, {"flash": "off", "repack": 1}, {"flash": "on", "repack": 0}]
-    if engine == "openvino":
-        return [{"weights": kind, "hint": hint} for kind in weight_kinds(storage) for hint in ("f32", "bf16")]
-    return [{}]
-
-
-def weight_kinds(storage: str) -> list[str]:
-    """How OpenVINO may hold the codes of a format."""
-    return ["i4", "u4"] if storage.startswith("int4") else ["i8", "u8"]
 
 
 def run_worker(python: str, kind: str, task: Mapping[str, Any]) -> Found:
@@ -137,7 +129,10 @@ def run_worker(python: str, kind: str, task: Mapping[str, Any]) -> Found:
 
 
 def _output(command: list[str], engine: str) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        raise EngineFailedError(f"{engine} was stopped after {TIMEOUT_S:g} s") from None
     if done.returncode:
         words = " ".join((done.stderr or done.stdout).split())[-400:]
         raise EngineFailedError(f"{engine} ended with {done.returncode}: {words}")
@@ -148,4 +143,4 @@ def _joined(values: Sequence[int] | Any) -> str:
     return ",".join(str(value) for value in values)
 
 
-__all__ = ["ENGINES", "KV", "EngineFailedError", "Files", "Setup", "run_worker", "ways_of", "weight_kinds"]
+__all__ = ["ENGINES", "GGUF_TYPES", "KV", "EngineFailedError", "Files", "Setup", "run_worker"]

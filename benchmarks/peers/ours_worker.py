@@ -15,8 +15,9 @@ import numpy as np
 from trilemma.measure.memory.peak_process import peak_resident_bytes
 from trilemma.runtime import SamplingSettings, open_engine
 from trilemma.runtime.engine import EngineOptions
-from trilemma.runtime.native import NativeEngine, Step
+from trilemma.runtime.native import NativeEngine, SequenceBatch, Step
 
+DEEP = 2048  # from here on a cache is filled once for all repeats
 PART = 512  # positions of a long prompt that go through the model together while a cache is filled
 
 
@@ -31,13 +32,10 @@ def prefill(engine: NativeEngine, cell: dict[str, Any]) -> list[float]:
 
 
 def decode(engine: NativeEngine, cell: dict[str, Any]) -> list[float]:
-    """Tokens a second of all sequences together, one figure a repeat."""
-    if cell["batch"] > 1:
-        return decode_batch(engine, cell)
+    """Tokens a second of one sequence by `generate`, one figure a repeat."""
     settings = SamplingSettings(max_tokens=cell["tokens"] + 1, ignore_eos=True)
     prompt = _tokens(engine, max(1, cell["depth"])).tolist()
-    if cell["depth"] < 2048:
-        engine.generate(prompt, SamplingSettings(max_tokens=4, ignore_eos=True))
+    engine.generate(prompt, SamplingSettings(max_tokens=4, ignore_eos=True))
     rates = []
     for _ in range(cell["repeats"]):
         times = engine.generate(prompt, settings).token_times_s
@@ -45,25 +43,61 @@ def decode(engine: NativeEngine, cell: dict[str, Any]) -> list[float]:
     return rates
 
 
+def decode_deep(engine: NativeEngine, cells: list[dict[str, Any]]) -> list[list[float]]:
+    """The same at growing depths of one sequence: its cache is filled once, steps are forgotten after each repeat."""
+    room = engine.open_sequences(1, max_context=max(cell["context"] for cell in cells))
+    sequence = room.create()
+    tokens = _tokens(engine, cells[-1]["depth"])
+    found = []
+    for cell in cells:
+        _fill(room, sequence, tokens[: cell["depth"]])
+        found.append(_rates(room, [sequence], tokens[:1, None], cell))
+    return found
+
+
 def decode_batch(engine: NativeEngine, cell: dict[str, Any]) -> list[float]:
-    batch, depth, steps = cell["batch"], cell["depth"], cell["tokens"]
-    room = engine.open_sequences(batch, max_context=depth + steps + 8)
+    """Tokens a second of all sequences together, one figure a repeat."""
+    batch, depth = cell["batch"], cell["depth"]
+    room = engine.open_sequences(batch, max_context=depth + cell["tokens"] + 8)
     held = [room.create() for _ in range(batch)]
     rows = np.random.default_rng(0).integers(3, engine.config.vocab_size, (batch, depth)).astype(np.int32)
     for sequence, row in zip(held, rows, strict=True):
-        for at in range(0, depth, PART):
-            room.forward([Step(sequence, row[at : at + PART], "none")])
+        _fill(room, sequence, row)
+    return _rates(room, held, rows, cell)
+
+
+def _fill(room: SequenceBatch, sequence: int, tokens: np.ndarray) -> None:
+    """Take the sequence on to all of `tokens`."""
+    for at in range(room.length(sequence), len(tokens), PART):
+        room.forward([Step(sequence, tokens[at : at + PART], "none")])
+
+
+def _rates(room: SequenceBatch, held: list[int], rows: np.ndarray, cell: dict[str, Any]) -> list[float]:
+    """Steps of all sequences from the cell's depth on, again and again; the first turn warms up."""
+    one = [Step(sequence, row[:1]) for sequence, row in zip(held, rows, strict=True)]
     rates = []
     for turn in range(cell["repeats"] + 1):
         for sequence in held:
-            room.truncate(sequence, depth)
-        one = [Step(sequence, row[:1]) for sequence, row in zip(held, rows, strict=True)]
-        count = steps if turn else 4
+            room.truncate(sequence, cell["depth"])
+        count = cell["tokens"] if turn else 4
         began = time.perf_counter()
         for _ in range(count):
             room.forward(one)
-        rates.append(batch * count / (time.perf_counter() - began))
+        rates.append(len(held) * count / (time.perf_counter() - began))
+    for sequence in held:
+        room.truncate(sequence, cell["depth"])
     return rates[1:]
+
+
+def rates_of(engine: NativeEngine, cells: list[dict[str, Any]]) -> list[list[float]]:
+    """Cells of one group, of one kind and in ascending depth."""
+    if cells[0]["kind"] == "prefill":
+        return [prefill(engine, cell) for cell in cells]
+    if cells[0]["batch"] > 1:
+        return [decode_batch(engine, cell) for cell in cells]
+    if cells[0]["depth"] >= DEEP:
+        return decode_deep(engine, cells)
+    return [decode(engine, cell) for cell in cells]
 
 
 def _tokens(engine: NativeEngine, count: int) -> np.ndarray:
@@ -79,8 +113,7 @@ def main() -> None:
     opened = time.perf_counter() - began
     if not isinstance(engine, NativeEngine):
         raise TypeError("benchmarks/engines.py measures the native engine")
-    work = {"prefill": prefill, "decode": decode}
-    rates = [work[cell["kind"]](engine, cell) for cell in task["cells"]]
+    rates = rates_of(engine, task["cells"])
     memory = engine.memory()
     print(json.dumps({
         "rates": rates, "open_s": opened, "peak_bytes": peak_resident_bytes(), "version": engine.isa,

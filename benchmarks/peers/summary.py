@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from peers.ways import words_of
 from trilemma.report.dot_chart import Dot, dot_chart
 from trilemma.report.scale import Axis
 
 Row = dict[str, Any]
+FAR = 256_000_000  # bytes that no cache of the machine holds
+_PRODUCTS = {"bf16": "bf16_macs_per_s", "f16": "f32_macs_per_s", "f32": "f32_macs_per_s"}  # others: int8
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,11 @@ class Figure:
         """Ours over the peer's, round by round."""
         own, other = self.rates.get("ours", {}), self.rates[peer]
         return [own[turn] / other[turn] for turn in own if turn in other]
+
+    def ratio(self, peer: str) -> float | None:
+        """The median of the paired ratios; None where no round has both."""
+        found = self.ratios(peer) if peer in self.rates else []
+        return statistics.median(found) if found else None
 
     @property
     def peers(self) -> list[str]:
@@ -55,26 +63,39 @@ def figures_of(rows: Sequence[Row]) -> list[Figure]:
         rates: dict[str, dict[int, float]] = {}
         for row in own:
             rates.setdefault(row["engine"], {})[row["round"]] = statistics.median(row["rates"])
-        ways = {row["engine"]: words_of(row["way"]) for row in own}
+        ways = {row["engine"]: words_of(row["way"]) for row in own}  # of the last round
         found.append(Figure(*key, rates, ways, _least_s(own[0], rows)))
     return found
 
 
-def words_of(way: Row) -> str:
-    return " ".join(f"{name} {value}" for name, value in way.items())
+def ceilings_of(rows: Sequence[Row], shape: str, storage: str, size: float | None = None) -> dict[str, float]:
+    """The best that any probe reached: products in any round of any model; reading over as many bytes or more.
 
+    What is read from a larger area is at least as far away, so its rate is possible here too. Beyond `FAR` bytes no
+    cache helps, and all areas count as alike. The rate of our kernel is that of the model's own format.
 
-def ceilings_of(rows: Sequence[Row], shape: str, storage: str) -> dict[str, float]:
-    """The best that any probe reached in the rounds of one model and format."""
-    probes = [row for row in rows if row["record"] == "ceilings" and (row["shape"], row["format"]) == (shape, storage)]
-    names = [name for name in (probes[0] if probes else {}) if name.endswith("_per_s")]
-    return {name: max(row[name] for row in probes) for name in names}
+    Args:
+        size: bytes of a step; by default those of the weights alone.
+    """
+    probes = [row for row in rows if row["record"] == "ceilings"]
+    own = [row for row in probes if (row["shape"], row["format"]) == (shape, storage)]
+    if not own:
+        return {}
+    sizes = [row.get("bytes", 0) for row in own]
+    least = min(0.9 * (min(sizes) if size is None else size), FAR, max(sizes))
+    found = {}
+    for name in (name for name in own[0] if name.endswith("_per_s")):
+        usable = own if name.startswith("kernel") else probes
+        if name == "read_bytes_per_s":
+            usable = [row for row in probes if row.get("bytes", 0) >= least]
+        found[name] = max(row[name] for row in usable if name in row)
+    return found
 
 
 def _least_s(run: Row, rows: Sequence[Row]) -> float | None:
     """Seconds a token that reading and multiplying need at the ceilings, whichever is more."""
-    found = ceilings_of(rows, run["shape"], run["format"])
-    macs = found.get("bf16_macs_per_s" if run["format"] == "bf16" else "int8_macs_per_s")
+    found = ceilings_of(rows, run["shape"], run["format"], run.get("step_bytes"))
+    macs = found.get(_PRODUCTS.get(run["format"], "int8_macs_per_s"))
     if not macs:
         return None
     return max(run["bytes_per_token"] / found["read_bytes_per_s"], run["macs_per_token"] / macs)
@@ -132,4 +153,4 @@ def _dot(one: Figure, engine: str) -> Dot:
     return Dot(share, (min(values), max(values)), f"{one.median(engine):.4g}")
 
 
-__all__ = ["Figure", "ceilings_of", "figures_of", "plot", "table", "words_of"]
+__all__ = ["FAR", "Figure", "ceilings_of", "figures_of", "plot", "table"]
