@@ -40,6 +40,7 @@ struct Grid {
   int group;
   int sub_group = 0;
 
+  bool shares_row_scale() const { return bits <= kSharedScaleBits; }
   // Arrays of Int8Input::start that products with such codes need, a bit each.
   unsigned starts() const;
 };

@@ -26,7 +26,7 @@ void run_panels(const Kernels& kernels, const ProductInput& input, const Product
       return kernels.matmul_pairs(w.pair_view(), input.floats(p.part, rounded), rows, begin, end, out);
     case Matrix::Layout::kPanels:
       if (w.activation() == Activation::kInt8)
-        return kernels.matmul_int8(w.packed_view(), input.int8(p.part), rows, begin, end, out);
+        return kernels.matmul_int8(w.packed_view(), input.int8(p.part, w.grid().shares_row_scale()), rows, begin, end, out);
       if (bf16)
         return bf16->matmul_packed(w.packed_view(), input.bf16(p.part), input.bf16_sums(p.part), rows, begin, end, out);
       return kernels.matmul_float(w.packed_view(), input.floats(p.part, rounded), rows, begin, end, out);
@@ -56,9 +56,7 @@ void InputForms::add(Activation activation, Matrix::Layout layout, const Grid& g
     if (asymmetric) (b ? bf16_sums : sums) = true;
     return;
   }
-  int8 = true;
-  int8_sums |= asymmetric;
-  int8_starts |= grid.starts();
+  int8[grid.shares_row_scale()].add(grid);
 }
 
 void InputForms::add(const Linear& linear) {
@@ -87,19 +85,8 @@ ProductInput::Sizes ProductInput::sizes_of(const Kernels& kernels, const InputFo
   if (forms.rounds_tiles(kernels)) sizes.bf16_tiles = cells * kBlock * 2;
   if (forms.sums) sizes.sums = n * blocks * 4;
   if (forms.bf16_sums) sizes.bf16_sums = n * blocks * 4;
-  if (!forms.int8) return sizes;
-  sizes.codes = cells * kBlock;
-  sizes.cells = cells * 4;
-  if (forms.int8_sums) sizes.int8_sums = cells * 4;
-  for (int i = 0; i < kStarts; ++i)
-    if (forms.int8_starts >> i & 1) sizes.starts[i] = cells * 4;
+  sizes.cells = cells;
   return sizes;
-}
-
-std::size_t ProductInput::Sizes::total() const {
-  std::size_t all = bf16_rows + bf16_tiles + sums + bf16_sums + codes + cells + int8_sums;
-  for (const std::size_t bytes : starts) all += bytes;
-  return all;
 }
 
 void ProductInput::reserve(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split) {
@@ -108,22 +95,20 @@ void ProductInput::reserve(const Kernels& kernels, const InputForms& forms, int 
   bf16_tiles_ = AlignedBuffer(sizes.bf16_tiles);
   sums_ = AlignedBuffer(sizes.sums);
   bf16_sums_ = AlignedBuffer(sizes.bf16_sums);
-  codes_ = AlignedBuffer(sizes.codes);
-  scale_ = AlignedBuffer(sizes.cells);
-  code_sums_ = AlignedBuffer(sizes.int8_sums);
-  for (int i = 0; i < kStarts; ++i) starts_[i] = AlignedBuffer(sizes.starts[i]);
+  for (int i = 0; i < 2; ++i) int8_[i].reserve(forms.int8[i], sizes.cells, size_t(rows));
 }
 
 std::size_t ProductInput::bytes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split) {
-  return sizes_of(kernels, forms, columns, rows, split).total();
+  const Sizes sizes = sizes_of(kernels, forms, columns, rows, split);
+  std::size_t total = sizes.total();
+  for (const bool shared : {false, true}) total += Int8Form(shared).bytes_of(forms.int8[shared], sizes.cells, size_t(rows));
+  return total;
 }
 
 std::size_t ProductInput::bytes() const {
   std::size_t total = 0;
-  for (const AlignedBuffer* b :
-       {&bf16_rows_, &bf16_tiles_, &sums_, &bf16_sums_, &codes_, &scale_, &code_sums_})
-    total += b->bytes();
-  for (const AlignedBuffer& b : starts_) total += b.bytes();
+  for (const AlignedBuffer* b : {&bf16_rows_, &bf16_tiles_, &sums_, &bf16_sums_}) total += b->bytes();
+  for (const Int8Form& form : int8_) total += form.bytes();
   return total;
 }
 
@@ -138,16 +123,10 @@ void ProductInput::begin(const InputForms& forms, float* x, int columns, std::sp
   int first = 0;
   for (const int rows : rows_of_parts) {
     const int width = std::min(rows, int(kTokenTile));
-    Int8Input int8{};
-    if (forms.int8) {
-      int8 = {codes_.as<int8_t>() + cell * kBlock, scale_.as<float>() + cell, nullptr, {}, width, int(blocks)};
-      if (forms.int8_sums) int8.sum = code_sums_.as<float>() + cell;
-      for (int i = 0; i < kStarts; ++i)
-        if (forms.int8_starts >> i & 1) int8.start[i] = starts_[i].as<int32_t>() + cell;
-    }
     Bf16Input bf16{};
     if (bf16_tiles_.data()) bf16 = {bf16_tiles_.as<uint16_t>() + cell * kBlock, width, int(blocks)};
-    parts_.push_back({first, rows, int8, bf16});
+    const auto int8 = [&](int i) { return int8_[i].view(forms.int8[i], cell, size_t(first), width, int(blocks)); };
+    parts_.push_back({first, rows, {int8(0), int8(1)}, bf16});
     first += rows;
     cell += tiled_rows(rows) * blocks;
   }
@@ -167,7 +146,8 @@ void ProductInput::prepare(const Kernels& kernels, int row) const {
     if (sums) kernels.block_sums(rounded, int(blocks), sums);
   }
   if (forms_.rounds_tiles(kernels)) kernels.bf16->round(x, row - part.first, part.bf16, sums);
-  if (forms_.int8) kernels.quantize_int8(x, row - part.first, part.int8);
+  for (const Int8Input& int8 : part.int8)
+    if (int8.codes) kernels.quantize_int8(x, row - part.first, int8);
 }
 
 const float* ProductInput::bf16_sums(int part) const {

@@ -7,15 +7,16 @@
 #include <vector>
 
 #include "aligned.h"
+#include "int8_form.h"
 #include "model.h"
 
 namespace trilemma {
 
 // Which forms of an input are needed besides f32.
 struct InputForms {
-  bool sums = false, bf16 = false, bf16_sums = false, int8 = false, int8_sums = false;
+  bool sums = false, bf16 = false, bf16_sums = false;
   bool bf16_rows = false;  // rounded, for weights that only the float kernels multiply
-  unsigned int8_starts = 0;  // arrays of Int8Input::start, a bit each
+  Int8Needs int8[2];       // with scales of blocks, and (by Grid::shares_row_scale) with powers of two of the rows'
 
   // Of a matrix in that layout; `grid` counts where it lies in panels.
   void add(Activation activation, Matrix::Layout layout, const Grid& grid);
@@ -46,21 +47,21 @@ class ProductInput {
   FloatInput floats(int part, bool rounded) const;
   const Bf16Input& bf16(int part) const { return parts_[size_t(part)].bf16; }
   const float* bf16_sums(int part) const;
-  const Int8Input& int8(int part) const { return parts_[size_t(part)].int8; }
+  // `shared`: the form for grids that share_row_scale.
+  const Int8Input& int8(int part, bool shared) const { return parts_[size_t(part)].int8[shared]; }
   int rows(int part) const { return parts_[size_t(part)].rows; }
 
  private:
   struct Sizes {
     std::size_t bf16_rows = 0, bf16_tiles = 0, sums = 0, bf16_sums = 0;
-    std::size_t codes = 0, cells = 0;  // cells: each of the buffers beside the codes
-    std::size_t int8_sums = 0, starts[kStarts] = {};
-    std::size_t total() const;
+    std::size_t cells = 0;  // of the int8 forms
+    std::size_t total() const { return bf16_rows + bf16_tiles + sums + bf16_sums; }
   };
   static Sizes sizes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split);
 
   struct Part {
     int first, rows;
-    Int8Input int8;
+    Int8Input int8[2];
     Bf16Input bf16;
   };
   InputForms forms_;
@@ -68,7 +69,7 @@ class ProductInput {
   int columns_ = 0, ld_ = 0;
   std::vector<Part> parts_;
   AlignedBuffer bf16_rows_, bf16_tiles_, sums_, bf16_sums_;
-  AlignedBuffer codes_, scale_, code_sums_, starts_[kStarts];
+  Int8Form int8_[2] = {Int8Form(false), Int8Form(true)};
 };
 
 struct Product {

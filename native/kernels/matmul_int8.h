@@ -1,8 +1,12 @@
-// y = W x for panel16 with int8 activations in groups of 32.
+// y = W x for panel16 with int8 activations in blocks of 32.
 //
-// Per block of 32 columns (or half of one, where that has a scale of its own) the sum of products is an exact int32; then
+// Per block (or half of one, where that has a scale of its own) the sum of products is an exact int32; then, with blocks
+// ascending,
 //     total = fma(w_scale * x_scale, float(sum), total)         (+ fma(w_min, x_scale * sum(x codes), total))
-// with blocks ascending. So all instruction sets, tile sizes and thread counts give the same bits.
+// A w_scale of a whole row of 8 bits multiplies the total instead; and for weights of few bits x_scale is a power of two of
+// a row's scale, which multiplies the total. So all instruction
+// sets, tile sizes and thread counts give the same bits. Multiplying by a power of two is exact, and AVX-512 does it by
+// adding exponents: the multipliers are left to the products.
 #pragma once
 
 #include "panel.h"
@@ -50,9 +54,37 @@ struct Int8Tile {
   }
 };
 
+// Codes whose rows have one scale each: it multiplies the total.
+struct RowCodes8 : Codes<8, true> {
+  static constexpr bool kRowScales = true;
+};
+
+// Scales of a block's rows on their way to the product with a token's, which may be a power of two.
+template <bool PowerOfTwo>
+struct Scaled {
+  V16f x;
+  explicit Scaled(V16f x) : x(x) {}
+  V16f times(const float* scale) const { return mul(x, set1(*scale)); }
+};
+#if defined(TRILEMMA_SIMD_AVX512)
+template <>
+struct Scaled<true> {  // by adding exponents, where the scale is not 0
+  __mmask16 number;
+  __m512i bits;
+  explicit Scaled(V16f x)
+      : number(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NEQ_UQ)),
+        bits(_mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(127 << 23))) {}
+  V16f times(const float* power) const {
+    int32_t exponent;
+    __builtin_memcpy(&exponent, power, 4);
+    return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(number, bits, _mm512_set1_epi32(exponent)))};
+  }
+};
+#endif
+
 // What one part of a block adds to T tokens from `token` on, in nearly equal steps of at most kDotTokens.
 template <class C, int Part, int T>
-inline void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C>& in, int token, V16f scale, V16f minimum,
+inline void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C>& in, int token, const Scaled<C::kSharedRows>& scale, V16f minimum,
                        V16f* total) {
   constexpr int kSteps = (T + kDotTokens - 1) / kDotTokens, kStep = (T + kSteps - 1) / kSteps;
   V16f sum[kStep];
@@ -60,7 +92,8 @@ inline void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C>& in, in
   block_dot<C, Part, kStep>(weights, in.x + token * kBlock, start, sum);
 #pragma GCC unroll 4
   for (int t = 0; t < kStep; ++t) {
-    total[t] = fma(mul(scale, set1(in.scale[token + t])), sum[t], total[t]);
+    const V16f factor = C::kRowScales ? set1(in.scale[token + t]) : scale.times(in.scale + token + t);
+    total[t] = fma(factor, sum[t], total[t]);
     if (!C::kSymmetric) total[t] = fma(minimum, set1(in.sum[token + t]), total[t]);
   }
   if constexpr (T > kStep) add_blocks<C, Part, T - kStep>(weights, in, token + kStep, scale, minimum, total + kStep);
@@ -77,13 +110,17 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
   for (int b = 0; b < w.blocks; ++b) {
     scales.next();
     const BlockWeights<C> weights(codes);
-    add_blocks<C, 0, T>(weights, in, 0, scales.scale[0], scales.minimum, total);
-    if constexpr (C::kParts == 2) add_blocks<C, 1, T>(weights, in, 0, scales.scale[1], scales.minimum, total);
+    add_blocks<C, 0, T>(weights, in, 0, Scaled<C::kSharedRows>(scales.scale[0]), scales.minimum, total);
+    if constexpr (C::kParts == 2) add_blocks<C, 1, T>(weights, in, 0, Scaled<C::kSharedRows>(scales.scale[1]), scales.minimum, total);
     codes += block_bytes(C::kBits);
     in.next_block();
   }
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) write_panel(total[t], panel, w.rows, token + t, out);
+  for (int t = 0; t < T; ++t) {
+    if (C::kRowScales) total[t] = mul(total[t], scales.scale[0]);
+    if (C::kSharedRows) total[t] = mul(total[t], set1(input.row_scale[token + t]));
+    write_panel(total[t], panel, w.rows, token + t, out);
+  }
 }
 
 // All tokens from `t` on, in tiles of T and then smaller ones: 16, 8, and what is left as one tile, so that weights are
@@ -98,6 +135,7 @@ inline void int8_tokens(const PackedView& w, const Int8Input& x, int t, int toke
 }
 
 void matmul_int8(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out) {
+  if (w.bits == 8 && w.groups == 1) return int8_tokens<RowCodes8>(w, x, 0, tokens, begin, end, out);
   with_codes(w, [&](auto codes) { int8_tokens<decltype(codes)>(w, x, 0, tokens, begin, end, out); });
 }
 

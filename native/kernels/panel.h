@@ -16,6 +16,8 @@ struct Codes {
   static constexpr bool kSymmetric = Symmetric;
   static constexpr int kOffset = Symmetric && Bits < 8 ? 1 << (Bits - 1) : 0;  // of stored codes
   static constexpr int kParts = SubGroup == 16 ? 2 : 1;                        // of a block that have a scale each
+  static constexpr bool kRowScales = false;
+  static constexpr bool kSharedRows = Bits <= kSharedScaleBits;  // of int8 inputs
 };
 
 // Calls `run` with the kind of a matrix's codes.
@@ -38,7 +40,7 @@ inline const uint8_t* panel_codes(const PackedView& w, int panel) {
 // Scales and minima of a panel's rows, block by block in ascending order. Products of both levels are exact.
 template <class C>
 struct BlockScales {
-  V16f scale[C::kParts], minimum = zero();
+  V16f scale[C::kParts] = {}, minimum = zero();
 
   BlockScales(const PackedView& w, int panel) : group_blocks_(w.group_blocks) {
     const size_t first = size_t(panel) * size_t(w.groups) * kPanel;

@@ -56,11 +56,18 @@ struct PairView {
 // of whole blocks or of their columns 0-15 and 16-31.
 enum Int8Start : int { kStart8, kStart16, kStart32Low, kStart32High, kStart128, kStarts };
 
-// Activations quantized to int8 in groups of 32, in tiles of `width` = min(16, tokens) tokens:
-// codes [tile][block][width][32]; the other arrays [tile][block][width]. Null is what no matrix of this input asks for.
+// Weights of at most this many bits take int8 inputs whose blocks have powers of two of their row's scale (at least
+// 2^-kMaxShift): few bits lose far more than that costs, and the products are faster by it.
+enum : int { kSharedScaleBits = 5, kMaxShift = 30 };
+
+// Activations quantized to int8, in tiles of `width` = min(16, tokens) tokens: codes [tile][block][width][32]; the other
+// arrays [tile][block][width]. Null is what no matrix of this input asks for.
 struct Int8Input {
   int8_t* codes;
-  float* scale;  // absmax / 127
+  // Null: `scale` is absmax / 127 of the block. Else this is absmax / 127 of the row, [token], and `scale` the least 2^-e
+  // (e <= kMaxShift) that leaves the block's absmax within 127 codes.
+  float* row_scale;
+  float* scale;
   float* sum;    // scale * sum of codes: what a group's minimum is multiplied with
   int32_t* start[kStarts];
   int width;

@@ -63,17 +63,19 @@ std::vector<float> padded_rows(int tokens, int cols) {
 
 struct Quantized {
   std::vector<int8_t> codes;
-  std::vector<float> scale, sum;
+  std::vector<float> row_scale, scale, sum;
   std::vector<int32_t> starts[kStarts];
   Int8Input input{};
 
-  Quantized(const Kernels& kernels, const std::vector<float>& x, int tokens, int cols) {
+  // `shared`: blocks have powers of two of their row's scale.
+  Quantized(const Kernels& kernels, const std::vector<float>& x, int tokens, int cols, bool shared) {
     const int width = tokens < 16 ? tokens : 16, blocks = int(padded(cols) / 32);
     const size_t cells = size_t((tokens + width - 1) / width * width) * size_t(blocks);
     codes.resize(cells * 32);
+    row_scale.assign(size_t(tokens), 1.0f);
     scale.resize(cells);
     sum.resize(cells);
-    input = {codes.data(), scale.data(), sum.data(), {}, width, blocks};
+    input = {codes.data(), shared ? row_scale.data() : nullptr, scale.data(), sum.data(), {}, width, blocks};
     for (int i = 0; i < kStarts; ++i) {
       starts[i].resize(cells);
       input.start[i] = starts[i].data();
@@ -85,7 +87,7 @@ struct Quantized {
     std::vector<double> out;
     for (int k = 0; k < cols; ++k) {
       const size_t at = (size_t(t / 16) * size_t(input.blocks) + size_t(k / 32)) * size_t(input.width) + size_t(t % 16);
-      out.push_back(double(codes[at * 32 + size_t(k % 32)]) * double(scale[at]));
+      out.push_back(double(codes[at * 32 + size_t(k % 32)]) * double(scale[at]) * double(row_scale[size_t(t)]));
     }
     return out;
   }
@@ -147,7 +149,7 @@ void test_packed(int rows, int cols, int bits, int group, bool symmetric, int su
     const std::vector<float> x = padded_rows(tokens, cols), bias = random_values(size_t(rows));
     const std::vector<float> before = random_values(size_t(tokens) * size_t(rows));
     const auto integer = [&](const Kernels& k) {
-      const Quantized q(k, x, tokens, cols);
+      const Quantized q(k, x, tokens, cols, bits <= kSharedScaleBits);
       std::vector<float> y = before;
       const int half = panel_count / 2;  // two calls, as two threads would
       k.matmul_int8(view, q.input, tokens, half, panel_count, {y.data(), size_t(rows), bias.data(), 1});
@@ -167,7 +169,7 @@ void test_packed(int rows, int cols, int bits, int group, bool symmetric, int su
         [&](const Bf16Kernels& k, const Rounded& in, int count, const Output& out) {
           k.matmul_packed(view, in.input, in.sums.data(), count, 0, panel_count, out);
         });
-    const Quantized q(*tables()[0], x, tokens, cols);
+    const Quantized q(*tables()[0], x, tokens, cols, bits <= kSharedScaleBits);
     for (int t = 0; t < tokens; ++t) {
       const std::vector<double> seen = q.values(t, cols);
       const std::vector<double> exact(x.begin() + std::ptrdiff_t(size_t(t) * padded(cols)),

@@ -140,11 +140,15 @@ def normed_inputs(embedding: np.ndarray, cols: int) -> np.ndarray:
     return run(model, distinct, "scalar", distinct=distinct)
 
 
-def int8_inputs(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Codes (tokens, cols) and scale of each column's group of 32."""
+def int8_inputs(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Codes (tokens, cols) and scale of each column's group of 32; for weights of few bits 2^-e of the row's scale."""
     pad = -x.shape[1] % 32
     groups = np.pad(x, ((0, 0), (0, pad))).reshape(len(x), -1, 32)
-    scale = np.abs(groups).max(-1, keepdims=True) / np.float32(127)
+    peak = np.abs(groups).max(-1, keepdims=True)
+    if bits <= 5:
+        row = peak.max(1, keepdims=True)
+        peak = row * np.float32(2) ** -np.floor(np.log2(row.astype(np.float64) / peak)).astype(np.float32)
+    scale = peak / np.float32(127)
     codes = np.rint(groups * (np.float32(1) / scale))
     wide = np.broadcast_to(scale, groups.shape)
     return codes.reshape(len(x), -1)[:, : x.shape[1]], wide.reshape(len(x), -1)[:, : x.shape[1]]
@@ -155,13 +159,13 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return (((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16) << 16).view(np.float32)
 
 
-def expected(weights: np.ndarray, x: np.ndarray, activation: str) -> tuple[np.ndarray, np.ndarray]:
+def expected(weights: np.ndarray, x: np.ndarray, activation: str, bits: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """The product in f64 and the size of its terms, which the error is measured against."""
     seen = x.astype(np.float64)
     if activation == "bf16":
         seen = bf16(x).astype(np.float64)
     if activation == "int8-g32":
-        codes, scale = int8_inputs(x)
+        codes, scale = int8_inputs(x, bits)
         seen = codes.astype(np.float64) * scale.astype(np.float64)
     return seen @ weights.T, np.abs(seen) @ np.abs(weights).T
 
@@ -208,7 +212,7 @@ def test_quantized(random_generator, rows, cols, activation, bits, group, symmet
         rows, cols, embedding,
         lambda m: m.add_packed("head.weight", bits, symmetric, group, rows, cols, activation, codes, scales, minima),
     )  # fmt: skip
-    wanted, size = expected(c.dequantize(), normed_inputs(embedding, cols), activation)
+    wanted, size = expected(c.dequantize(), normed_inputs(embedding, cols), activation, bits)
     check_everywhere(model, wanted, size, activation)
 
 
@@ -229,9 +233,10 @@ def test_five_and_six_bits_and_scales_of_two_levels(
         m.add_packed("head.weight", bits, symmetric, group, rows, cols, activation, codes, scales, minima, **factors(c))
 
     model = layerless(rows, cols, embedding, add_head)
-    wanted, size = expected(c.dequantize(), normed_inputs(embedding, cols), activation)
+    wanted, size = expected(c.dequantize(), normed_inputs(embedding, cols), activation, bits)
     if c.minima is not None:  # codes and minima are summed apart
-        size += expected(np.abs(c.of_columns(c.minima, c.sub_minima)), normed_inputs(embedding, cols), activation)[1]
+        largest = np.abs(c.of_columns(c.minima, c.sub_minima))
+        size += expected(largest, normed_inputs(embedding, cols), activation, bits)[1]
     check_everywhere(model, wanted, size, activation)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from trilemma.model.decoder import Decoder
 from trilemma.model.model import LinearRun, RunSettings
 from trilemma.model.plain import bf16_to_f32, f32_to_bf16
 from trilemma.runtime.engine import EngineOptions, SamplingSettings
-from trilemma.runtime.reference import ReferenceEngine, round_bf16, round_int8, round_int8_groups
+from trilemma.runtime.reference import ReferenceEngine, round_bf16, round_int8, round_int8_groups, round_int8_shared
 
 
 def _engine(model, **options) -> ReferenceEngine:
@@ -76,7 +78,7 @@ def test_activation_rounding_is_per_matrix(tiny_model, random_generator, name, a
     assert np.abs(exact - rounded).max() > 1e-5
 
 
-def _round_plainly(x: np.ndarray, activation: str) -> np.ndarray:
+def _round_plainly(x: np.ndarray, activation: str, *, shared: bool = False) -> np.ndarray:
     if activation == "bf16":
         return bf16_to_f32(f32_to_bf16(x))
     out = np.zeros_like(x)
@@ -84,6 +86,9 @@ def _round_plainly(x: np.ndarray, activation: str) -> np.ndarray:
         for start in range(0, x.shape[1], 32):
             group = x[row, start : start + 32]
             scale = np.abs(group).max() / 127
+            if shared and scale:
+                whole = np.abs(x[row]).max() / 127
+                scale = whole / 2 ** min(30, math.floor(math.log2(whole / scale)))
             out[row, start : start + 32] = np.rint(group / scale) * scale if scale else 0
     return out
 
@@ -100,6 +105,10 @@ def test_rounding_functions(random_generator):
     x = torch.from_numpy(random_generator.normal(0, 2, (5, 172)).astype(np.float32))
     x[2] = 0
     np.testing.assert_allclose(round_int8_groups(x).numpy(), _round_plainly(x.numpy(), "int8-g32"), atol=1e-6)
+    x[3, 40:70] *= 1e-3  # groups far below their row's largest value
+    np.testing.assert_allclose(
+        round_int8_shared(x).numpy(), _round_plainly(x.numpy(), "int8-g32", shared=True), atol=1e-6
+    )
     np.testing.assert_array_equal(round_bf16(x).numpy(), bf16_to_f32(f32_to_bf16(x.numpy())))
     codes = round_int8(torch.tensor([[127.0, 0.5, 1.5, -2.5, -126.5]]))
     assert codes.tolist() == [[127.0, 0.0, 2.0, -2.0, -126.0]]  # half to even

@@ -145,7 +145,7 @@ def test_the_shipped_model_with_its_4_bit_twin_and_with_its_own_words(hearth_pat
         found = speculate(target, twin, prompt, settings, draft_tokens=4)
         assert found.tokens == plain.tokens
         # greedy 4-bit twins agree nearly always; draws with shared numbers nearly as often
-        assert found.figures.acceptance_rate > 0.3
+        assert found.figures.acceptance_rate > 0.2
         assert speculate(target, None, prompt, settings).tokens == plain.tokens
 
 

@@ -46,6 +46,12 @@ class Format(Record):
         return self.groups(columns) if self.supergroup is None else -(-columns // self.supergroup)
 
     @property
+    def shares_input_scale(self) -> bool:
+        """Whether int8 inputs of its products have powers of two of one scale a row, for speed, rather than scales of
+        their own for every 32 columns: where few bits of the weights lose far more."""
+        return self.bits <= 5
+
+    @property
     def code_range(self) -> tuple[int, int]:
         if self.symmetric:
             return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1

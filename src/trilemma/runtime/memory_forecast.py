@@ -26,7 +26,7 @@ ActivationOf = Callable[[str], Activation]  # a matrix's name -> the precision o
 class EngineMemoryForecast(Record):
     """Bytes that an engine of this form will count when it is open, whatever its threads.
 
-    kv_bytes: pages of 128 positions (or one shorter page) for `context` positions of each of `sequences`, reserved in full;
+    kv_bytes: pages of 128 positions (or one shorter page) for `context` positions of each of `sequences`, in full;
         with the policy 'none', one layer's keys and values in f32 and the tokens.
     scratch_bytes: activations of a chunk of tokens, inputs in the forms that weights and instruction set ask for,
         partial attention over long contexts, rotary tables.

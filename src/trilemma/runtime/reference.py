@@ -1,8 +1,9 @@
 """The engine that defines what is right: torch, f32 arithmetic on dequantized weights, no tricks.
 
 It honours a model's activation modes and KV precision by rounding exactly where the native engine
-does (inputs of a matrix product per 32 columns; keys and values per position and head), so that
-the two can be compared format by format. It is neither small nor fast.
+does (inputs of a matrix product per 32 columns, with scales of their own or powers of two of their
+row's; keys and values per position and head), so that the two can be compared format by format. It
+is neither small nor fast.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from trilemma.core.environment import usable_cores
 from trilemma.core.errors import InputError
+from trilemma.formats import FORMATS
 from trilemma.model.config import Attention
 from trilemma.model.decoder import Decoder, KvSlot
 from trilemma.model.model import Activation, Model
@@ -210,6 +212,24 @@ def round_int8_groups(x: Tensor, group: int = ACTIVATION_GROUP) -> Tensor:
     return round_int8(padded.reshape(*x.shape[:-1], -1, group)).flatten(-2)[..., :columns]
 
 
+def round_int8_shared(x: Tensor, group: int = ACTIVATION_GROUP) -> Tensor:
+    """Symmetric int8 with one scale a row, absmax / 127, and 2^-e of it for each group of columns; half to even.
+
+    e is the largest, up to 30, that leaves the group within 127 codes.
+    """
+    columns = x.shape[-1]
+    groups = nn.functional.pad(x, (0, -columns % group)).reshape(*x.shape[:-1], -1, group)
+    peak = groups.abs().amax(-1, keepdim=True)
+    row = peak.amax(-2, keepdim=True)
+    row_scale = row / 127
+    shift = torch.zeros_like(peak)
+    for e in range(1, 31):
+        shift += peak * 2.0**e <= row
+    scale = torch.exp2(-shift)
+    inverse = torch.where(row_scale > 0, 1 / row_scale, torch.zeros_like(row_scale)) / scale
+    return (torch.round(groups * inverse).clamp(-127, 127) * scale * row_scale).flatten(-2)[..., :columns]
+
+
 KV_ROUNDING: dict[str, Callable[[Tensor], Tensor]] = {"f32": lambda x: x, "bf16": round_bf16, "int8": round_int8}
 ACTIVATION_ROUNDING: dict[Activation, Callable[[Tensor], Tensor]] = {
     "f32": lambda x: x,
@@ -222,14 +242,16 @@ def _round_inputs(decoder: Decoder, model: Model) -> None:
     """Hook each matrix product whose LinearRun asks for rounded inputs. A tied head goes by 'embedding.weight'."""
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Linear):
-            _hook(module, model.linear(f"{name}.weight").activation)
+            rounding = _input_rounding(model, f"{name}.weight")
+            module.register_forward_pre_hook(lambda _module, inputs, rounding=rounding: (rounding(inputs[0]),))
     if decoder.head is None:
         # the final norm's only reader is then the head
-        rounding = ACTIVATION_ROUNDING[model.linear("embedding.weight").activation]
-        decoder.final_norm.register_forward_hook(lambda _module, _inputs, output: rounding(output))
+        rounding = _input_rounding(model, "embedding.weight")
+        decoder.final_norm.register_forward_hook(lambda _module, _inputs, output, rounding=rounding: rounding(output))
 
 
-def _hook(module: nn.Linear, activation: Activation) -> None:
-    if activation != "f32":
-        rounding = ACTIVATION_ROUNDING[activation]
-        module.register_forward_pre_hook(lambda _module, inputs: (rounding(inputs[0]),))
+def _input_rounding(model: Model, name: str) -> Callable[[Tensor], Tensor]:
+    activation = model.linear(name).activation
+    if activation == "int8-g32" and FORMATS.get(model.format_of(name)).shares_input_scale:
+        return round_int8_shared
+    return ACTIVATION_ROUNDING[activation]
