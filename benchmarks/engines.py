@@ -15,9 +15,8 @@ is not measured again. `--merge` makes table, plot and `--bars` of several files
 (int4-g32, int8-g32, bf16, f32) with every engine that holds them; types of GGUF (Q4_K_M, Q6_K, ...) beside llama.cpp.
 
 The peers' Pythons need their package and numpy alone (onnxruntime's also onnx). Random weights of a bare config.json
-say what a model costs, never how good it is; it gets the room that the cells need. Left out: time to the first token,
-which `trilemma bench` measures. Without --work the files of all models are made anew, and are kept until the end:
-12 GB for the four shapes in two formats.
+say what a model costs, never how good it is; it gets the room that the cells need. Without --work the files of all
+models are made anew and kept until the end: 12 GB for the four shapes in two formats.
 """
 
 from __future__ import annotations
@@ -86,7 +85,8 @@ def plan(options: argparse.Namespace, folder: Path, book: Book) -> list[Task]:
     for place, (source, storage, kv) in enumerate(cases):
         roomy = stretched(source, folder, longest)
         groups = groups_of(load_any(roomy).config.max_context, prefills=options.prefill, depths=options.depth,
-                           batches=options.batch, decoded=options.decoded, repeats=options.repeats)  # fmt: skip
+                           batches=options.batch, decoded=options.decoded, repeats=options.repeats,
+                           opening=options.opening and kv == "16")  # fmt: skip
         for group in groups:
             if isinstance(group, Group):
                 rounds = options.rounds if group.name != "depth" else min(options.rounds, 3)
@@ -207,6 +207,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--depth", type=numbers, default=list(DEPTHS), help=f"decode at these, {listed(DEPTHS)}")
     parser.add_argument("--batch", type=numbers, default=list(BATCHES), help=f"decode of as many, {listed(BATCHES)}")
+    parser.add_argument(
+        "--opening",
+        action="store_true",
+        help="from file to first token too, warm and cold; llama.cpp in the Python that TRILEMMA_LLAMA_CPP names",
+    )
     parser.add_argument("--decoded", type=int, default=DECODED, help="tokens of a decode")
     parser.add_argument("--kv", default="16", help=f"bits of the cache, several with commas: {', '.join(KV)}")
     parser.add_argument("--threads", type=int, default=2)

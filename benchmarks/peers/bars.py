@@ -64,6 +64,8 @@ def bars_of(rows: Sequence[Row]) -> Iterator[Bar]:
     yield from _quantized_cache(figures)
     for batch in (8, 16):
         yield _against(figures, (LARGE, INT4, "16", f"decode x{batch} at 128"), "llama.cpp", 2.0)
+    for how in ("warm", "cold"):
+        yield _against(figures, (LARGE, INT4, "16", f"{how} file to first token, 1/s"), "llama.cpp", 1.0)
     yield _memory(rows)
 
 
@@ -131,7 +133,7 @@ def _against(figures: Mapping[Key, Figure], key: Key, peer: str, needed: float) 
     found = one.ratio(name) if name else None
     if name is None or found is None:
         return Bar(what, where, needed, None)
-    words = f"{one.median('ours'):.4g} against {one.median(name):.4g} tokens/s ({name}; "
+    words = f"{one.median('ours'):.4g} against {one.median(name):.4g} {'' if '1/s' in key[3] else 'tokens/s '}({name}; "
     return Bar(what, where, needed, found, words=words + f"{_rounds(one, name)}; of {', '.join(one.peers)})")
 
 

@@ -41,8 +41,9 @@ class Bout:
 
     def play(self, group: Group, turn: int) -> None:
         """One round: every engine that has not run these cells in it, in an order that turns with the rounds."""
-        first = turn % len(self.engines)
-        for engine in [*self.engines[first:], *self.engines[:first]]:
+        engines = self._asked(group)
+        first = turn % len(engines)
+        for engine in [*engines[first:], *engines[:first]]:
             left = tuple(cell for cell in group.cells if not self.book.has_run(**self.about, engine=engine,
                                                                               cell=cell.name, round=turn))  # fmt: skip
             if not left or (engine, group.name) in self.failed:
@@ -56,9 +57,14 @@ class Bout:
         return all(
             (engine, group.name) in self.failed
             or self.book.has_run(**self.about, engine=engine, cell=cell.name, round=turn)
-            for engine in self.engines
+            for engine in self._asked(group)
             for cell in group.cells
         )
+
+    def _asked(self, group: Group) -> list[str]:
+        """Engines that take part; the graphs of others are compiled when they are opened, which no user waits for."""
+        asked = [name for name in self.engines if name in ("ours", "llama.cpp")]
+        return asked if group.name == "open" else self.engines
 
     def seconds(self, group: Group) -> float:
         """What a round of the group took the last time; 0 where that is not known."""
@@ -140,6 +146,8 @@ class Bout:
     def _cost(self, cell: Cell) -> dict[str, float]:
         """Bytes read and multiplications made for one token of one sequence, on average, in our formats."""
         config, weights = self.model.config, self.step_bytes(0)
+        if cell.kind == "open":
+            return {}
         if cell.kind == "prefill":
             macs = prompt_macs(config, cell.tokens) / cell.tokens
             return {"bytes_per_token": weights / cell.tokens, "step_bytes": weights, "macs_per_token": macs}
@@ -161,7 +169,10 @@ class Bout:
         known = self.storage in ("bf16", "f32", "f16") or self.storage.startswith("int")
         task = {"threads": self.setup.threads, "bytes": size, "program": program,
                 "format": self.storage if known else "int4-g32"}  # fmt: skip
-        self.book.add("ceilings", **self.about, bytes=size, **run_worker(sys.executable, "ceilings", task))
+        try:
+            self.book.add("ceilings", **self.about, bytes=size, **run_worker(sys.executable, "ceilings", task))
+        except EngineFailedError as error:
+            tell(f"no ceilings for {self.shape} {self.storage}: {error}")
 
 
 def tell(words: str) -> None:

@@ -31,7 +31,8 @@ def main() -> None:
     python = read_bandwidth(threads, task["bytes"]).bytes_per_s
     kernels = {name: compute_rate(*product, threads).macs_per_s for name, product in PRODUCTS.items()}
     name = task["format"]
-    own = kernels["bf16_macs_per_s"] if name == "bf16" else compute_rate(name, "int8-g32", threads).macs_per_s
+    plain = {"bf16": "bf16_macs_per_s", "f16": "f32_macs_per_s", "f32": "f32_macs_per_s"}.get(name)
+    own = kernels[plain] if plain else compute_rate(name, "int8-g32", threads).macs_per_s
     print(json.dumps({
         "read_bytes_per_s": max(python, found.get("read_bytes_per_s", 0.0)),
         **{key: max(kernels[key], found.get(key, 0.0)) for key in PRODUCTS},

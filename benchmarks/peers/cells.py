@@ -15,6 +15,7 @@ DEPTHS = (0, 512, 4096, 16384)
 BATCHES = (4, 8, 16)
 BATCH_DEPTH = 128  # positions that each sequence of a batch has behind it
 DECODED = 64
+OPENED = 16  # tokens of the prompt after opening
 DEEP = 2048  # filling a cache up to such depths takes longer than decoding there
 
 # what an engine is asked about first: 0 before 1
@@ -31,16 +32,22 @@ _OTHER = 3
 
 @dataclass(frozen=True)
 class Cell:
-    """One figure: `tokens` of one prompt, or `tokens` steps of `batch` sequences that are `depth` positions long."""
+    """One figure: `tokens` of one prompt, or `tokens` steps of `batch` sequences that are `depth` positions long.
 
-    kind: Literal["prefill", "decode"]
+    Or opening a file that lies in the page cache, or not (`cold`), up to the first token after `tokens` of a prompt.
+    """
+
+    kind: Literal["prefill", "decode", "open"]
     tokens: int
     depth: int = 0
     batch: int = 1
     repeats: int = 2
+    cold: bool = False
 
     @property
     def name(self) -> str:
+        if self.kind == "open":
+            return f"{'cold' if self.cold else 'warm'} file to first token, 1/s"
         if self.kind == "prefill":
             return f"prefill {self.tokens}"
         return f"decode x{self.batch} at {self.depth}" if self.batch > 1 else f"decode at {self.depth}"
@@ -81,10 +88,12 @@ class Group:
 def groups_of(
     max_context: int, *, prefills: Sequence[int] = PREFILLS, depths: Sequence[int] = DEPTHS,
     batches: Sequence[int] = BATCHES, decoded: int = DECODED, repeats: int = 2,
+    opening: bool = False,
 ) -> Iterator[Group | tuple[str, str]]:  # fmt: skip
     """The groups of a model, and (name, reason) for what its context does not hold."""
     asked: list[tuple[str, list[Cell]]] = [
         ("prefill", [Cell("prefill", length, repeats=repeats) for length in prefills]),
+        ("open", [Cell("open", OPENED, repeats=1, cold=cold) for cold in (False, True)] if opening else []),
         ("decode", [Cell("decode", decoded, depth, repeats=repeats) for depth in depths if depth < DEEP]),
         ("depth", [Cell("decode", decoded, depth, repeats=repeats) for depth in sorted(depths) if depth >= DEEP]),
         *((f"batch {batch}", [Cell("decode", decoded // 2, BATCH_DEPTH, batch, repeats)]) for batch in batches),

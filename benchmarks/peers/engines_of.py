@@ -21,6 +21,8 @@ KV = {"16": {"ours": "bf16", "llama.cpp": "f16", "openvino": "f16"},
       "8": {"ours": "int8", "llama.cpp": "q8_0", "openvino": "u8"},
       "4": {"ours": "int4", "llama.cpp": "q4_0", "openvino": "u4"}}  # fmt: skip
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0")
+OPENED_CONTEXT = 640  # 512 tokens and 128 more
+TRIES = 3
 TIMEOUT_S = 3600.0  # of one process
 Found = dict[str, Any]
 Way = Mapping[str, Any]
@@ -59,6 +61,8 @@ class EngineFailedError(RuntimeError):
 
 
 def ours(setup: Setup, files: Files, storage: str, group: Group, way: Way) -> Found:
+    if group.cells[0].kind == "open":
+        return _opened("ours", files.artifact, setup, group)
     task = {"model": str(files.artifact), "threads": setup.threads, "kv": KV[setup.kv]["ours"],
             "cells": [{**cell.task(), "context": cell.context} for cell in group.cells]}  # fmt: skip
     return run_worker(sys.executable, "ours", task)
@@ -67,6 +71,8 @@ def ours(setup: Setup, files: Files, storage: str, group: Group, way: Way) -> Fo
 def llama_cpp(setup: Setup, files: Files, storage: str, group: Group, way: Way) -> Found:
     """Its own llama-bench, which fills a cache once and restores it; batches by llama-batched-bench beside it."""
     bench, kv = str(setup.llama_bench), KV[setup.kv]["llama.cpp"]
+    if group.cells[0].kind == "open":
+        return _opened("llama.cpp", files.gguf, setup, group)
     if group.cells[0].batch > 1:
         return _batched(setup, files, group.cells[0], way)
     cells = group.cells
@@ -82,20 +88,33 @@ def llama_cpp(setup: Setup, files: Files, storage: str, group: Group, way: Way) 
     return {"rates": [rates[key] for key in keys], "version": str(rows[0]["build_commit"])}
 
 
+def _opened(engine: str, model: Path, setup: Setup, group: Group) -> Found:
+    """A process a cell: nothing may be open already."""
+    task = {"engine": engine, "model": str(model.resolve()), "threads": setup.threads, "context": OPENED_CONTEXT}
+    found = [
+        run_worker(sys.executable, "opening", {**task, "prompt": cell.tokens, "cold": cell.cold})
+        for cell in group.cells
+    ]
+    return {"rates": [one["rates"] for one in found], "version": found[0]["version"]}
+
+
 def _batched(setup: Setup, files: Files, cell: Cell, way: Way) -> Found:
-    """One process: a batch to warm up, then one a repeat."""
+    """One process: a batch to warm up, one a repeat, one more: its log is written by a thread that may lose the end."""
     tool, kv = Path(str(setup.llama_bench)).with_name("llama-batched-bench"), KV[setup.kv]["llama.cpp"]
     if not tool.is_file():
         raise EngineFailedError(f"there is no '{tool.name}' beside llama-bench: build it for batches")
     room = (BATCH_DEPTH + cell.tokens + 8) * cell.batch
     command = [str(tool), "-m", str(files.gguf), "-c", str(room), "-npp", str(BATCH_DEPTH), "-ntg", str(cell.tokens),
-               "-npl", _joined([cell.batch] * (cell.repeats + 1)), "-t", str(setup.threads), "-tb", str(setup.threads),
+               "-npl", _joined([cell.batch] * (cell.repeats + 2)), "-t", str(setup.threads), "-tb", str(setup.threads),
                "-fa", way["flash"], "-lm", way["load"], "-ub", str(way["ubatch"]),
                "-ctk", kv, "-ctv", kv, "--output-format", "jsonl"]  # fmt: skip
     command += [] if way["repack"] else ["--no-repack"]
-    lines = [line for line in _output(command, "llama.cpp").splitlines() if line.startswith("{")]
-    rates = [float(json.loads(line)["speed_tg"]) for line in lines]
-    return {"rates": [rates[1:]], "version": tool.name}
+    for _ in range(TRIES):
+        lines = [line for line in _output(command, "llama.cpp").splitlines() if line.startswith("{")]
+        rates = [float(json.loads(line)["speed_tg"]) for line in lines][1 : cell.repeats + 1]
+        if rates:
+            return {"rates": [rates], "version": tool.name}
+    raise EngineFailedError(f"{tool.name} printed no figures in {TRIES} tries")
 
 
 def openvino(setup: Setup, files: Files, storage: str, group: Group, way: Way) -> Found:

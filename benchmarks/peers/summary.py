@@ -96,7 +96,7 @@ def _least_s(run: Row, rows: Sequence[Row]) -> float | None:
     """Seconds a token that reading and multiplying need at the ceilings, whichever is more."""
     found = ceilings_of(rows, run["shape"], run["format"], run.get("step_bytes"))
     macs = found.get(_PRODUCTS.get(run["format"], "int8_macs_per_s"))
-    if not macs:
+    if not macs or "bytes_per_token" not in run:
         return None
     return max(run["bytes_per_token"] / found["read_bytes_per_s"], run["macs_per_token"] / macs)
 

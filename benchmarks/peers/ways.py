@@ -28,6 +28,8 @@ def default_of(engine: str, storage: str) -> Way:
 def changes_of(engine: str, storage: str, kv: str, cell: Cell) -> list[Way]:
     """One setting each. Deep caches take long to fill: only what concerns attention is tried there."""
     found: list[Way] = []
+    if cell.kind == "open":
+        return found
     deep, prefill = cell.setting == "deep", cell.kind == "prefill"
     if engine == "llama.cpp":
         if kv == "16":  # its attention over quantized values exists as flash attention alone

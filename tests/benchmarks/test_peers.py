@@ -133,6 +133,8 @@ def test_cells_beyond_the_context_are_left_out_with_a_reason():
     assert left["decode at 4096"] == "the model's context is 256"
     assert set(left) == {"prefill 512", "prefill 2048", "decode at 512", "decode at 4096", "decode at 16384"}
     assert all(isinstance(item, cells.Group) for item in cells.groups_of(32768))
+    opening = [item for item in cells.groups_of(256, opening=True) if isinstance(item, cells.Group)]
+    assert [cell.cold for group in opening if group.name == "open" for cell in group.cells] == [False, True]
 
 
 ABOUT = {"shape": "s", "format": "int4-g32", "kv": "16", "threads": 2, "bytes_per_token": 2.0, "macs_per_token": 5.0,

@@ -178,6 +178,8 @@ class LlamaCpp:
 
 def load_library() -> Any:
     """The module of C functions, without the package around it, whose imports would count as memory and time."""
+    if "llama_cpp.llama_cpp" in sys.modules:
+        return sys.modules["llama_cpp.llama_cpp"]
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or not spec.submodule_search_locations:
         raise RefusedError(f"'{sys.executable}' has no package llama_cpp")
