@@ -39,6 +39,7 @@ from peers.cells import BATCHES, DECODED, DEPTHS, PREFILLS, Group, groups_of
 from peers.engines_of import ENGINES, HERE, KV, EngineFailedError, Setup
 from peers.summary import Figure, ceilings_of, figures_of, plot, table
 
+from trilemma.core.errors import InputError
 from trilemma.formats.artifact import load_any
 
 SHAPES = HERE.parent.parent / "examples" / "shapes"
@@ -128,12 +129,16 @@ def open_bout(options: argparse.Namespace, task: Task, folder: Path, book: Book)
     tell(f"{task.source.name} {task.storage} kv {task.kv}: making files")
     try:
         files = build(task.source, task.storage, folder, setup)
-    except EngineFailedError as error:
+        bout = Bout(
+            task.source.name, task.storage, files, setup, book, setup.present(task.storage), not options.no_trials
+        )
+        bout.step_bytes(1)  # a cache that our account does not know would end every measurement
+    except (EngineFailedError, InputError) as error:
         book.add("failed", **about, engine="", way={}, group="files", reason=str(error))
         tell(str(error))
         return None
     book.add("files", **about, **sizes_of(files))
-    return Bout(task.source.name, task.storage, files, setup, book, setup.present(task.storage), not options.no_trials)
+    return bout
 
 
 def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
