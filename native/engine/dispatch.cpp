@@ -15,7 +15,7 @@ namespace trilemma {
 namespace {
 
 struct Support {
-  bool avx2 = false, avx512 = false, avx512bf16 = false, neon = false;
+  bool avx2 = false, avxvnni = false, avx512 = false, avx512bf16 = false, neon = false;
 };
 
 #if defined(__x86_64__)
@@ -37,7 +37,9 @@ Support detect() {
   s.avx2 = (state & 6) == 6 && fma && f16c && (b & bit_AVX2);
   const unsigned needed = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
   s.avx512 = s.avx2 && (state & 0xe6) == 0xe6 && (b & needed) == needed && (c & bit_AVX512VNNI);
-  s.avx512bf16 = s.avx512 && __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & bit_AVX512BF16);
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return s;
+  s.avxvnni = s.avx2 && (a & bit_AVXVNNI);
+  s.avx512bf16 = s.avx512 && (a & bit_AVX512BF16);
   return s;
 }
 #elif defined(__aarch64__)
@@ -65,6 +67,7 @@ const Support& support() {
 std::vector<std::string> supported_isas() {
   std::vector<std::string> names{"scalar"};
   if (support().avx2) names.push_back("avx2");
+  if (support().avxvnni) names.push_back("avxvnni");
   if (support().avx512) names.push_back("avx512");
   if (support().avx512bf16) names.push_back("avx512bf16");
   if (support().neon) names.push_back("neon");
@@ -83,13 +86,15 @@ const Kernels& pick_kernels(const std::string& asked) {
 #if defined(__x86_64__)
     if (name == "avx512bf16") return kernels_avx512bf16;
     if (name == "avx512") return kernels_avx512;
+    if (name == "avxvnni") return kernels_avxvnni;
     if (name == "avx2") return kernels_avx2;
 #elif defined(__aarch64__)
     if (name == "neon") return kernels_neon;
 #endif
     return kernels_scalar;
   }
-  const bool known = name == "avx2" || name == "avx512" || name == "avx512bf16" || name == "neon";
+  bool known = false;
+  for (const char* isa : {"avx2", "avxvnni", "avx512", "avx512bf16", "neon"}) known |= name == isa;
   throw EngineFault("Instruction set '" + name + "' " + (known ? "is not supported by this processor" : "is unknown") +
                     ". Usable here: " + valid + ".");
 }

@@ -13,6 +13,8 @@
 
 #if defined(TRILEMMA_SIMD_AVX512)
 #include "block_dot_avx512.h"
+#elif defined(TRILEMMA_SIMD_AVXVNNI)
+#include "block_dot_avxvnni.h"
 #elif defined(TRILEMMA_SIMD_AVX2)
 #include "block_dot_avx2.h"
 #elif defined(TRILEMMA_SIMD_NEON)
@@ -84,8 +86,8 @@ struct Scaled<true> {  // by adding exponents, where the scale is not 0
 
 // What one part of a block adds to T tokens from `token` on, in nearly equal steps of at most kDotTokens.
 template <class C, int Part, int T>
-inline void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C>& in, int token, const Scaled<C::kSharedRows>& scale, V16f minimum,
-                       V16f* total) {
+TRILEMMA_INLINE void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C>& in, int token,
+                                const Scaled<C::kSharedRows>& scale, V16f minimum, V16f* total) {
   constexpr int kSteps = (T + kDotTokens - 1) / kDotTokens, kStep = (T + kSteps - 1) / kSteps;
   V16f sum[kStep];
   const int32_t* start = Int8Tile<C>::kHasStart ? in.start[Part] + token : nullptr;

@@ -78,7 +78,7 @@ struct BlockScales {
 
 // Codes of columns 4*I .. 4*I+3 of a block of 4, 5 or 6 bits, as they are stored: byte r*4 + j is row r, column 4*I + j.
 template <int Bits, int I>
-inline V16u code_line(const uint8_t* packed) {
+TRILEMMA_INLINE V16u code_line(const uint8_t* packed) {
   const V16u low = take_bits<I % 2 * 4>(load_line(packed + I / 2 * 64), 0x0f0f0f0fu);
   if constexpr (Bits == 5) return join_bits<I - 4>(low, load_line(packed + 256), 0x10101010u);
   if constexpr (Bits == 6) return join_bits<I % 4 * 2 - 4>(low, load_line(packed + 256 + I / 4 * 64), 0x30303030u);
@@ -87,7 +87,7 @@ inline V16u code_line(const uint8_t* packed) {
 
 // A block of 5 or 6 bits as eight lines of bytes, less Offset.
 template <int Bits, int Offset, int I = 0>
-inline void expand_codes(const uint8_t* packed, uint8_t* lines) {
+TRILEMMA_INLINE void expand_codes(const uint8_t* packed, uint8_t* lines) {
   store_line(lines + 64 * I, sub_bytes(code_line<Bits, I>(packed), Offset));
   if constexpr (I < 7) expand_codes<Bits, Offset, I + 1>(packed, lines);
 }

@@ -8,6 +8,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
+// For what an inner loop consists of: a call there, which GCC makes of large bodies, empties all vector registers.
+#define TRILEMMA_INLINE inline __attribute__((always_inline))
+
 #if defined(TRILEMMA_SIMD_AVX512)
 #include "simd_avx512.h"
 #elif defined(TRILEMMA_SIMD_AVX2)

@@ -13,6 +13,12 @@
 using namespace trilemma;
 namespace ref = trilemma::reference;
 
+#if defined(__x86_64__)
+namespace trilemma {
+extern const Kernels kernels_avxvnni_evex;
+}
+#endif
+
 namespace {
 
 const int kTokens[] = {1, 2, 3, 5, 6, 8, 16, 17, 31};
@@ -21,7 +27,12 @@ constexpr double kFunctionTolerance = 1e-6;
 
 std::vector<const Kernels*> tables() {
   std::vector<const Kernels*> all;
-  for (const std::string& isa : supported_isas()) all.push_back(&pick_kernels(isa));
+  for (const std::string& isa : supported_isas()) {
+    all.push_back(&pick_kernels(isa));
+#if defined(__x86_64__)
+    if (isa == "avx512") all.insert(all.end() - 1, &kernels_avxvnni_evex);
+#endif
+  }
   return all;
 }
 

@@ -41,7 +41,7 @@ except ImportError:
 NAME = "trilemma"
 MAX_GENERATED_TOKENS = 256  # where a task does not say
 KvCache = Literal["none", "f32", "bf16", "int8"]
-Isa = Literal["scalar", "avx2", "avx512"]
+Isa = Literal["scalar", "avx2", "avxvnni", "avx512"]
 
 
 class TrilemmaLM(TemplateLM):  # type: ignore[misc]

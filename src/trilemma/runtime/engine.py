@@ -25,7 +25,7 @@ class EngineOptions(Record):
     threads: int | None = None
     kv_cache: KvCache | None = None
     max_context: int | None = None
-    isa: Literal["scalar", "avx2", "avx512", "avx512bf16", "neon"] | None = None
+    isa: Literal["scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "neon"] | None = None
 
 
 class SamplingSettings(Record):

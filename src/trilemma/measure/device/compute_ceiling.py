@@ -17,7 +17,7 @@ from trilemma.model.sources import RandomSource
 from trilemma.runtime import open_engine
 from trilemma.runtime.engine import EngineOptions
 
-Isa = Literal["scalar", "avx2", "avx512"]
+Isa = Literal["scalar", "avx2", "avxvnni", "avx512"]
 _WIDTHS = ((256, 768), (512, 1536))
 _TOKENS = 256
 _LEAST_S = 0.15
