@@ -36,8 +36,8 @@ inline __m512i broadcast4(const int8_t* p) {
 template <class C, int Part, int T>
 inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* start, V16f* sum) {
   constexpr int kLines = 8 / C::kParts, kFirst = Part * kLines;
-  // With few tokens the additions of one sum would wait for each other: two chains, exact all the same.
-  constexpr int kChains = T <= 2 ? 2 : 1;
+  // With few tokens the additions of one sum would wait for each other: two chains (or parts), exact all the same.
+  constexpr int kChains = T <= 2 && C::kParts == 1 ? 2 : 1;
   __m512i acc[T][kChains];
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t)

@@ -83,96 +83,125 @@ void matmul_pairs_bf16(const PairView& w, const Bf16Input& x, int tokens, int be
   bf16_tokens(w, x, 0, tokens, begin, end, out);
 }
 
-// Small integers as bf16, for a look-up by the low four bits of an index of five.
-inline __m512i bf16_values(int offset) {
-  alignas(64) uint16_t table[32];
-  for (int i = 0; i < 32; ++i) {
-    const float value = float(i % 16 - offset);
-    uint32_t bits;
-    __builtin_memcpy(&bits, &value, 4);
-    table[i] = uint16_t(bits >> 16);
+// Codes as bf16: a look-up by the low bits of 16-bit indices. vpermw reads five bits of them, so that a table of four
+// bits repeats; vpermt2w reads six.
+template <int Bits>
+struct CodeTable {
+  __m512i low, high;
+
+  explicit CodeTable(int offset) {
+    alignas(64) uint16_t table[64];
+    for (int i = 0; i < 64; ++i) {
+      const float value = float(i % (1 << Bits) - offset);
+      uint32_t bits;
+      __builtin_memcpy(&bits, &value, 4);
+      table[i] = uint16_t(bits >> 16);
+    }
+    low = _mm512_load_si512(table);
+    high = _mm512_load_si512(table + 32);
   }
-  return _mm512_load_si512(table);
+  TRILEMMA_INLINE V16u operator[](__m512i index) const {
+    if constexpr (Bits == 6) return {_mm512_permutex2var_epi16(low, index, high)};
+    return {_mm512_permutexvar_epi16(index, low)};
+  }
+};
+template <>
+struct CodeTable<8> {
+  explicit CodeTable(int) {}
+};
+
+// The index of a byte shuffle that does the same in every 32-bit lane: from which byte each comes, 0x80 for a zero.
+TRILEMMA_INLINE __m512i byte_moves(uint32_t from) {
+  const __m512i lanes = _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+  return _mm512_or_si512(lanes, _mm512_set1_epi32(int(from)));
+}
+// Bytes 0, 1 or 2, 3 of a lane at its two even places: codes as 16-bit indices.
+template <int I>
+TRILEMMA_INLINE __m512i byte_indices(__m512i line) {
+  return _mm512_shuffle_epi8(line, byte_moves(I ? 0x80038002u : 0x80018000u));
 }
 
-// Pair `I` (columns 2I, 2I+1 of 8) of a 4-bit line. vpermw reads five bits of an index; the table repeats after 16.
+// Column `I` of four of an 8-bit line as f32, times kByteScale: the byte lies on top of its lane.
+constexpr float kByteScale = 0x1p24f;
 template <int I>
-inline V16u nibble_pair(__m512i line, __m512i values) {
-  constexpr int kShift = 16 * (I % 2) + 4 * (I / 2);  // of the first column's nibble
-  const __m512i first = kShift ? _mm512_srli_epi32(line, kShift) : line;
-  const __m512i second = kShift >= 8 ? _mm512_srli_epi32(line, kShift - 8) : _mm512_slli_epi32(line, 8 - kShift);
-  const __m512i index = _mm512_mask_blend_epi16(0xaaaaaaaau, first, second);
-  return {_mm512_permutexvar_epi16(index, values)};
+TRILEMMA_INLINE __m512 byte_column(__m512i line) {
+  if constexpr (I == 0) return _mm512_cvtepi32_ps(_mm512_slli_epi32(line, 24));
+  if constexpr (I == 3) return _mm512_cvtepi32_ps(_mm512_and_si512(line, _mm512_set1_epi32(int(0xff000000u))));
+  return _mm512_cvtepi32_ps(_mm512_shuffle_epi8(line, byte_moves(uint32_t(I) << 24 | 0x808080u)));
 }
-
-// Pair `I` (columns 2I, 2I+1 of 4) of an 8-bit line: |code| <= 128 has 8 significant bits, exact in bf16.
+// Pair `I` (columns 2I, 2I+1 of 4) of an 8-bit line: |code| <= 128 has 8 significant bits, exact in bf16, which is the
+// upper half of f32.
 template <int I>
-inline V16u byte_pair(__m512i line) {
-  const __m512i first = _mm512_srai_epi32(_mm512_slli_epi32(line, 24 - 16 * I), 24);
-  const __m512i second = _mm512_srai_epi32(_mm512_slli_epi32(line, 16 - 16 * I), 24);
-  const __m512i a = _mm512_castps_si512(_mm512_cvtepi32_ps(first)), b = _mm512_castps_si512(_mm512_cvtepi32_ps(second));
-  return {_mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(a, 16), b)};
+TRILEMMA_INLINE V16u byte_pair(__m512i line) {
+  const __m512i first = _mm512_castps_si512(byte_column<2 * I>(line));
+  const __m512i second = _mm512_castps_si512(byte_column<2 * I + 1>(line));
+  return {_mm512_mask_shuffle_epi8(second, 0x3333333333333333ull, first, byte_moves(0x0302u))};
 }
 
 template <int T>
-inline void add_pair(V16u weights, const uint16_t* x, V16f* sum) {
+TRILEMMA_INLINE void add_pair(V16u weights, const uint16_t* x, V16f* sum) {
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) sum[t] = dot_bf16(sum[t], weights, x + t * kBlock);
 }
 
-// Columns [begin, end) of a block; those of 5 and 6 bits come as lines of bytes.
-template <class C, int T>
-inline void bf16_columns(const uint8_t* codes, int begin, int end, const uint16_t* x, __m512i values, V16f* even,
-                         V16f* odd) {
-#pragma GCC unroll 4
-  for (int i = begin; i < end; i += 8)
-    if constexpr (C::kBits == 4) {
-      const __m512i line = load_line(codes + i * 8).v;
-      add_pair<T>(nibble_pair<0>(line, values), x + i, even);
-      add_pair<T>(nibble_pair<1>(line, values), x + i + 2, odd);
-      add_pair<T>(nibble_pair<2>(line, values), x + i + 4, even);
-      add_pair<T>(nibble_pair<3>(line, values), x + i + 6, odd);
-    } else {
-      const __m512i line = load_line(codes + i * 16).v, next = load_line(codes + i * 16 + 64).v;
-      add_pair<T>(byte_pair<0>(line), x + i, even);
-      add_pair<T>(byte_pair<1>(line), x + i + 2, odd);
-      add_pair<T>(byte_pair<0>(next), x + i + 4, even);
-      add_pair<T>(byte_pair<1>(next), x + i + 6, odd);
-    }
+// Columns 4*I .. 4*Last of a block: `even` takes the first pair of four, `odd` the second.
+template <class C, int I, int Last, int T>
+TRILEMMA_INLINE void bf16_lines(const uint8_t* codes, const uint16_t* x, const CodeTable<C::kBits>& values, V16f* even,
+                                V16f* odd) {
+  if constexpr (C::kBits == 8) {
+    const __m512i line = load_line(codes + I * 64).v;
+    add_pair<T>(byte_pair<0>(line), x + 4 * I, even);
+    add_pair<T>(byte_pair<1>(line), x + 4 * I + 2, odd);
+  } else if constexpr (C::kBits == 4) {
+    const __m512i line = load_line(codes + I / 2 * 64).v;
+    const __m512i first = byte_indices<0>(line), second = byte_indices<1>(line);
+    add_pair<T>(values[I % 2 ? _mm512_srli_epi16(first, 4) : first], x + 4 * I, even);
+    add_pair<T>(values[I % 2 ? _mm512_srli_epi16(second, 4) : second], x + 4 * I + 2, odd);
+  } else {
+    const __m512i line = code_line<C::kBits, I>(codes).v;
+    add_pair<T>(values[byte_indices<0>(line)], x + 4 * I, even);
+    add_pair<T>(values[byte_indices<1>(line)], x + 4 * I + 2, odd);
+  }
+  if constexpr (I + 1 < Last) bf16_lines<C, I + 1, Last, T>(codes, x, values, even, odd);
+}
+
+// What one part of a block adds to T tokens.
+template <class C, int Part, int T>
+TRILEMMA_INLINE void bf16_part(const uint8_t* codes, const uint16_t* x, const CodeTable<C::kBits>& values, V16f scale,
+                               V16f* total) {
+  constexpr int kLines = 8 / C::kParts;
+  V16f even[T], odd[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
+  bf16_lines<C, Part * kLines, (Part + 1) * kLines, T>(codes, x, values, even, odd);
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) total[t] = fma(scale, add(even[t], odd[t]), total[t]);
 }
 
 template <class C, int T>
 inline void packed_bf16_tile(const PackedView& w, int panel, const Bf16Input& in, const float* sums, int token,
                              const Output& out) {
-  const uint8_t* packed = panel_codes(w, panel);
-  const __m512i values = bf16_values(C::kOffset);
-  constexpr bool kExpanded = C::kBits == 5 || C::kBits == 6;
-  alignas(64) uint8_t expanded[kExpanded ? 8 * 64 : 1];
+  const uint8_t* codes = panel_codes(w, panel);
+  const CodeTable<C::kBits> values(C::kOffset);
   BlockScales<C> scales(w, panel);
   Bf16Tile tile(in, token);
   V16f total[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) total[t] = zero();
-  for (int b = 0; b < w.blocks; ++b, tile.x += tile.stride, packed += block_bytes(C::kBits)) {
+  for (int b = 0; b < w.blocks; ++b, tile.x += tile.stride, codes += block_bytes(C::kBits)) {
     scales.next();
-    const uint8_t* codes = packed;
-    if constexpr (kExpanded) expand_codes<C::kBits, C::kOffset>(packed, expanded), codes = expanded;
-    for (int part = 0; part < C::kParts; ++part) {
-      V16f even[T], odd[T];
+    bf16_part<C, 0, T>(codes, tile.x, values, scales.scale[0], total);
+    if constexpr (C::kParts == 2) bf16_part<C, 1, T>(codes, tile.x, values, scales.scale[1], total);
+    if constexpr (C::kSymmetric) continue;
 #pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
-      constexpr int kColumns = kBlock / C::kParts;
-      bf16_columns<C, T>(codes, part * kColumns, (part + 1) * kColumns, tile.x, values, even, odd);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) {
-        total[t] = fma(scales.scale[part], add(even[t], odd[t]), total[t]);
-        if (!C::kSymmetric)
-          total[t] = fma(scales.minimum, set1(sums[size_t(token + t) * size_t(w.blocks) + size_t(b)]), total[t]);
-      }
-    }
+    for (int t = 0; t < T; ++t)
+      total[t] = fma(scales.minimum, set1(sums[size_t(token + t) * size_t(w.blocks) + size_t(b)]), total[t]);
   }
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) write_panel(total[t], panel, w.rows, token + t, out);
+  for (int t = 0; t < T; ++t) {
+    if (C::kBits == 8) total[t] = mul(total[t], set1(1 / kByteScale));
+    write_panel(total[t], panel, w.rows, token + t, out);
+  }
 }
 
 template <class C, int T = kBf16Tokens>

@@ -79,10 +79,23 @@ struct BlockScales {
 // Codes of columns 4*I .. 4*I+3 of a block of 4, 5 or 6 bits, as they are stored: byte r*4 + j is row r, column 4*I + j.
 template <int Bits, int I>
 TRILEMMA_INLINE V16u code_line(const uint8_t* packed) {
-  const V16u low = take_bits<I % 2 * 4>(load_line(packed + I / 2 * 64), 0x0f0f0f0fu);
-  if constexpr (Bits == 5) return join_bits<I - 4>(low, load_line(packed + 256), 0x10101010u);
-  if constexpr (Bits == 6) return join_bits<I % 4 * 2 - 4>(low, load_line(packed + 256 + I / 4 * 64), 0x30303030u);
-  return low;
+  const V16u line = load_line(packed + I / 2 * 64);
+  if constexpr (Bits == 4) {
+    return take_bits<I % 2 * 4>(line, 0x0f0f0f0fu);
+  } else {
+    // Bits above the nibble, and the lines whose top bits lie in one line.
+    constexpr int kTop = Bits - 4, kLines = 8 / kTop, kAt = I % kLines;
+    const V16u top = load_line(packed + 256 + I / kLines * 64);
+#if defined(TRILEMMA_SIMD_AVX512)
+    // Masked once, top bits serve two lines: they lie four bits apart, and what is below them is not selected.
+    constexpr int kHalf = kLines / 2;
+    const V16u two = take_bits<kAt % kHalf * kTop>(top, Bits == 5 ? 0x11111111u : 0x33333333u);
+    return select_bits(0x0f0f0f0fu, shift_lanes<I % 2 * 4>(line), shift_lanes<(kAt < kHalf ? -4 : 0)>(two));
+#else
+    const V16u low = take_bits<I % 2 * 4>(line, 0x0f0f0f0fu);
+    return join_bits<kAt * kTop - 4>(low, top, Bits == 5 ? 0x10101010u : 0x30303030u);
+#endif
+  }
 }
 
 // A block of 5 or 6 bits as eight lines of bytes, less Offset.

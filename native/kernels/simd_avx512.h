@@ -107,10 +107,9 @@ template <int Right>
 inline V16u take_bits(V16u a, uint32_t mask) {
   return {_mm512_and_si512(shift_lanes<Right>(a).v, _mm512_set1_epi32(int(mask)))};
 }
-// low | (a >> Right & mask)
-template <int Right>
-inline V16u join_bits(V16u low, V16u a, uint32_t mask) {
-  return {_mm512_ternarylogic_epi32(low.v, shift_lanes<Right>(a).v, _mm512_set1_epi32(int(mask)), 0xf8)};
+// mask ? a : b
+inline V16u select_bits(uint32_t mask, V16u a, V16u b) {
+  return {_mm512_ternarylogic_epi32(_mm512_set1_epi32(int(mask)), a.v, b.v, 0xca)};
 }
 inline V16u sub_bytes(V16u a, int offset) { return {_mm512_sub_epi8(a.v, _mm512_set1_epi8(char(offset)))}; }
 // A look-up: vpermps reads the low four bits of each index only, so no mask, conversion or subtraction is needed.
