@@ -7,7 +7,7 @@
 namespace trilemma {
 namespace {
 
-constexpr int kIntTokens = 4, kDotTokens = 2;
+constexpr int kIntTokens = 4, kDotTokens = 4;
 
 constexpr bool kBiased8 = false;
 
@@ -25,8 +25,8 @@ struct BlockWeights<C, true> {
 
 // Four columns of 16 rows (one 64-byte line of signed bytes) times columns 4*Lane.. of 16 inputs.
 template <int Lane, int T>
-inline void dot_line(const int8x16_t* line, const int8x16_t* x, int32x4_t (*acc)[4]) {
-#pragma GCC unroll 2
+TRILEMMA_INLINE void dot_line(const int8x16_t* line, const int8x16_t* x, int32x4_t (*acc)[4]) {
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) acc[t][q] = vdotq_laneq_s32(acc[t][q], line[q], x[t], Lane);
@@ -35,7 +35,7 @@ inline void dot_line(const int8x16_t* line, const int8x16_t* x, int32x4_t (*acc)
 // Columns 4*Lane .. of the 16 inputs in `x`: one line of 8-bit codes, or (every other Lane) a line of 4-bit ones, whose
 // high nibbles are the next four columns.
 template <int Bits, int Lane, int T>
-inline void dot_columns(const uint8_t* packed, const int8x16_t* x, int32x4_t (*acc)[4]) {
+TRILEMMA_INLINE void dot_columns(const uint8_t* packed, const int8x16_t* x, int32x4_t (*acc)[4]) {
   int8x16_t line[4], high[4];
 #pragma GCC unroll 4
   for (int q = 0; q < 4; ++q) {
@@ -48,17 +48,17 @@ inline void dot_columns(const uint8_t* packed, const int8x16_t* x, int32x4_t (*a
 }
 
 template <class C, int Part, int T>
-inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* start, V16f* sum) {
+TRILEMMA_INLINE void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* start, V16f* sum) {
   constexpr int kLineBits = C::kBits == 4 ? 4 : 8, kFirst = Part, kLast = C::kParts == 2 ? Part + 1 : 2;
   int32x4_t acc[T][4];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) acc[t][q] = vdupq_n_s32(C::kOffset ? start[t] : 0);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int half = kFirst; half < kLast; ++half) {
     int8x16_t in[T];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int t = 0; t < T; ++t) in[t] = vld1q_s8(x + t * kBlock + 16 * half);
     const uint8_t* packed = w.packed + half * kPanel * 16 * kLineBits / 8;
     dot_columns<kLineBits, 0, T>(packed, in, acc);
@@ -70,7 +70,7 @@ inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* 
       dot_columns<4, 2, T>(packed + 64, in, acc);
     }
   }
-#pragma GCC unroll 2
+#pragma GCC unroll 4
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) sum[t].q[q] = vcvtq_f32_s32(acc[t][q]);
