@@ -61,19 +61,20 @@ struct RowCodes8 : Codes<8, true> {
   static constexpr bool kRowScales = true;
 };
 
-// Scales of a block's rows on their way to the product with a token's, which may be a power of two.
-template <bool PowerOfTwo>
-struct Scaled {
+// Scales of a block's rows on their way to the product with a token's: plainly, or with one that is a power of two by
+// adding exponents, where that is cheaper.
+template <bool ByExponent>
+struct RowScales {
   V16f x;
-  explicit Scaled(V16f x) : x(x) {}
+  explicit RowScales(V16f x) : x(x) {}
   V16f times(const float* scale) const { return mul(x, set1(*scale)); }
 };
 #if defined(TRILEMMA_SIMD_AVX512)
 template <>
-struct Scaled<true> {  // by adding exponents, where the scale is not 0
-  __mmask16 number;
+struct RowScales<true> {
+  __mmask16 number;  // not 0
   __m512i bits;
-  explicit Scaled(V16f x)
+  explicit RowScales(V16f x)
       : number(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NEQ_UQ)),
         bits(_mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(127 << 23))) {}
   V16f times(const float* power) const {
@@ -85,9 +86,9 @@ struct Scaled<true> {  // by adding exponents, where the scale is not 0
 #endif
 
 // What one part of a block adds to T tokens from `token` on, in nearly equal steps of at most kDotTokens.
-template <class C, int Part, int T>
+template <class C, int Part, int T, class Scales>
 TRILEMMA_INLINE void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C>& in, int token,
-                                const Scaled<C::kSharedRows>& scale, V16f minimum, V16f* total) {
+                                const Scales& scale, V16f minimum, V16f* total) {
   constexpr int kSteps = (T + kDotTokens - 1) / kDotTokens, kStep = (T + kSteps - 1) / kSteps;
   V16f sum[kStep];
   const int32_t* start = Int8Tile<C>::kHasStart ? in.start[Part] + token : nullptr;
@@ -98,11 +99,13 @@ TRILEMMA_INLINE void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C
     total[t] = fma(factor, sum[t], total[t]);
     if (!C::kSymmetric) total[t] = fma(minimum, set1(in.sum[token + t]), total[t]);
   }
-  if constexpr (T > kStep) add_blocks<C, Part, T - kStep>(weights, in, token + kStep, scale, minimum, total + kStep);
+  if constexpr (T > kStep)
+    add_blocks<C, Part, T - kStep>(weights, in, token + kStep, scale, minimum, total + kStep);
 }
 
 template <class C, int T>
 inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, int token, const Output& out) {
+  using Scales = RowScales<C::kSharedRows && (T > 2)>;  // a few products wait for weights, not for multipliers
   const uint8_t* codes = panel_codes(w, panel);
   Int8Tile<C> in(input, token, T == kTokenTile ? size_t(kTokenTile) : size_t(input.width));
   BlockScales<C> scales(w, panel);
@@ -112,8 +115,9 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
   for (int b = 0; b < w.blocks; ++b) {
     scales.next();
     const BlockWeights<C> weights(codes);
-    add_blocks<C, 0, T>(weights, in, 0, Scaled<C::kSharedRows>(scales.scale[0]), scales.minimum, total);
-    if constexpr (C::kParts == 2) add_blocks<C, 1, T>(weights, in, 0, Scaled<C::kSharedRows>(scales.scale[1]), scales.minimum, total);
+    add_blocks<C, 0, T>(weights, in, 0, Scales(scales.scale[0]), scales.minimum, total);
+    if constexpr (C::kParts == 2)
+      add_blocks<C, 1, T>(weights, in, 0, Scales(scales.scale[1]), scales.minimum, total);
     codes += block_bytes(C::kBits);
     in.next_block();
   }
