@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
@@ -171,8 +172,9 @@ class PyContext {
 
  public:
   PyContext(std::shared_ptr<const Model> model, int threads, const std::string& isa, const std::string& kv_cache,
-            int max_context, int max_sequences, int chunk)
-      : context_(std::move(model), {threads, isa, kv_mode_of(kv_cache), max_context, max_sequences, chunk}) {}
+            int max_context, int max_sequences, int chunk, int kv_positions, bool share_prefixes)
+      : context_(std::move(model), {threads, isa, kv_mode_of(kv_cache), max_context, max_sequences, chunk, kv_positions,
+                                    share_prefixes}) {}
 
   Logits forward(const std::vector<std::tuple<int, TokenArray, std::string>>& steps) {
     std::vector<Slice> slices;
@@ -205,11 +207,15 @@ class PyContext {
     GenerateResult result;
     exclusively([&] { result = trilemma::generate(context_, request, callback, signal_raised); });
     static const char* const reasons[] = {"length", "stop", "context", "interrupted"};
-    return nb::make_tuple(result.tokens, result.times_s, reasons[int(result.reason)]);
+    return nb::make_tuple(result.tokens, result.times_s, reasons[int(result.reason)], result.shared);
   }
 
   int create() {
     return exclusively([&] { return context_.sequences().create(); });
+  }
+  // (sequence, how many of the tokens it holds already)
+  std::pair<int, int> begin(const TokenArray& tokens) {
+    return exclusively([&] { return context_.sequences().create(std::span(tokens.data(), tokens.size())); });
   }
   int fork(int sequence) {
     return exclusively([&] { return context_.sequences().fork(sequence); });
@@ -219,6 +225,19 @@ class PyContext {
   }
   void release(int sequence) {
     exclusively([&] { context_.sequences().release(sequence); });
+  }
+  nb::bytes save(int sequence) {
+    const auto saved = exclusively([&] { return context_.sequences().save(sequence, context_.fingerprint()); });
+    return nb::bytes(saved.data(), saved.size());
+  }
+  int restore(const nb::bytes& saved) {
+    const std::span bytes(static_cast<const std::uint8_t*>(saved.data()), saved.size());
+    return exclusively([&] { return context_.sequences().restore(bytes, context_.fingerprint()); });
+  }
+  // (all, held by sequences, kept for those to come)
+  std::tuple<int, int, int> pages() {
+    const auto use = exclusively([&] { return context_.sequences().pages(); });
+    return {use.total, use.held, use.kept};
   }
   int length(int sequence) { return context_.sequences().length(sequence); }
   nb::tuple memory() const {
@@ -243,7 +262,8 @@ void release_free_memory() {
 
 // (KV cache, scratch) in bytes; `products` are (activation, bits, symmetric) of the matrices, bits 0 for those in rows.
 nb::tuple plan(const nb::dict& config, const std::vector<std::tuple<std::string, int, bool>>& products,
-               const std::string& isa, const std::string& kv_cache, int max_context, int max_sequences) {
+               const std::string& isa, const std::string& kv_cache, int max_context, int max_sequences,
+               int kv_positions) {
   InputForms forms;
   for (const auto& [activation, bits, symmetric] : products) {
     const auto layout = bits == 0    ? Matrix::Layout::kRows
@@ -252,7 +272,8 @@ nb::tuple plan(const nb::dict& config, const std::vector<std::tuple<std::string,
     forms.add(activation_of(activation), layout, {bits, symmetric, 0});
   }
   const MemoryUse use =
-      plan_memory(read_config(config), forms, {1, isa, kv_mode_of(kv_cache), max_context, max_sequences, 0});
+      plan_memory(read_config(config), forms,
+                                    {1, isa, kv_mode_of(kv_cache), max_context, max_sequences, 0, kv_positions});
   return nb::make_tuple(use.kv, use.scratch);
 }
 
@@ -296,17 +317,22 @@ void bind_model(nb::module_& m) {
 
 void bind_context(nb::module_& m) {
   nb::class_<PyContext>(m, "Context", "One way of running a model: threads, kernels, KV cache, scratch.")
-      .def(nb::init<std::shared_ptr<const Model>, int, const std::string&, const std::string&, int, int, int>(),
+      .def(nb::init<std::shared_ptr<const Model>, int, const std::string&, const std::string&, int, int, int, int,
+                    bool>(),
            "model"_a, nb::kw_only(), "threads"_a, "isa"_a, "kv_cache"_a, "max_context"_a, "max_sequences"_a = 1,
-           "chunk"_a = 0)
+           "chunk"_a = 0, "kv_positions"_a = 0, "share_prefixes"_a = false)
       .def("forward", &PyContext::forward, "steps"_a)
       .def("generate", &PyContext::generate, "prompt"_a, nb::kw_only(), "max_tokens"_a, "temperature"_a, "top_k"_a,
            "top_p"_a, "min_p"_a, "repetition_penalty"_a, "seed"_a, "stop_tokens"_a, "on_token"_a.none() = nb::none())
       .def("create", &PyContext::create)
+      .def("begin", &PyContext::begin, "tokens"_a)
       .def("fork", &PyContext::fork, "sequence"_a)
       .def("truncate", &PyContext::truncate, "sequence"_a, "length"_a)
       .def("release", &PyContext::release, "sequence"_a)
       .def("length", &PyContext::length, "sequence"_a)
+      .def("save", &PyContext::save, "sequence"_a)
+      .def("restore", &PyContext::restore, "saved"_a)
+      .def("pages", &PyContext::pages)
       .def("memory", &PyContext::memory)
       .def_prop_ro("isa", &PyContext::isa)
       .def_prop_ro("threads", &PyContext::threads)
@@ -324,7 +350,7 @@ NB_MODULE(_native, m) {
         "isa"_a = "", "passes"_a = 1, nb::call_guard<nb::gil_scoped_release>());
   m.def("release_free_memory", &trilemma::release_free_memory);
   m.def("plan_memory", &trilemma::plan, "config"_a, "products"_a, nb::kw_only(), "isa"_a, "kv_cache"_a, "max_context"_a,
-        "max_sequences"_a = 1);
+        "max_sequences"_a = 1, "kv_positions"_a = 0);
   trilemma::bind_model(m);
   trilemma::bind_context(m);
 }

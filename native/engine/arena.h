@@ -14,6 +14,12 @@ class Arena {
  public:
   // 64-byte aligned, zero-filled, valid as long as the arena.
   std::byte* take(std::size_t bytes);
+  // Calls visit(data, bytes) for all that was taken, in order.
+  template <class Visit>
+  void each(const Visit& visit) const {
+    for (const AlignedBuffer& region : regions_)
+      visit(region.data(), &region == &regions_.back() ? used_ : region.bytes());
+  }
 
  private:
   std::vector<AlignedBuffer> regions_;

@@ -19,7 +19,8 @@ Context::Context(std::shared_ptr<const Model> model, const ContextOptions& optio
     : model_(std::move(model)),
       kernels_(pick_kernels(validated(*model_, options).isa)),
       threads_(options.threads),
-      kv_(model_->config(), options.kv, options.max_context, options.max_sequences),
+      kv_(model_->config(), options.pool()),
+      share_prefixes_(options.share_prefixes),
       rope_(model_->config(), options.max_context) {
   reserve(plan_scratch(model_->config(), options));
 }
@@ -51,7 +52,7 @@ void Context::reserve(const ScratchPlan& plan) {
 
 MemoryUse Context::memory() const {
   const Scratch& s = scratch_;
-  std::size_t scratch = rope_.bytes() + s.input.bytes() + s.routing.bytes();
+  std::size_t scratch = kv_.table_bytes() + rope_.bytes() + s.input.bytes() + s.routing.bytes();
   for (const AlignedBuffer* b : {&s.x, &s.normed, &s.q, &s.k, &s.v, &s.attended, &s.partial, &s.gate, &s.up, &s.part[0], &s.part[1],
                                  &s.scores, &s.gathered, &s.routed})
     scratch += b->bytes();
@@ -85,11 +86,29 @@ void Context::check(std::span<const Slice> slices) const {
 
 void Context::forward(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted) {
   check(slices);
-  if (kv_.mode() == KvMode::kNone)
-    run_uncached(slices, logits, interrupted);
-  else
-    run_cached(slices, logits, interrupted);
-  for (const Slice& s : slices) kv_.append(s.sequence, s.tokens.data(), int(s.tokens.size()));
+  try {
+    take_pages(slices);
+    if (kv_.mode() == KvMode::kNone)
+      run_uncached(slices, logits, interrupted);
+    else
+      run_cached(slices, logits, interrupted);
+  } catch (...) {
+    for (const Slice& s : slices) kv_.truncate(s.sequence, kv_.length(s.sequence));  // gives their new pages back
+    throw;
+  }
+  for (const Slice& s : slices) kv_.append(s.sequence, s.tokens);
+}
+
+void Context::take_pages(std::span<const Slice> slices) {
+  for (const Slice& s : slices)
+    if (!kv_.reserve(s.sequence, int(s.tokens.size())))
+      throw EngineFault("All " + std::to_string(kv_.pages().total) + " pages of the cache are in use, of " +
+                        std::to_string(kKvPage) + " positions each. Release or shorten sequences, or open with more.");
+}
+
+std::uint64_t Context::fingerprint() {
+  if (!fingerprint_) fingerprint_ = model_->fingerprint();
+  return *fingerprint_;
 }
 
 }  // namespace trilemma

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 
@@ -36,15 +37,19 @@ class Context {
 
   const Model& model() const { return *model_; }
   KvPool& sequences() { return kv_; }
+  bool share_prefixes() const { return share_prefixes_; }
   const char* isa() const { return kernels_.name; }
   int threads() const { return threads_; }
   int max_context() const { return kv_.capacity(); }
   MemoryUse memory() const;
+  // Of the model; read once, when it is first asked for.
+  std::uint64_t fingerprint();
 
   // Rows of logits that `forward` will write.
   static std::size_t logits_rows(std::span<const Slice> slices);
   // `logits` is (logits_rows, vocab). Sequences grow only when all went well.
-  // Throws EngineFault for a bad token, an unknown or repeated sequence, or one that would outgrow the context.
+  // Throws EngineFault, before anything is computed, for a bad token, an unknown or repeated sequence, one that would
+  // outgrow the context, or more pages than are left.
   void forward(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted = {});
 
  private:
@@ -67,6 +72,7 @@ class Context {
 
   void reserve(const ScratchPlan& plan);
   void check(std::span<const Slice> slices) const;
+  void take_pages(std::span<const Slice> slices);
   void run_cached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted);
   void run_uncached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted);
   float* run_pass(Pass& pass, float* logits, const InterruptCheck& interrupted);
@@ -97,6 +103,8 @@ class Context {
   const Kernels& kernels_;
   int threads_;
   KvPool kv_;
+  bool share_prefixes_;
+  std::optional<std::uint64_t> fingerprint_;
   RopeTables rope_;
   Scratch scratch_;
 };

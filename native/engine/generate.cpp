@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <tuple>
 
 namespace trilemma {
 namespace {
@@ -13,14 +14,17 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 // Holds a sequence and gives it back whatever happens.
 class OwnedSequence {
  public:
-  explicit OwnedSequence(KvPool& pool) : pool_(pool), id_(pool.create()) {}
+  OwnedSequence(KvPool& pool, std::span<const std::int32_t> tokens) : pool_(pool) {
+    std::tie(id_, shared_) = pool.create(tokens);
+  }
   ~OwnedSequence() { pool_.release(id_); }
   OwnedSequence(const OwnedSequence&) = delete;
   int id() const { return id_; }
+  int shared() const { return shared_; }  // tokens that it began with
 
  private:
   KvPool& pool_;
-  int id_;
+  int id_ = 0, shared_ = 0;
 };
 
 }  // namespace
@@ -35,10 +39,12 @@ GenerateResult generate(Context& context, const GenerateRequest& request,
                       std::to_string(room) + "; shorten it.");
   GenerateResult result;
   if (request.max_tokens <= 0) return result;
-  const OwnedSequence sequence(context.sequences());
+  const OwnedSequence sequence(context.sequences(), request.prompt);
+  result.shared = sequence.shared();
   Sampler sampler(request.sampler, context.model().config().vocab_size);
   std::vector<float> logits(size_t(context.model().config().vocab_size));
-  std::vector<std::int32_t> fed = request.prompt;
+  for (int i = 0; i < result.shared; ++i) sampler.saw(request.prompt[size_t(i)]);
+  std::vector<std::int32_t> fed(request.prompt.begin() + result.shared, request.prompt.end());
   result.tokens.reserve(size_t(std::min(request.max_tokens, room)));
   result.times_s.reserve(result.tokens.capacity());
   for (int length = int(request.prompt.size());;) {

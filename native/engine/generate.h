@@ -22,6 +22,7 @@ struct GenerateResult {
   std::vector<std::int32_t> tokens;
   std::vector<double> times_s;  // since the request
   FinishReason reason = FinishReason::kLength;
+  int shared = 0;  // tokens of the prompt whose keys and values were in the cache
 };
 
 // `on_token` returns false to stop. Uses one free sequence of the context.

@@ -48,6 +48,7 @@ void validate(const DecoderConfig& config, const ContextOptions& o) {
   };
   require(o.threads >= 1 && o.threads <= 1024, "threads=" + std::to_string(o.threads) + " must be in 1..1024.");
   require(o.max_sequences >= 1, "max_sequences=" + std::to_string(o.max_sequences) + " must be at least 1.");
+  require(o.kv_positions >= 0, "kv_positions=" + std::to_string(o.kv_positions) + " must not be negative.");
   require(o.chunk >= 0, "chunk=" + std::to_string(o.chunk) + " must not be negative.");
   require(o.max_context >= 1 && o.max_context <= config.max_context,
           "max_context=" + std::to_string(o.max_context) + " must be in 1.." + std::to_string(config.max_context) +
@@ -102,9 +103,10 @@ MemoryUse plan_memory(const DecoderConfig& config, const InputForms& forms, cons
   const std::size_t buffers = s.x + s.normed + s.q + s.k + s.v + s.attended + s.partial + s.gate + s.up + s.part[0] + s.part[1] +
                               s.scores + s.gathered + s.routed;
   const std::size_t derived = ProductInput::bytes_of(pick_kernels(options.isa), forms, s.columns, s.rows, s.split);
-  const std::size_t scratch =
-      buffers + derived + Routing::bytes_of(s.pairs, s.firsts) + RopeTables::bytes_of(config, options.max_context);
-  return {0, KvPool::bytes_of(config, options.kv, options.max_context, options.max_sequences), scratch};
+  const KvPool::Bytes kv = KvPool::bytes_of(config, options.pool());
+  const std::size_t scratch = buffers + derived + kv.tables + Routing::bytes_of(s.pairs, s.firsts) +
+                              RopeTables::bytes_of(config, options.max_context);
+  return {0, kv.cache, scratch};
 }
 
 }  // namespace trilemma

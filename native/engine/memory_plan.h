@@ -16,6 +16,10 @@ struct ContextOptions {
   int max_context = 0;
   int max_sequences = 1;
   int chunk = 0;  // tokens that run through a layer together; 0: a good default
+  int kv_positions = 0;  // of all sequences together, in whole pages; 0: max_context of each
+  bool share_prefixes = false;
+
+  KvPoolOptions pool() const { return {kv, max_context, max_sequences, kv_positions, share_prefixes}; }
 };
 
 // Throws EngineFault naming the option that the model can not be opened with.

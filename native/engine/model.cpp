@@ -2,6 +2,8 @@
 
 #include <cstring>
 
+#include "fingerprint.h"
+
 namespace trilemma {
 namespace {
 
@@ -160,6 +162,32 @@ void Model::finalize() {
   final_norm_ = norm("final_norm");
   head_ = linear(config_.tied ? "embedding" : "head", false);
   finalized_ = true;
+}
+
+std::uint64_t Model::fingerprint() const {
+  Fingerprint all;
+  for (const auto& [name, shape] : expected_) {
+    all.text(name);
+    all.number(shape.first);
+    all.number(shape.second);
+  }
+  all.number(config_.norm_eps);
+  all.number(config_.embedding_scale);
+  for (const LayerConfig& layer : config_.layers) {
+    if (!layer.attention) continue;
+    const AttentionSpec& a = *layer.attention;
+    for (const float n : {float(a.heads), float(a.head_dim), float(a.window), a.scale}) all.number(n);
+    if (!a.rope) continue;
+    all.number(a.rope->attention_factor);
+    all.add(a.rope->inverse_frequencies.data(), a.rope->inverse_frequencies.size() * sizeof(float));
+  }
+  for (const auto& [name, matrix] : matrices_) {
+    all.number(int(matrix.layout()) * 256 + matrix.grid().bits);
+    all.number(int(matrix.activation()));
+  }
+  for (const auto& [name, values] : vectors_) all.add(values.data(), values.bytes());
+  arena_.each([&](const std::byte* data, std::size_t bytes) { all.add(data, bytes); });
+  return all.value();
 }
 
 std::size_t Model::weights_bytes() const {

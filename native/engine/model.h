@@ -68,6 +68,8 @@ class Model {
   const Linear& head() const { return head_; }
   bool finalized() const { return finalized_; }
   std::size_t weights_bytes() const;
+  // Of config and weights; reads all of them.
+  std::uint64_t fingerprint() const;
 
  private:
   void expect(const std::string& part, int rows, int cols, bool bias);

@@ -1,5 +1,6 @@
 // The engine without Python: a small random model under threads, chunks, batches and sanitizers.
 #include <cstring>
+#include <map>
 #include <thread>
 #include <vector>
 
@@ -132,6 +133,78 @@ void test_long_context(const std::shared_ptr<Model>& model, KvMode kv) {
   }
 }
 
+// Random forks, truncations, shared beginnings, releases and steps over several sequences in a pool that is too small for
+// all: what a sequence gives is what its tokens give in a fresh one.
+void test_pages(const std::shared_ptr<Model>& model, KvMode kv) {
+  Context plain(model, {1, "", kv, 300, 1, 0});
+  Context context(model, {2, "", kv, 300, 4, 0, 1000, true});
+  KvPool& pool = context.sequences();
+  std::map<int, std::vector<std::int32_t>> held;
+  const auto any = [&] { return std::next(held.begin(), check::between(0, int(held.size()) - 1)); };
+  const auto step = [&](const std::vector<std::pair<int, std::vector<std::int32_t>>>& parts) {
+    std::vector<Slice> slices;
+    for (const auto& [sequence, tokens] : parts) slices.push_back({sequence, tokens, LogitsMode::kLast});
+    std::vector<float> out(parts.size() * 211);
+    try {
+      context.forward(slices, out.data());
+    } catch (const EngineFault&) {
+      for (const auto& [sequence, tokens] : parts)
+        CHECK(pool.length(sequence) == int(held[sequence].size()), "a refused step must change nothing");
+      return;
+    }
+    for (size_t i = 0; i < parts.size(); ++i) {
+      std::vector<std::int32_t>& all = held[parts[i].first];
+      all.insert(all.end(), parts[i].second.begin(), parts[i].second.end());
+      const int fresh = plain.sequences().create();
+      const std::vector<float> wanted = logits(plain, fresh, all);
+      plain.sequences().release(fresh);
+      CHECK(same(std::span(out).subspan(i * 211, 211), std::span(wanted).last(211)), "after any operations");
+      CHECK(pool.history(parts[i].first) == all, "the tokens of a sequence");
+    }
+  };
+  for (int round = 0; round < 60; ++round) {
+    const int action = held.empty() ? 0 : check::between(0, 7);
+    if (action <= 1 && held.size() < 4) {
+      std::vector<std::int32_t> tokens = random_tokens(check::between(1, 200));
+      if (!held.empty()) std::copy_n(any()->second.begin(), std::min(any()->second.size(), tokens.size()) / 2, tokens.begin());
+      const auto [sequence, there] = pool.create(tokens);
+      CHECK(there < int(tokens.size()) && pool.length(sequence) == there, "the last token is left to do");
+      held[sequence].assign(tokens.begin(), tokens.begin() + there);
+      step({{sequence, {tokens.begin() + there, tokens.end()}}});
+    } else if (action == 2 && held.size() < 4) {
+      const auto from = any();
+      held[pool.fork(from->first)] = from->second;
+    } else if (action == 3) {
+      const auto at = any();
+      at->second.resize(size_t(check::between(0, int(at->second.size()))));
+      pool.truncate(at->first, int(at->second.size()));
+    } else if (action == 4) {
+      const int sequence = any()->first;
+      pool.release(sequence);
+      held.erase(sequence);
+    } else if (action == 5) {
+      const auto at = any();
+      const std::vector<std::uint8_t> saved = pool.save(at->first, 7);
+      pool.release(at->first);
+      const std::vector<std::int32_t> tokens = at->second;
+      held.erase(at);
+      try {
+        held[pool.restore(saved, 7)] = tokens;
+      } catch (const EngineFault&) {
+      }
+    } else {
+      std::vector<std::pair<int, std::vector<std::int32_t>>> parts;
+      for (const auto& [sequence, tokens] : held)
+        if (tokens.size() < 200) parts.push_back({sequence, random_tokens(check::between(1, 100))});
+      if (!parts.empty()) step(parts);
+    }
+    const KvPages::Use use = pool.pages();
+    CHECK(use.held + use.kept <= use.total, "no page is counted twice");
+  }
+  for (const auto& [sequence, tokens] : held) pool.release(sequence);
+  CHECK(pool.pages().held == 0, "all pages are given back");
+}
+
 template <class Work>
 bool refuses(const Work& work) {
   try {
@@ -187,6 +260,7 @@ int main() {
     const auto model = small_model(packed, packed ? NormKind::kRms : NormKind::kLayer);
     for (const KvMode kv : {KvMode::kNone, KvMode::kF32, KvMode::kBf16, KvMode::kInt8}) test_one_answer(model, kv);
     for (const KvMode kv : {KvMode::kBf16, KvMode::kInt8}) test_long_context(model, kv);
+    for (const KvMode kv : {KvMode::kNone, KvMode::kF32, KvMode::kInt8}) test_pages(model, kv);
     test_refusals(model);
     test_interruption(model);
   }

@@ -11,11 +11,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from trilemma.core.errors import InputError
 from trilemma.runtime.engine import Engine, Generation, SamplingSettings
 from trilemma.runtime.native import NativeEngine, SequenceBatch, Step
 from trilemma.runtime.output import Output
 from trilemma.runtime.sampling import choose
+
+LEAST_REPEATED = 64  # tokens: fewer are sooner computed with the others than after them
 
 
 def batch_engine(engine: Engine) -> NativeEngine:
@@ -43,10 +48,11 @@ def generate_batch(
 
     Args:
         engine: one with `open_sequences` (native).
-        prompts: token ids, of any lengths; all are prefilled in one call.
+        prompts: token ids, of any lengths. What several begin with is computed once (`EngineOptions.share_prefixes`).
         settings: the same for each request; the seed too.
         on_token: called with (index of the prompt, token); returning False ends that request.
-        sequences: room that is open already, for at least as many sequences; opened and freed here otherwise.
+        sequences: room that is open already, for at least as many sequences, which shares prefixes or not; opened and
+            freed here otherwise.
 
     Returns:
         One record a prompt. `token_times_s` are seconds from the beginning of the batch; a request that
@@ -62,29 +68,69 @@ def generate_batch(
         Output(prompt, settings, engine.config, engine.max_context, None if on_token is None else partial(on_token, at))
         for at, prompt in enumerate(prompts)
     ]
-    room = sequences or able.open_sequences(len(prompts))
+    room = sequences or able.open_sequences(len(prompts), share_prefixes=able.shares(True))
     held: list[int] = []
     try:
-        for _ in prompts:
-            held.append(room.create())
-        _step_until_done(room, list(zip(held, outputs, strict=True)), settings)
+        running = _prefill(room, outputs, held, settings)
+        _step_until_done(room, running, settings)
     finally:
         for sequence in held:
             room.release(sequence)
     return [output.generation() for output in outputs]
 
 
+def _prefill(
+    room: SequenceBatch, outputs: list[Output], held: list[int], settings: SamplingSettings
+) -> list[tuple[int, Output]]:
+    """The whole prompts, and the first token of each; returns those that go on.
+
+    One forward for all, but where prefixes are shared, prompts that begin like one of them wait for the next.
+    """
+    running: list[tuple[int, Output]] = []
+    waiting = outputs
+    while waiting:
+        wave: list[tuple[int, Output]] = []
+        later: list[Output] = []
+        for output in waiting:
+            sequence, output.reused = room.begin(output.seen)
+            if room.share_prefixes and _repeats(output, wave):
+                room.release(sequence)
+                later.append(output)
+                continue
+            held.append(sequence)
+            wave.append((sequence, output))
+        rows = room.forward([Step(sequence, output.seen[output.reused :]) for sequence, output in wave])
+        running += _push(wave, rows, settings)
+        waiting = later
+    return running
+
+
+def _repeats(output: Output, wave: list[tuple[int, Output]]) -> bool:
+    """Whether it shares so much more with one of the wave than with what is in the cache that waiting pays."""
+    least = output.reused + LEAST_REPEATED
+    return any(_common(output.seen, other.seen) >= least for _, other in wave)
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> int:
+    return next((at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
 def _step_until_done(room: SequenceBatch, running: list[tuple[int, Output]], settings: SamplingSettings) -> None:
-    """One forward a step for all that go on: the whole prompt first, then the token that came last."""
-    steps = [Step(sequence, output.seen) for sequence, output in running]
+    """One forward a step for all that go on, each with the token that came last."""
     while running:
-        rows = room.forward(steps)
-        running = [
-            (sequence, output)
-            for (sequence, output), logits in zip(running, rows, strict=True)
-            if output.push(choose(logits[-1], output.seen, settings))
-        ]
-        steps = [Step(sequence, output.seen[-1:]) for sequence, output in running]
+        rows = room.forward([Step(sequence, output.seen[-1:]) for sequence, output in running])
+        running = _push(running, rows, settings)
+
+
+def _push(
+    running: list[tuple[int, Output]], rows: list[NDArray[np.float32]], settings: SamplingSettings
+) -> list[tuple[int, Output]]:
+    """Each request's next token; those that go on."""
+    return [
+        (sequence, output)
+        for (sequence, output), logits in zip(running, rows, strict=True)
+        if output.push(choose(logits[-1], output.seen, settings))
+    ]
 
 
 __all__ = ["batch_engine", "generate_batch"]

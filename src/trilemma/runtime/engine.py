@@ -20,12 +20,19 @@ FinishReason = Literal["length", "stop", "context", "interrupted"]
 
 
 class EngineOptions(Record):
-    """How to open a model. None takes the default: all usable cores, the model's own KV precision and context."""
+    """How to open a model. None takes the default: all usable cores, the model's own KV precision and context.
+
+    share_prefixes: tokens that a request begins with, and that an earlier one held, are taken from the cache instead of
+        computed again; the output is the same, bit for bit. By default on where text is answered (`trilemma.open`),
+        within a batch and in scoring tasks, and off in an engine opened by itself, whose requests may be timed.
+        Engines other than the native one ignore it.
+    """
 
     threads: int | None = None
     kv_cache: KvCache | None = None
     max_context: int | None = None
     isa: Literal["scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "neon"] | None = None
+    share_prefixes: bool | None = None
 
 
 class SamplingSettings(Record):
@@ -57,12 +64,14 @@ class EngineMemory:
 
 @dataclass(frozen=True)
 class Generation:
-    """Output of one request. `token_times_s` are seconds from the request to each output token."""
+    """Output of one request. `token_times_s` are seconds from the request to each output token; `reused_tokens` of
+    the prompt were in the cache already."""
 
     tokens: list[int]
     finish_reason: FinishReason
     prompt_tokens: int
     token_times_s: list[float] = field(default_factory=list)
+    reused_tokens: int = 0
 
 
 class Engine(Protocol):

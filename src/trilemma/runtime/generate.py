@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime.engine import Engine, Generation, SamplingSettings
@@ -64,7 +65,7 @@ def generate_with_text(
 
     done = engine.generate(prompt, settings, on_token)
     if stops.found is not None:
-        return Generation(done.tokens, "stop", done.prompt_tokens, done.token_times_s)
+        return replace(done, finish_reason="stop")
     if show(stops.push(stream.flush())) and stops.found is None:
         show(stops.flush())
     return done

@@ -26,10 +26,11 @@ ActivationOf = Callable[[str], Activation]  # a matrix's name -> the precision o
 class EngineMemoryForecast(Record):
     """Bytes that an engine of this form will count when it is open, whatever its threads.
 
-    kv_bytes: pages of 128 positions (or one shorter page) for `context` positions of each of `sequences`, in full;
-        with the policy 'none', one layer's keys and values in f32 and the tokens.
+    kv_bytes: whole pages of 128 positions (one of fewer where `context` is shorter) for `context` positions of each of
+        `sequences`, or for `kv_positions` of all together; reserved at once, resident once written. With the policy
+        'none', one layer's keys and values in f32 and the tokens.
     scratch_bytes: activations of a chunk of tokens, inputs in the forms that weights and instruction set ask for,
-        partial attention over long contexts, rotary tables.
+        partial attention over long contexts, rotary tables, tables of the pages.
     """
 
     weights_bytes: int
@@ -38,6 +39,7 @@ class EngineMemoryForecast(Record):
     context: int
     kv_cache: KvCache
     sequences: int = 1
+    kv_positions: int | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -45,12 +47,18 @@ class EngineMemoryForecast(Record):
 
 
 def forecast_engine(
-    model: Model, *, context: int, kv: KvCache | None = None, sequences: int = 1, isa: str | None = None
+    model: Model,
+    *,
+    context: int,
+    kv: KvCache | None = None,
+    sequences: int = 1,
+    kv_positions: int | None = None,
+    isa: str | None = None,
 ) -> EngineMemoryForecast:
     """`forecast_engine_of` a model in its own form; `kv` is its own policy by default."""
     return forecast_engine_of(
         model.config, model.format_of, lambda name: model.linear(name).activation,
-        context=context, kv=kv or model.run.kv_cache, sequences=sequences, isa=isa,
+        context=context, kv=kv or model.run.kv_cache, sequences=sequences, kv_positions=kv_positions, isa=isa,
     )  # fmt: skip
 
 
@@ -62,6 +70,7 @@ def forecast_engine_of(
     context: int,
     kv: KvCache,
     sequences: int = 1,
+    kv_positions: int | None = None,
     isa: str | None = None,
 ) -> EngineMemoryForecast:
     """What an engine of these shapes and formats would count.
@@ -71,6 +80,7 @@ def forecast_engine_of(
         context: positions that each sequence has room for: prompt and output together.
         kv: cache policy.
         sequences: held at once.
+        kv_positions: of all sequences together; `context` of each by default.
         isa: instruction set; the best one here by default.
 
     Raises:
@@ -84,10 +94,12 @@ def forecast_engine_of(
         )
     names = config.product_names()
     products = sorted({(activation_of(name), *_kind(format_of(name))) for name in names})
-    cache, scratch = plan_memory(config, products, isa=isa, kv_cache=kv, context=context, sequences=sequences)
+    cache, scratch = plan_memory(
+        config, products, isa=isa, kv_cache=kv, context=context, sequences=sequences, kv_positions=kv_positions
+    )
     return EngineMemoryForecast(
         weights_bytes=_weights_bytes(config, format_of), kv_bytes=cache, scratch_bytes=scratch,
-        context=context, kv_cache=kv, sequences=sequences,
+        context=context, kv_cache=kv, sequences=sequences, kv_positions=kv_positions,
     )  # fmt: skip
 
 

@@ -58,7 +58,7 @@ class NativeEngine:
         self.kv_cache: str = options.kv_cache or model.run.kv_cache
         self._options = options
         self._weights: _native.Model | None = load_weights(model)
-        self._context: _native.Context | None = self._open(self.max_context, 1)
+        self._context: _native.Context | None = self._open(self.max_context, 1, self.shares(False))
         self.isa: str = self._context.isa
         self.threads: int = self._context.threads
 
@@ -71,9 +71,9 @@ class NativeEngine:
         ids = self._checked(tokens)
         context = self._opened()
         with _faults():
-            sequence = context.create()
+            sequence, held = context.begin(ids) if last_only else (context.create(), 0)
             try:
-                return context.forward([(sequence, ids, "last" if last_only else "all")])
+                return context.forward([(sequence, ids[held:], "last" if last_only else "all")])
             finally:
                 context.release(sequence)
 
@@ -88,7 +88,7 @@ class NativeEngine:
         ids = self._checked(prompt)
         stops = set(settings.stop_token_ids) | (set() if settings.ignore_eos else set(self.config.eos_token_ids))
         with _faults():
-            tokens, times_s, reason = self._opened().generate(
+            tokens, times_s, reason, reused = self._opened().generate(
                 ids.tolist(),
                 max_tokens=settings.max_tokens,
                 temperature=settings.temperature,
@@ -100,20 +100,43 @@ class NativeEngine:
                 stop_tokens=sorted(stops),
                 on_token=on_token,
             )
-        return Generation(tokens, cast(Any, reason), len(ids), times_s)
+        return Generation(tokens, cast(Any, reason), len(ids), times_s, reused)
 
-    def open_sequences(self, count: int, *, max_context: int | None = None) -> SequenceBatch:
-        """Room for `count` sequences of up to `max_context` tokens each, over the same weights."""
+    def shares(self, default: bool) -> bool:
+        """Whether to share prefixes: what the options say, or `default` where they say nothing."""
+        return default if self._options.share_prefixes is None else self._options.share_prefixes
+
+    def open_sequences(
+        self,
+        count: int,
+        *,
+        max_context: int | None = None,
+        kv_positions: int | None = None,
+        share_prefixes: bool | None = None,
+    ) -> SequenceBatch:
+        """Room for `count` sequences of up to `max_context` tokens each, over the same weights.
+
+        Args:
+            kv_positions: of all sequences together, rounded up to pages of 128; `max_context` of each by default. A step
+                that needs more is refused before anything is computed.
+            share_prefixes: see EngineOptions, which this overrides.
+
+        Raises:
+            InputError: a number that is not possible.
+        """
         if count < 1:
             raise InputError(f"open_sequences was asked for {count} sequences; it must be at least 1.")
+        if kv_positions is not None and kv_positions < 1:
+            raise InputError(f"kv_positions={kv_positions} is not possible; give at least 1, or leave it out.")
         context = self.max_context if max_context is None else max_context
-        return SequenceBatch(self._open(context, count), self.config.vocab_size)
+        share = self.shares(False) if share_prefixes is None else share_prefixes
+        return SequenceBatch(self._open(context, count, share, kv_positions or 0), self.config.vocab_size, share)
 
     def close(self) -> None:
         """Free weights and cache; the engine can not be asked afterwards."""
         self._context = self._weights = None
 
-    def _open(self, max_context: int, sequences: int) -> _native.Context:
+    def _open(self, max_context: int, sequences: int, share: bool, kv_positions: int = 0) -> _native.Context:
         if self._weights is None:
             raise EngineError("The engine is closed.")
         with _faults():
@@ -124,6 +147,8 @@ class NativeEngine:
                 kv_cache=self.kv_cache,
                 max_context=max_context,
                 max_sequences=sequences,
+                kv_positions=kv_positions,
+                share_prefixes=share,
             )
 
     def _opened(self) -> _native.Context:
@@ -148,19 +173,33 @@ class SequenceBatch:
     """Several sequences over one engine's weights: prefill and decode mixed in one `forward`.
 
     Each sequence gets the logits that it would get alone, bit for bit.
+
+    Attributes:
+        share_prefixes: whether `begin` finds anything.
     """
 
-    def __init__(self, context: _native.Context, vocab_size: int) -> None:
+    def __init__(self, context: _native.Context, vocab_size: int, share_prefixes: bool = False) -> None:
         self._context = context
         self._vocab_size = vocab_size
+        self.share_prefixes = share_prefixes
 
     def create(self) -> int:
         """An empty sequence. Raises InputError when all are taken."""
         with _faults():
             return self._context.create()
 
+    def begin(self, tokens: NDArray[np.int32] | Sequence[int]) -> tuple[int, int]:
+        """A sequence that holds what is in the cache of these tokens' beginning: (sequence, positions held).
+
+        The last token is never among them, so that a step with the rest gives its logits. What earlier sequences
+        held is kept until its memory is needed.
+        """
+        ids = checked_tokens(tokens, self._vocab_size)
+        with _faults():
+            return self._context.begin(ids)
+
     def fork(self, sequence: int) -> int:
-        """A copy of a sequence with its cache; the two go on independently."""
+        """A copy of a sequence; the two go on independently and share what they have in common."""
         with _faults():
             return self._context.fork(sequence)
 
@@ -187,8 +226,38 @@ class SequenceBatch:
         ends = np.cumsum([rows[step.logits](ids) for step, ids in zip(steps, arrays, strict=True)])
         return np.split(logits, ends[:-1]) if steps else []
 
+    def save(self, sequence: int) -> bytes:
+        """Tokens and cache of a sequence, for `restore` into an engine over the same model in the same form."""
+        with _faults():
+            return self._context.save(sequence)
+
+    def restore(self, saved: bytes) -> int:
+        """A sequence as it was saved. Its pages are not offered to other sequences; fork it instead.
+
+        Raises:
+            InputError: bytes that are damaged, of other weights, another KV precision or another version, too long for
+                this context, or no sequence or page free.
+        """
+        with _faults():
+            return self._context.restore(saved)
+
+    def pages(self) -> CachePages:
+        """How the pages of the cache are used."""
+        with _faults():
+            return CachePages(*self._context.pages())
+
     def memory(self) -> EngineMemory:
         return EngineMemory(*self._context.memory())
+
+
+@dataclass(frozen=True)
+class CachePages:
+    """Pages of 128 positions (fewer where the context is shorter): all, those that sequences hold, each counted once,
+    and those that are kept for sequences which begin alike."""
+
+    total: int
+    held: int
+    kept: int
 
 
 @contextmanager

@@ -60,6 +60,7 @@ def plan_memory(
     kv_cache: str,
     context: int,
     sequences: int = 1,
+    kv_positions: int | None = None,
 ) -> tuple[int, int]:
     """Bytes of KV cache and scratch that an engine over `config` would hold; nothing is allocated.
 
@@ -79,6 +80,7 @@ def plan_memory(
             kv_cache=kv_cache,
             max_context=context,
             max_sequences=sequences,
+            kv_positions=kv_positions or 0,
         )
     except _native.NativeError as fault:
         raise UnsupportedModelError(str(fault)) from None

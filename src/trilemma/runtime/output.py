@@ -26,6 +26,7 @@ class Output:
 
     Attributes:
         seen: prompt and output tokens; finished: why it is over, or None.
+        reused: tokens of the prompt that were in the cache already, for whoever fed them to say.
 
     Raises:
         InputError: a setting out of range, an empty prompt, or one that fills the context.
@@ -46,6 +47,7 @@ class Output:
             raise InputError(f"The prompt's {len(prompt)} tokens fill the context of {room}; shorten it.")
         self.seen = [int(token) for token in prompt]
         self.finished: FinishReason | None = None
+        self.reused = 0
         self._prompt_tokens = len(prompt)
         self._limit = settings.max_tokens
         self._room = room
@@ -84,4 +86,6 @@ class Output:
     def generation(self) -> Generation:
         """The record of the finished request."""
         assert self.finished is not None
-        return Generation(self.seen[self._prompt_tokens :], self.finished, self._prompt_tokens, list(self._times_s))
+        return Generation(
+            self.seen[self._prompt_tokens :], self.finished, self._prompt_tokens, list(self._times_s), self.reused
+        )

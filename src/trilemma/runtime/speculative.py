@@ -29,6 +29,7 @@ from trilemma.runtime.drafts import Draft, LookupDraft, ModelDraft
 from trilemma.runtime.engine import EngineMemory, EngineOptions, SamplingSettings
 from trilemma.runtime.native import NativeEngine, SequenceBatch, Step
 from trilemma.runtime.output import Output
+from trilemma.runtime.requests import checked_tokens
 from trilemma.runtime.sampling import choose
 from trilemma.runtime.speculation_figures import SpeculationFigures, SpeculativeGeneration
 from trilemma.runtime.text_model import TextModel, tokenizer_of
@@ -85,10 +86,12 @@ class SpeculativeEngine:
         """Continue `prompt`: the tokens that the target alone would give, with the figures of how."""
         output = Output(prompt, settings, self.config, self.max_context, on_token)
         figures = SpeculationFigures()
+        checked_tokens(output.seen, self.config.vocab_size)
         self.draft.begin()
-        self._batch.truncate(self._sequence, 0)
+        self._batch.release(self._sequence)
         begun = time.perf_counter()
-        logits = self._batch.forward([Step(self._sequence, output.seen)])[0]
+        self._sequence, output.reused = self._batch.begin(output.seen)
+        logits = self._batch.forward([Step(self._sequence, output.seen[output.reused :])])[0]
         figures.prompt_s = time.perf_counter() - begun
         going = output.push(choose(logits[0], output.seen, settings))
         while going:
@@ -97,7 +100,7 @@ class SpeculativeEngine:
         figures.output_tokens = output.count
         done = output.generation()
         self.last = SpeculativeGeneration(
-            done.tokens, done.finish_reason, done.prompt_tokens, done.token_times_s, figures
+            done.tokens, done.finish_reason, done.prompt_tokens, done.token_times_s, done.reused_tokens, figures
         )
         return self.last
 

@@ -30,6 +30,7 @@ class Answer:
     prompt_tokens: int
     finish_reason: str
     token_times_s: list[float] = field(default_factory=list)
+    reused_tokens: int = 0
 
     @property
     def ttft_s(self) -> float | None:
@@ -108,7 +109,9 @@ class TextModel:
 
         ids = self.tokens_of(prompt, chat=chat)
         done = generate_with_text(self.engine, self.tokenizer, ids, settings, collect, stop)
-        return Answer("".join(pieces), done.tokens, done.prompt_tokens, done.finish_reason, done.token_times_s)
+        return Answer(
+            "".join(pieces), done.tokens, done.prompt_tokens, done.finish_reason, done.token_times_s, done.reused_tokens
+        )
 
     def close(self) -> None:
         self.engine.close()
@@ -133,6 +136,8 @@ def open_text_model(
 ) -> TextModel:
     """Open a checkpoint folder, an artifact or a hub id with its tokenizer.
 
+    What a prompt has in common with an earlier one is not computed again, unless `options.share_prefixes` is False.
+
     Raises:
         CheckpointError: no such model, or it has no tokenizer.
         UnknownNameError: no such runtime.
@@ -141,6 +146,9 @@ def open_text_model(
 
     loaded = model if isinstance(model, Model) else load_any(model)
     tokenizer, path = tokenizer_of(loaded)
+    options = options or EngineOptions()
+    if options.share_prefixes is None:
+        options = options.model_copy(update={"share_prefixes": True})
     return TextModel(open_engine(loaded, runtime=runtime, options=options), tokenizer, path)
 
 

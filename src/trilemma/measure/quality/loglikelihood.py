@@ -21,6 +21,7 @@ from trilemma.core.errors import InputError
 from trilemma.measure.quality.reference_store import require_finite
 from trilemma.measure.quality.token_scores import log_normalizer, token_nll
 from trilemma.model.tokenizer import Tokenizer
+from trilemma.runtime.batch import batch_engine
 from trilemma.runtime.engine import Engine
 from trilemma.runtime.native import SequenceBatch, Step
 
@@ -129,9 +130,9 @@ class LikelihoodEngine:
     def _after_beginning(self, inputs: Sequence[list[int]], shared: int) -> list[Float32]:
         """The logits of each input from the last token of their common beginning on."""
         room = self._open(max(len(ids) for ids in inputs))
-        trunk = room.create()
+        trunk, held = room.begin(inputs[0][:shared])  # of an earlier question: examples that stand before all of them
         try:
-            (last,) = room.forward([Step(trunk, inputs[0][:shared], "last")])
+            (last,) = room.forward([Step(trunk, inputs[0][held:shared], "last")])
             rows: list[Float32] = [last] * len(inputs)
             longer = [at for at, ids in enumerate(inputs) if len(ids) > shared]
             for start in range(0, len(longer), MOST_SEQUENCES):
@@ -152,7 +153,10 @@ class LikelihoodEngine:
         if self._room is None or longest > self._longest:
             self._room = None  # freed before the larger one is taken
             self._longest = min(self.engine.max_context, max(longest, 2 * self._longest, 64))
-            self._room = self.engine.open_sequences(MOST_SEQUENCES + 1, max_context=self._longest)  # type: ignore[attr-defined]
+            able = batch_engine(self.engine)
+            self._room = able.open_sequences(
+                MOST_SEQUENCES + 1, max_context=self._longest, share_prefixes=able.shares(True)
+            )
         return self._room
 
     def _likelihood(self, request: Request, logits: Float32) -> Likelihood:
