@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from trilemma.core.errors import InputError
+from trilemma.formats.artifact import load_any
 from trilemma.runtime.batch import generate_batch
 from trilemma.runtime.engine import EngineOptions, SamplingSettings
 from trilemma.runtime.memory_forecast import forecast_engine
@@ -197,6 +198,23 @@ def test_equal_pages_are_held_once_however_they_came(tiny_model, random_generato
     assert room.pages().held == 2 + 4
 
 
+def test_a_page_that_others_go_on_from_is_not_written_over(tiny_model, random_generator):
+    engine = open_tiny(tiny_model)
+    room = engine.open_sequences(2, share_prefixes=True)
+    first, last, other = (tokens_of(random_generator, PAGE) for _ in range(3))
+    before, _ = room.begin([*first, *last, 1])
+    room.forward([Step(before, [*first, *last, 1])])
+    room.release(before)
+    sequence, reused = room.begin([*first, 1])
+    assert reused == PAGE
+    room.truncate(sequence, 100)
+    changed = [*first[:100], *other[:28], *last]
+    found = room.forward([Step(sequence, changed[100:], "none"), Step(room.create(), [1])])[1]
+    np.testing.assert_array_equal(found, engine.logits([1]))
+    changed.append(2)
+    np.testing.assert_array_equal(room.forward([Step(sequence, [2])])[0], engine.logits(changed)[-1:])
+
+
 def test_memory_is_taken_from_the_prefix_unused_for_longest(tiny_model, random_generator):
     room = open_tiny(tiny_model).open_sequences(2, kv_positions=4 * PAGE, share_prefixes=True)
     first, second, third = (tokens_of(random_generator, 200) for _ in range(3))
@@ -289,6 +307,37 @@ def test_prompts_of_a_batch_that_begin_alike_are_computed_once(tiny_model, rando
     ] == [0] * 5
     alone = open_tiny(tiny_model, share_prefixes=False)
     assert [one.reused_tokens for one in generate_batch(alone, prompts, wanted)] == [0] * 5
+
+
+def test_drafts_of_several_sequences_are_verified_beside_a_prefill_and_plain_steps(hearth_path, random_generator):
+    """One call: k + 1 tokens of three sequences with all logits, a token of two more, a long prompt that begins."""
+    engine = NativeEngine(load_any(hearth_path), EngineOptions(threads=2))
+    room, apart = engine.open_sequences(6), engine.open_sequences(6)
+    lengths = [*random_generator.integers(1, 300, 5).tolist(), 0]
+    counts = [*random_generator.integers(2, 9, 3).tolist(), 1, 1, 170]
+    kinds = ["all", "all", "all", "last", "last", "last"]
+    steps = []
+    for length, count, kind in zip(lengths, counts, kinds, strict=True):
+        tokens = random_generator.integers(0, engine.config.vocab_size, length).tolist()
+        for place in (room, apart):
+            sequence = place.create()
+            if tokens:
+                place.forward([Step(sequence, tokens, "none")])
+        steps.append(Step(sequence, random_generator.integers(0, engine.config.vocab_size, count), kind))
+    order = random_generator.permutation(len(steps))
+    together = room.forward([steps[at] for at in order])
+    for found, at in zip(together, order, strict=True):
+        step = steps[at]
+        one_by_one = [apart.forward([Step(step.sequence, [token])])[0] for token in step.tokens]
+        wanted = np.concatenate(one_by_one) if step.logits == "all" else one_by_one[-1]
+        np.testing.assert_array_equal(found, wanted)
+    for step in steps[:3]:  # a draft that is refused, and another one
+        for place in (room, apart):
+            place.truncate(step.sequence, place.length(step.sequence) - len(step.tokens) + 1)
+    again = [Step(step.sequence, [5, 6], "all") for step in steps[:3]]
+    for found, step in zip(room.forward(again), again, strict=True):
+        np.testing.assert_array_equal(found, apart.forward([step])[0])
+    engine.close()
 
 
 def test_requests_one_after_another_share_their_beginning(tiny_model, random_generator):

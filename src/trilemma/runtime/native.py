@@ -117,8 +117,8 @@ class NativeEngine:
         """Room for `count` sequences of up to `max_context` tokens each, over the same weights.
 
         Args:
-            kv_positions: of all sequences together, rounded up to pages of 128; `max_context` of each by default. A step
-                that needs more is refused before anything is computed.
+            kv_positions: of all sequences together, rounded up to pages of 128; `max_context` of each by default. A
+                step that needs more is refused before anything is computed.
             share_prefixes: see EngineOptions, which this overrides.
 
         Raises:
