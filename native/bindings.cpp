@@ -17,7 +17,9 @@
 #endif
 
 #include "engine/dispatch.h"
+#include "engine/crc32.h"
 #include "engine/generate.h"
+#include "engine/loader.h"
 #include "engine/probe.h"
 
 namespace nb = nanobind;
@@ -44,6 +46,10 @@ Enum named(const std::string& value, const char* what, std::initializer_list<std
 Activation activation_of(const std::string& name) {
   return named<Activation>(name, "activation",
                            {{"f32", Activation::kF32}, {"bf16", Activation::kBf16}, {"int8-g32", Activation::kInt8}});
+}
+
+Dtype dtype_of(const std::string& name) {
+  return named<Dtype>(name, "dtype", {{"f32", kF32}, {"f16", kF16}, {"bf16", kBf16}});
 }
 
 template <class T>
@@ -285,9 +291,8 @@ void bind_model(nb::module_& m) {
           "add_plain",
           [](Model& self, const std::string& name, const std::string& dtype, int rows, int cols, const ByteArray& data,
              const std::string& activation) {
-            const auto type = named<Dtype>(dtype, "dtype", {{"f32", kF32}, {"f16", kF16}, {"bf16", kBf16}});
-            self.add_matrix(
-                name, Matrix::plain(self.arena(), name, type, rows, cols, bytes_of(data), activation_of(activation)));
+            self.add_matrix(name, Matrix::plain(self.arena(), name, dtype_of(dtype), rows, cols, bytes_of(data),
+                                                activation_of(activation)));
           },
           "name"_a, "dtype"_a, "rows"_a, "cols"_a, "data"_a, "activation"_a = "f32")
       .def(
@@ -313,6 +318,60 @@ void bind_model(nb::module_& m) {
           "name"_a, "values"_a)
       .def("finalize", &Model::finalize)
       .def_prop_ro("weights_bytes", &Model::weights_bytes);
+}
+
+Piece piece_of(const std::tuple<std::uint64_t, std::uint64_t, std::int64_t>& piece) {
+  return {std::get<0>(piece), std::get<1>(piece), std::get<2>(piece)};
+}
+
+void run_loader(Loader& loader, int threads) {
+  try {
+    const nb::gil_scoped_release unlocked;
+    loader.run(threads, signal_raised);
+  } catch (const Interrupted&) {
+    throw nb::python_error();
+  }
+}
+
+void bind_loader(nb::module_& m) {
+  using PieceTuple = std::tuple<std::uint64_t, std::uint64_t, std::int64_t>;
+  using Order = std::vector<std::int32_t>;
+  nb::class_<Loader>(m, "Loader", "Fills a model from files: tensors are announced, then read together.")
+      .def(
+          "__init__",
+          [](Loader* self, std::shared_ptr<Model> model, bool map, bool verify) {
+            new (self) Loader(std::move(model), {map, verify});
+          },
+          "model"_a, nb::kw_only(), "map"_a, "verify"_a)
+      .def("add_file", &Loader::add_file, "path"_a, "bytes"_a)
+      .def(
+          "add_panels",
+          [](Loader& self, const std::string& name, int bits, bool symmetric, int group, int sub_group, int rows,
+             int cols, const std::string& activation, int file, const std::vector<PieceTuple>& pieces) {
+            std::vector<Piece> found;
+            for (const auto& piece : pieces) found.push_back(piece_of(piece));
+            self.add_panels(name, {bits, symmetric, group, sub_group}, rows, cols, activation_of(activation), file,
+                            found);
+          },
+          "name"_a, "bits"_a, "symmetric"_a, "group"_a, "sub_group"_a, "rows"_a, "cols"_a, "activation"_a, "file"_a,
+          "pieces"_a)
+      .def(
+          "add_rows",
+          [](Loader& self, const std::string& name, const std::string& label, const std::string& dtype, int rows,
+             int cols, const std::string& activation, int file, const PieceTuple& piece, Order order) {
+            self.add_rows(name, label, dtype_of(dtype), rows, cols, activation_of(activation), file, piece_of(piece),
+                          std::move(order));
+          },
+          "name"_a, "label"_a, "dtype"_a, "rows"_a, "cols"_a, "activation"_a, "file"_a, "piece"_a, "order"_a)
+      .def(
+          "add_blocks",
+          [](Loader& self, const std::string& name, const std::string& label, const std::string& type, int rows,
+             int cols, const std::string& activation, int file, const PieceTuple& piece, Order order) {
+            self.add_blocks(name, label, type, rows, cols, activation_of(activation), file, piece_of(piece),
+                            std::move(order));
+          },
+          "name"_a, "label"_a, "type"_a, "rows"_a, "cols"_a, "activation"_a, "file"_a, "piece"_a, "order"_a)
+      .def("run", run_loader, "threads"_a);
 }
 
 void bind_context(nb::module_& m) {
@@ -351,6 +410,9 @@ NB_MODULE(_native, m) {
   m.def("release_free_memory", &trilemma::release_free_memory);
   m.def("plan_memory", &trilemma::plan, "config"_a, "products"_a, nb::kw_only(), "isa"_a, "kv_cache"_a, "max_context"_a,
         "max_sequences"_a = 1, "kv_positions"_a = 0);
+  m.def(
+      "crc32", [](const trilemma::ByteArray& data) { return trilemma::crc32(data.data(), data.size()); }, "data"_a);
   trilemma::bind_model(m);
+  trilemma::bind_loader(m);
   trilemma::bind_context(m);
 }

@@ -9,6 +9,8 @@
 namespace trilemma {
 namespace {
 
+constexpr const char* kPartNames[] = {"codes", "scales", "minima", "sub-scales", "sub-minima"};
+
 void check_size(const std::string& name, const char* part, Bytes from, std::size_t expected) {
   if (from.size != expected)
     throw EngineFault("Tensor '" + name + "': " + part + " hold " + std::to_string(from.size) + " bytes, expected " +
@@ -47,20 +49,6 @@ void read_plain(const PlainView& view, int row, float* out) {
   }
   const auto* bits = static_cast<const uint16_t*>(view.data) + at;
   for (size_t i = 0; i < n; ++i) out[i] = half(bits[i]);
-}
-
-// Rows of bf16 (at any address) as pairs16.v1; `to` holds whole panels of zeros. Columns go in steps whose lines stay in
-// L1 while 16 rows fill them.
-void pair_up(const std::byte* rows, const PairView& view, std::byte* to) {
-  constexpr size_t kStep = 128;
-  const size_t cols = size_t(view.cols), panel_bytes = size_t(view.blocks) * kBlock * kPanel * 2;
-  for (size_t first = 0; first < size_t(view.rows); first += kPanel, to += panel_bytes)
-    for (size_t begin = 0; begin < cols; begin += kStep)
-      for (size_t r = first; r < std::min(first + kPanel, size_t(view.rows)); ++r) {
-        const size_t end = std::min(begin + kStep, cols);
-        for (size_t k = begin; k < end; k += 2)
-          std::memcpy(to + k / 2 * 64 + (r - first) * 4, rows + (r * cols + k) * 2, k + 1 < end ? 4 : 2);
-      }
 }
 
 void read_pairs(const PairView& view, int row, float* out) {
@@ -119,8 +107,20 @@ void check_grid(const std::string& name, const Grid& grid) {
 
 }  // namespace
 
-Matrix Matrix::plain(Arena& arena, const std::string& name, Dtype dtype, int rows, int cols, Bytes data,
-                     Activation activation) {
+// Columns go in steps whose lines stay in L1 while 16 rows fill them.
+void pair_rows(const std::byte* rows, int count, int columns, std::byte* to) {
+  constexpr size_t kStep = 128;
+  const size_t cols = size_t(columns), panel_bytes = round_up(cols, kBlock) * kPanel * 2;
+  for (size_t first = 0; first < size_t(count); first += kPanel, to += panel_bytes)
+    for (size_t begin = 0; begin < cols; begin += kStep)
+      for (size_t r = first; r < std::min(first + kPanel, size_t(count)); ++r) {
+        const size_t end = std::min(begin + kStep, cols);
+        for (size_t k = begin; k < end; k += 2)
+          std::memcpy(to + k / 2 * 64 + (r - first) * 4, rows + (r * cols + k) * 2, k + 1 < end ? 4 : 2);
+      }
+}
+
+Matrix Matrix::unplaced(const std::string& name, Dtype dtype, int rows, int cols, Activation activation) {
   check_shape(name, rows, cols);
   if (activation == Activation::kInt8)
     throw EngineFault("Tensor '" + name +
@@ -130,18 +130,27 @@ Matrix Matrix::plain(Arena& arena, const std::string& name, Dtype dtype, int row
   m.rows_ = rows;
   m.cols_ = cols;
   m.activation_ = activation;
+  if (dtype == kBf16) {
+    m.layout_ = Layout::kPairs;
+    m.pair_view_ = {nullptr, rows, cols, (cols + kBlock - 1) / kBlock};
+  } else {
+    m.plain_view_ = {nullptr, dtype, rows, cols};
+  }
+  m.bytes_ = m.part_bytes()[0];
+  return m;
+}
+
+Matrix Matrix::plain(Arena& arena, const std::string& name, Dtype dtype, int rows, int cols, Bytes data,
+                     Activation activation) {
+  Matrix m = unplaced(name, dtype, rows, cols, activation);
   check_size(name, "values", data, size_t(rows) * size_t(cols) * (dtype == kF32 ? 4 : 2));
   if (dtype != kBf16) {
-    m.plain_view_ = {copy<std::byte>(arena, data), dtype, rows, cols};
-    m.bytes_ = data.size;
+    m.place({copy<std::byte>(arena, data)});
     return m;
   }
-  m.layout_ = Layout::kPairs;
-  m.pair_view_ = {nullptr, rows, cols, (cols + kBlock - 1) / kBlock};
-  m.bytes_ = size_t(m.panels()) * size_t(m.pair_view_.blocks) * kBlock * kPanel * 2;
   std::byte* to = arena.take(m.bytes_);
-  pair_up(static_cast<const std::byte*>(data.data), m.pair_view_, to);
-  m.pair_view_.pairs = reinterpret_cast<const uint16_t*>(to);
+  pair_rows(static_cast<const std::byte*>(data.data), rows, cols, to);
+  m.place({to});
   return m;
 }
 
@@ -159,8 +168,7 @@ unsigned Grid::starts() const {
   }
 }
 
-Matrix Matrix::packed(Arena& arena, const std::string& name, const Grid& grid, int rows, int cols,
-                      Activation activation, const PackedParts& parts) {
+Matrix Matrix::unplaced(const std::string& name, const Grid& grid, int rows, int cols, Activation activation) {
   check_shape(name, rows, cols);
   check_grid(name, grid);
   Matrix m;
@@ -177,21 +185,62 @@ Matrix Matrix::packed(Arena& arena, const std::string& name, const Grid& grid, i
   v.group_blocks = grid.group ? grid.group / kBlock : v.blocks;
   v.groups = (v.blocks + v.group_blocks - 1) / v.group_blocks;
   v.sub_group = grid.sub_group;
-  const size_t panels = size_t(m.panels());
-  const size_t group_bytes = panels * size_t(v.groups) * kPanel * 2;
-  const size_t sub_bytes = grid.sub_group ? panels * size_t(v.blocks * (kBlock / grid.sub_group)) * kPanel : 0;
-  check_size(name, "codes", parts.codes, panels * size_t(v.blocks) * size_t(kBlock * kPanel * grid.bits / 8));
-  check_size(name, "scales", parts.scales, group_bytes);
-  check_size(name, "minima", parts.minima, grid.symmetric ? 0 : group_bytes);
-  check_size(name, "sub-scales", parts.sub_scales, sub_bytes);
-  check_size(name, "sub-minima", parts.sub_minima, grid.symmetric ? 0 : sub_bytes);
-  v.codes = copy<uint8_t>(arena, parts.codes);
-  v.scales = copy<uint16_t>(arena, parts.scales);
-  v.minima = copy<uint16_t>(arena, parts.minima);
-  v.sub_scales = copy<int8_t>(arena, parts.sub_scales);
-  v.sub_minima = copy<int8_t>(arena, parts.sub_minima);
-  for (const Bytes& part : {parts.codes, parts.scales, parts.minima, parts.sub_scales, parts.sub_minima})
-    m.bytes_ += part.size;
+  for (const size_t part : m.part_bytes()) m.bytes_ += part;
+  return m;
+}
+
+PartBytes Matrix::part_bytes() const {
+  const size_t held = size_t(panels()), line = size_t(kBlock) * kPanel;
+  switch (layout_) {
+    case Layout::kRows:
+      return {size_t(rows_) * size_t(cols_) * (plain_view_.dtype == kF32 ? 4 : 2)};
+    case Layout::kPairs:
+      return {held * size_t(pair_view_.blocks) * line * 2};
+    case Layout::kPanels:
+      break;
+  }
+  const PackedView& v = packed_view_;
+  const size_t scales = held * size_t(v.groups) * kPanel * 2, none = 0;
+  const size_t factors = v.sub_group ? held * size_t(v.blocks * (kBlock / v.sub_group)) * kPanel : 0;
+  return {held * size_t(v.blocks) * line * size_t(grid_.bits) / 8, scales, grid_.symmetric ? none : scales, factors,
+          grid_.symmetric ? none : factors};
+}
+
+std::array<Bytes, kMatrixParts> Matrix::parts() const {
+  const PartBytes sizes = part_bytes();
+  const PackedView& v = packed_view_;
+  switch (layout_) {
+    case Layout::kRows:
+      return {Bytes{plain_view_.data, sizes[0]}};
+    case Layout::kPairs:
+      return {Bytes{pair_view_.pairs, sizes[0]}};
+    case Layout::kPanels:
+      break;
+  }
+  return {Bytes{v.codes, sizes[0]}, Bytes{v.scales, sizes[1]}, Bytes{v.minima, sizes[2]}, Bytes{v.sub_scales, sizes[3]},
+          Bytes{v.sub_minima, sizes[4]}};
+}
+
+void Matrix::place(const PartPlaces& parts) {
+  plain_view_.data = parts[0];
+  pair_view_.pairs = reinterpret_cast<const uint16_t*>(parts[0]);
+  PackedView& v = packed_view_;
+  v.codes = reinterpret_cast<const uint8_t*>(parts[0]);
+  v.scales = reinterpret_cast<const uint16_t*>(parts[1]);
+  v.minima = reinterpret_cast<const uint16_t*>(parts[2]);
+  v.sub_scales = reinterpret_cast<const int8_t*>(parts[3]);
+  v.sub_minima = reinterpret_cast<const int8_t*>(parts[4]);
+}
+
+Matrix Matrix::packed(Arena& arena, const std::string& name, const Grid& grid, int rows, int cols,
+                      Activation activation, const PackedParts& parts) {
+  Matrix m = unplaced(name, grid, rows, cols, activation);
+  const Bytes given[] = {parts.codes, parts.scales, parts.minima, parts.sub_scales, parts.sub_minima};
+  const PartBytes expected = m.part_bytes();
+  for (size_t i = 0; i < kMatrixParts; ++i) check_size(name, kPartNames[i], given[i], expected[i]);
+  PartPlaces places{};
+  for (size_t i = 0; i < kMatrixParts; ++i) places[i] = copy<std::byte>(arena, given[i]);
+  m.place(places);
   return m;
 }
 

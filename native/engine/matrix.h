@@ -17,6 +17,7 @@
 //           the f16 of the group hold for 32 columns (4 and 5 bits, with minima) or 16 (6 bits, symmetric).
 #pragma once
 
+#include <array>
 #include <string>
 #include <variant>
 
@@ -50,6 +51,11 @@ struct PackedParts {
   Bytes codes, scales, minima{}, sub_scales{}, sub_minima{};
 };
 
+// The buffers of a matrix in one order: those of PackedParts, or of a plain matrix its values alone.
+constexpr int kMatrixParts = 5;
+using PartBytes = std::array<std::size_t, kMatrixParts>;
+using PartPlaces = std::array<const std::byte*, kMatrixParts>;
+
 class Matrix {
  public:
   Matrix() = default;
@@ -61,6 +67,17 @@ class Matrix {
                       Activation activation);
   static Matrix packed(Arena& arena, const std::string& name, const Grid& grid, int rows, int cols,
                        Activation activation, const PackedParts& parts);
+
+  // Shape and layout without buffers, which must be placed before anything else is asked of the matrix; throws
+  // EngineFault for what can not be held.
+  static Matrix unplaced(const std::string& name, Dtype dtype, int rows, int cols, Activation activation);
+  static Matrix unplaced(const std::string& name, const Grid& grid, int rows, int cols, Activation activation);
+  // Sizes of the buffers, 0 for those that there are not.
+  PartBytes part_bytes() const;
+  // The buffers themselves, in the same order.
+  std::array<Bytes, kMatrixParts> parts() const;
+  // Buffers of these sizes, which the caller keeps alive and fills.
+  void place(const PartPlaces& parts);
 
   int rows() const { return rows_; }
   int cols() const { return cols_; }
@@ -86,5 +103,8 @@ class Matrix {
   PackedView packed_view_{};
   Grid grid_{8, true, 0};
 };
+
+// `count` rows of bf16 (at any address) as pairs16.v1, into whole panels of zeros.
+void pair_rows(const std::byte* rows, int count, int cols, std::byte* to);
 
 }  // namespace trilemma

@@ -184,9 +184,9 @@ std::uint64_t Model::fingerprint() const {
   for (const auto& [name, matrix] : matrices_) {
     all.number(int(matrix.layout()) * 256 + matrix.grid().bits);
     all.number(int(matrix.activation()));
+    for (const Bytes& part : matrix.parts()) all.add(part.data, part.size);
   }
   for (const auto& [name, values] : vectors_) all.add(values.data(), values.bytes());
-  arena_.each([&](const std::byte* data, std::size_t bytes) { all.add(data, bytes); });
   return all.value();
 }
 

@@ -12,6 +12,7 @@ def supported_isas() -> list[str]: ...
 def time_products(
     model: Model, jobs: Sequence[Sequence[str]], *, tokens: int, threads: int, isa: str = "", passes: int = 1
 ) -> list[float]: ...
+def crc32(data: NDArray[np.uint8]) -> int: ...
 def release_free_memory() -> None: ...
 def plan_memory(
     config: Mapping[str, Any],
@@ -49,6 +50,48 @@ class Model:
     def finalize(self) -> None: ...
     @property
     def weights_bytes(self) -> int: ...
+
+class Loader:
+    def __init__(self, model: Model, *, map: bool, verify: bool) -> None: ...
+    def add_file(self, path: str, bytes: int) -> int: ...
+    def add_panels(
+        self,
+        name: str,
+        bits: int,
+        symmetric: bool,
+        group: int,
+        sub_group: int,
+        rows: int,
+        cols: int,
+        activation: str,
+        file: int,
+        pieces: Sequence[tuple[int, int, int]],
+    ) -> None: ...
+    def add_rows(
+        self,
+        name: str,
+        label: str,
+        dtype: str,
+        rows: int,
+        cols: int,
+        activation: str,
+        file: int,
+        piece: tuple[int, int, int],
+        order: Sequence[int],
+    ) -> None: ...
+    def add_blocks(
+        self,
+        name: str,
+        label: str,
+        type: str,
+        rows: int,
+        cols: int,
+        activation: str,
+        file: int,
+        piece: tuple[int, int, int],
+        order: Sequence[int],
+    ) -> None: ...
+    def run(self, threads: int) -> None: ...
 
 class Context:
     def __init__(

@@ -26,6 +26,7 @@ from trilemma.core.recipe import Recipe, explain
 from trilemma.formats import FORMATS
 from trilemma.formats.artifact_record import (
     RECIPE_FILE,
+    READABLE_VERSIONS,
     RECORD_FILE,
     SCHEMA_VERSION,
     WEIGHTS_FILE,
@@ -39,6 +40,7 @@ from trilemma.formats.artifact_write import check_output, replace_folder, write_
 from trilemma.formats.blobs import BlobReader
 from trilemma.formats.pack import PackedMatrix, check_layout
 from trilemma.model.gguf import find_gguf
+from trilemma.model.located import Located
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.model.plain import PlainMatrix
 
@@ -90,6 +92,20 @@ class ArtifactSource:
             for part in (part_of(name, blob.name),)
         }
         return _assemble(tensor, arrays)
+
+    def locate(self, name: str) -> Located | None:
+        """Where a matrix lies; None where the artifact has no CRC-32 of it, so that SHA-256 is what can be checked."""
+        tensor = self._tensor(name)
+        if len(tensor.shape) != 2 or not tensor.crc32:
+            return None
+        pieces = {
+            part: self._blobs.locate(blob, tensor.crc32.get(part))
+            for blob in blob_specs(name, tensor.format, tensor.shape)
+            for part in (part_of(name, blob.name),)
+        }
+        encoding = "rows" if FORMATS.get(tensor.format).floating else "panels"
+        shape = (tensor.shape[0], tensor.shape[1])
+        return Located(encoding, tensor.format, shape, name, self.files[1], self._blobs.nbytes, pieces)
 
     def _tensor(self, name: str) -> TensorRecord:
         if name not in self._record.tensors:
@@ -167,9 +183,10 @@ def _read_record(path: Path) -> ArtifactRecord:
         version = raw.get("schema_version") if isinstance(raw, dict) else None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"Can not read '{file}': {error}. Copy or make the artifact again.") from None
-    if version != SCHEMA_VERSION:
+    if version not in READABLE_VERSIONS:
         raise CheckpointError(
-            f"'{file}' has schema version {version!r}; this release reads version {SCHEMA_VERSION}. "
+            f"'{file}' has schema version {version!r}; this release reads "
+            f"{' and '.join(map(str, READABLE_VERSIONS))}. "
             "Update Trilemma, or make the artifact again."
         )
     try:

@@ -10,7 +10,8 @@ from trilemma.formats.pack import blob_bytes
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import LinearRun, Model, RunSettings
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+READABLE_VERSIONS = (1, 2)  # 1 has no CRC-32 of blobs
 RECORD_FILE = "trilemma.json"
 WEIGHTS_FILE = "model.safetensors"
 RECIPE_FILE = "recipe.yaml"
@@ -23,13 +24,14 @@ _DTYPE = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 
 
 class TensorRecord(Record):
-    """How one tensor lies in the weights file; `blobs` maps a part to its SHA-256."""
+    """How one tensor lies in the weights file; `blobs` maps a part to its SHA-256, `crc32` to zlib's CRC-32."""
 
     format: str
     layout: str
     shape: tuple[int, ...]
     run: LinearRun | None = None
     blobs: dict[str, str]
+    crc32: dict[str, int] = {}
 
 
 class ArtifactRecord(Record):

@@ -110,6 +110,7 @@ def _write_weights(model: Model, path: Path) -> tuple[dict[str, TensorRecord], s
             records[name] = TensorRecord(
                 format=formats[name], layout=FORMATS.get(formats[name]).layout, shape=shapes[name],
                 run=model.linears.get(name), blobs=digests,
+                crc32={part_of(name, blob.name): writer.crcs[blob.name] for blob in blobs},
             )  # fmt: skip
         return records, writer.close()
     except BaseException:

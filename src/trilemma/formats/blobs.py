@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from trilemma.core.errors import CheckpointError
 from trilemma.core.record import Record
+from trilemma.model.located import Piece
 from trilemma.model.safetensors import SafetensorsFile
 
 HEADER_STEP = 4096
@@ -40,13 +42,14 @@ class BlobSpec(Record):
 
 
 class BlobWriter:
-    """Writes the announced blobs in order; `digests` then holds SHA-256 of each, `digest` of the file."""
+    """Writes the announced blobs in order; `digests` and `crcs` then hold SHA-256 and CRC-32 of each."""
 
     def __init__(self, path: Path, blobs: Sequence[BlobSpec]) -> None:
         self._pending = list(blobs)
         self._file = path.open("wb")
         self._whole = hashlib.sha256()
         self.digests: dict[str, str] = {}
+        self.crcs: dict[str, int] = {}
         self._put(_header(blobs))
 
     def write(self, name: str, values: NDArray[Any]) -> None:
@@ -55,6 +58,7 @@ class BlobWriter:
         raw = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
         assert (spec.name, spec.nbytes) == (name, raw.nbytes), f"{name}: {raw.nbytes} bytes, announced {spec}"
         self.digests[name] = hashlib.sha256(raw).hexdigest()
+        self.crcs[name] = zlib.crc32(raw)
         self._put(raw)
         self._put(bytes(-spec.nbytes % BLOB_STEP))
 
@@ -85,12 +89,32 @@ class BlobReader:
     def names(self) -> list[str]:
         return list(self._file.entries)
 
+    @property
+    def nbytes(self) -> int:
+        """Size of the file when it was opened."""
+        return self._file.nbytes
+
+    def locate(self, spec: BlobSpec, crc32: int | None = None) -> Piece:
+        """Where one blob lies. Raises CheckpointError: absent, or of another dtype or shape than `spec`."""
+        self._check(spec)
+        return self._file.piece(spec.name, crc32)
+
     def read(self, spec: BlobSpec, sha256: str | None = None) -> NDArray[Any]:
         """One blob as an array of its shape (bf16 as uint16 bits).
 
         Raises:
             CheckpointError: absent, of another dtype or shape than `spec`, or its checksum differs.
         """
+        self._check(spec)
+        raw = self._file.read_bytes(spec.name)
+        if sha256 is not None and hashlib.sha256(raw.data).hexdigest() != sha256:
+            raise CheckpointError(
+                f"Blob '{spec.name}' of '{self.path}' does not match its checksum: the file was changed or damaged. "
+                "Copy or make the artifact again."
+            )
+        return raw.view(_NUMPY[spec.dtype]).reshape(spec.shape)
+
+    def _check(self, spec: BlobSpec) -> None:
         entry = self._file.entries.get(spec.name)
         if entry is None:
             raise CheckpointError(f"'{self.path}' has no blob '{spec.name}'. The artifact is damaged: make it again.")
@@ -99,13 +123,6 @@ class BlobReader:
                 f"Blob '{spec.name}' of '{self.path}' is {entry.dtype} {entry.shape}; "
                 f"the artifact's record says {spec.dtype} {spec.shape}. Make the artifact again."
             )
-        raw = self._file.read_bytes(spec.name)
-        if sha256 is not None and hashlib.sha256(raw.data).hexdigest() != sha256:
-            raise CheckpointError(
-                f"Blob '{spec.name}' of '{self.path}' does not match its checksum: the file was changed or damaged. "
-                "Copy or make the artifact again."
-            )
-        return raw.view(_NUMPY[spec.dtype]).reshape(spec.shape)
 
 
 def _header(blobs: Sequence[BlobSpec]) -> bytes:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from trilemma.core.errors import CheckpointError
 from trilemma.core.record import Record
 from trilemma.model.config import DecoderConfig
+from trilemma.model.located import Located
 
 Float32 = NDArray[np.float32]
 Activation = Literal["f32", "bf16", "int8-g32"]
@@ -46,6 +47,15 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> Float32 | StoredMatrix:
         """One tensor by canonical name: f32 values, or a packed matrix as stored."""
+        ...
+
+
+@runtime_checkable
+class FileSource(Protocol):
+    """A source whose matrices lie in files."""
+
+    def locate(self, name: str) -> Located | None:
+        """Where a matrix lies, or None for one that `read` has to make (parts of others, turned or shifted ones)."""
         ...
 
 
@@ -95,6 +105,12 @@ class Model:
         if name in self.replaced:
             return self.replaced[name]
         return self.source.read(name)
+
+    def locate(self, name: str) -> Located | None:
+        """Where a matrix lies in a file, for who reads it from there; None where `stored` is the only way."""
+        if name in self.replaced or not isinstance(self.source, FileSource):
+            return None
+        return self.source.locate(name)
 
     def tensor(self, name: str) -> Float32:
         """The tensor's values in f32, whatever it is stored in.
@@ -170,3 +186,6 @@ class _Renamed:
 
     def read(self, name: str) -> Float32 | StoredMatrix:
         return self._source.read(self._rename(name))
+
+    def locate(self, name: str) -> Located | None:
+        return self._source.locate(self._rename(name)) if isinstance(self._source, FileSource) else None

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.core.errors import CheckpointError
+from trilemma.model.located import Piece
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64,
@@ -55,9 +56,15 @@ class SafetensorsFile:
         self.path = path
         try:
             with path.open("rb") as file:
-                self.entries, self.metadata = _read_header(path, file.read, os.fstat(file.fileno()).st_size)
+                self.nbytes = os.fstat(file.fileno()).st_size
+                self.entries, self.metadata = _read_header(path, file.read, self.nbytes)
         except OSError as error:
             raise CheckpointError(f"Can not read {path}: {error.strerror or error}.") from None
+
+    def piece(self, name: str, crc32: int | None = None) -> Piece:
+        """Where one tensor's bytes lie."""
+        entry = self.entries[name]
+        return Piece(entry.start, entry.nbytes, crc32)
 
     def read(self, name: str) -> NDArray[Any]:
         """The stored values of one tensor: f32, f16, f64, or uint16 bits of bf16.

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from trilemma.core.errors import CheckpointError
 from trilemma.model.config import DecoderConfig
 from trilemma.model.families.place import Place
+from trilemma.model.located import Located
 from trilemma.model.model import Float32, StoredMatrix
 from trilemma.model.plain import PlainDtype, PlainMatrix, bf16_to_f32, f32_to_bf16
 from trilemma.model.safetensors import SafetensorsFile
@@ -63,6 +64,16 @@ class CheckpointSource:
             return PlainMatrix(dtype, raw)
         values = bf16_to_f32(raw) if dtype == "bf16" else raw.astype(np.float32, copy=False)
         return values + np.float32(place.add) if place.add else values
+
+    def locate(self, name: str) -> Located | None:
+        """Whole matrices of f32, f16 and bf16 lie in the file as they are."""
+        file, place = self._place(name)
+        entry = file.entries[place.name]
+        if place.rows is not None or place.transposed or place.add or len(entry.shape) != 2 or entry.dtype == "F64":
+            return None
+        shape = (entry.shape[0], entry.shape[1])
+        dtype, pieces = self.stored_dtype(name), {"values": file.piece(place.name)}
+        return Located("rows", dtype, shape, place.name, file.path, file.nbytes, pieces)
 
     def reading_bytes(self, name: str) -> int:
         """Most bytes held while one tensor is read: the stored one, and its copy where it is a part or turned."""

@@ -16,6 +16,7 @@ from trilemma.core.record import Record
 from trilemma.model.config import DecoderConfig
 
 KvCache = Literal["none", "f32", "bf16", "int8"]
+LoadMode = Literal["map", "copy"]
 FinishReason = Literal["length", "stop", "context", "interrupted"]
 
 
@@ -26,11 +27,16 @@ class EngineOptions(Record):
         computed again; the output is the same, bit for bit. By default on where text is answered (`trilemma.open`),
         within a batch and in scoring tasks, and off in an engine opened by itself, whose requests may be timed.
         Engines other than the native one ignore it.
+    load: 'copy' reads the weights into memory of the engine's own, 'map' uses an artifact's pages where they lie in
+        the file, shared with other processes and given back under pressure; 'copy' by default.
+    verify: compare an artifact's weights with their checksums; by default what is copied is, what is mapped is not.
     """
 
     threads: int | None = None
     kv_cache: KvCache | None = None
     max_context: int | None = None
+    load: LoadMode | None = None
+    verify: bool | None = None
     isa: Literal["scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "neon"] | None = None
     share_prefixes: bool | None = None
 

@@ -57,7 +57,9 @@ class NativeEngine:
         self.max_context = context_of(model, options.max_context)
         self.kv_cache: str = options.kv_cache or model.run.kv_cache
         self._options = options
-        self._weights: _native.Model | None = load_weights(model)
+        self._weights: _native.Model | None = load_weights(
+            model, threads=options.threads or usable_cores(), load=options.load or "copy", verify=options.verify
+        )
         self._context: _native.Context | None = self._open(self.max_context, 1, self.shares(False))
         self.isa: str = self._context.isa
         self.threads: int = self._context.threads

@@ -18,6 +18,7 @@ from trilemma.model.config import DecoderConfig
 from trilemma.model.gguf import GgufHeader, GgufTensor, gguf_config, gguf_name, gguf_types, read_gguf_header
 from trilemma.model.gguf.names import rope_rows_needed
 from trilemma.model.gguf.structure import ROPE_FACTORS, refuse_to_run, with_rope_factors
+from trilemma.model.located import Located, Piece
 from trilemma.model.model import Float32, LinearRun, Model, StoredMatrix
 
 _FLOATING = ("F32", "F16", "BF16")
@@ -32,6 +33,7 @@ class GgufSource:
         self.path, self._header, self._config = path, header, config
         self._shapes = config.tensor_shapes()
         self.files = sorted({Path(tensor.file) for tensor in header.tensors.values()})
+        self._sizes = {str(file): file_size(file) for file in self.files}
 
     def stored_dtype(self, name: str) -> str:
         return format_of(self._tensor(name).type, gguf_name(name))
@@ -51,6 +53,17 @@ class GgufSource:
             return values if rows is None else values[rows]
         found = decode_matrix(raw, tensor.type, (shape[0], shape[1]), stored_name)
         return found if rows is None else take_rows(found, rows)
+
+    def locate(self, name: str) -> Located | None:
+        """Where a matrix lies, with the order of its rows that rotate-half wants."""
+        tensor, shape, label = self._tensor(name), self._shapes[name], gguf_name(name)
+        if len(shape) != 2:
+            return None
+        known, size = (shape[0], shape[1]), self._sizes[tensor.file]
+        encoding = "rows" if tensor.type in _FLOATING else tensor.type
+        pieces = {"values": Piece(tensor.offset, tensor.nbytes)}
+        storage = format_of(tensor.type, label)
+        return Located(encoding, storage, known, label, Path(tensor.file), size, pieces, self._rows(name))
 
     def _rows(self, name: str) -> NDArray[np.intp] | None:
         if not rope_rows_needed(self._header.architecture, name):
@@ -76,8 +89,9 @@ def read_gguf(path: str | Path) -> Model:
     header = read_gguf_header(place)
     config = gguf_config(header)
     refuse_to_run(header, config)
+    sizes = {file: file_size(Path(file)) for file in {tensor.file for tensor in header.tensors.values()}}
     for name, tensor in header.tensors.items():
-        _check_place(tensor, name)
+        _check_place(tensor, name, sizes[tensor.file])
     if ROPE_FACTORS in header.tensors:
         factors = header.tensors[ROPE_FACTORS]
         config = with_rope_factors(config, decode_vector(read_bytes(factors, ROPE_FACTORS), factors.type, ROPE_FACTORS))
@@ -101,11 +115,14 @@ def read_bytes(tensor: GgufTensor, name: str) -> NDArray[np.uint8]:
     return raw
 
 
-def _check_place(tensor: GgufTensor, name: str) -> None:
+def file_size(path: Path) -> int:
     try:
-        size = Path(tensor.file).stat().st_size
+        return path.stat().st_size
     except OSError as error:
-        raise CheckpointError(f"Can not read '{tensor.file}': {error.strerror or error}.") from None
+        raise CheckpointError(f"Can not read '{path}': {error.strerror or error}.") from None
+
+
+def _check_place(tensor: GgufTensor, name: str, size: int) -> None:
     if tensor.offset + tensor.nbytes > size:
         raise CheckpointError(
             f"'{tensor.file}' has {size} bytes, and tensor '{name}' would end at {tensor.offset + tensor.nbytes}: "
