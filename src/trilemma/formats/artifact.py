@@ -181,7 +181,7 @@ def _read_record(path: Path) -> ArtifactRecord:
     try:
         raw = json.loads(file.read_text(encoding="utf-8"))
         version = raw.get("schema_version") if isinstance(raw, dict) else None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"Can not read '{file}': {error}. Copy or make the artifact again.") from None
     if version not in READABLE_VERSIONS:
         raise CheckpointError(

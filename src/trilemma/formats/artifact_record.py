@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import Field
+
 from trilemma.core.record import Record
 from trilemma.formats import FORMATS, panel16
 from trilemma.formats.blobs import BlobSpec
@@ -31,7 +35,7 @@ class TensorRecord(Record):
     shape: tuple[int, ...]
     run: LinearRun | None = None
     blobs: dict[str, str]
-    crc32: dict[str, int] = {}
+    crc32: dict[str, Annotated[int, Field(ge=0, lt=1 << 32)]] = {}
 
 
 class ArtifactRecord(Record):

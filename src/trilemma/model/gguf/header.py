@@ -22,6 +22,7 @@ Value = int | float | bool | str | tuple[int | float | bool, ...]
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
 _MOST_ENTRIES = 1 << 20  # of metadata or tensors: more is damage, not a model
+_LONGEST_NAME = 1024  # bytes; GGML itself keeps 64 of a tensor's
 _KEPT_ARRAY = 4096  # numbers a layer are kept; scores of a vocabulary are not
 _ALIGNMENT = 32
 _SHARD = re.compile(r"(.+)-00001-of-(\d{5})\.gguf")
@@ -137,7 +138,7 @@ class _Reader:
         metadata: dict[str, Value] = {}
         lengths: dict[str, int] = {}
         for _ in range(entries):
-            key = self._string()
+            key = self._string(_LONGEST_NAME)
             value = self._value(int(self._scalar("<I")), key, lengths)
             if value is not None:
                 metadata[key] = value
@@ -178,8 +179,11 @@ class _Reader:
             raise CheckpointError(f"'{self._path}' claims {count} {what}: it is damaged. Fetch it again.")
         return count
 
-    def _string(self) -> str:
-        return self._take(int(self._scalar("<Q"))).decode("utf-8", errors="replace")
+    def _string(self, most: int = 1 << 63) -> str:
+        size = int(self._scalar("<Q"))
+        if size > most:
+            raise CheckpointError(f"'{self._path}' has a name of {size} bytes: it is damaged. Fetch it again.")
+        return self._take(size).decode("utf-8", errors="replace")
 
     def _value(self, kind: int, key: str, lengths: dict[str, int]) -> Value | None:
         if kind == _STRING:
@@ -214,7 +218,7 @@ class _Reader:
             self._skip(int(self._scalar("<Q")))
 
     def _tensor_info(self) -> tuple[str, GgufTensor]:
-        name, dimensions = self._string(), int(self._scalar("<I"))
+        name, dimensions = self._string(_LONGEST_NAME), int(self._scalar("<I"))
         if not 1 <= dimensions <= 4:
             raise CheckpointError(f"'{self._path}': tensor '{name}' has {dimensions} dimensions; 1 to 4 are possible.")
         sizes = [int(self._scalar("<Q")) for _ in range(dimensions)]
