@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.native-built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-qemu lint format bench native install docs clean
+.PHONY: help demo test test-full test-qemu fuzz sanitize lint format bench native install docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +68,17 @@ lint: install  ## style, types and the direction of imports
 format: install  ## format the code
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+fuzz: install  ## damaged model files through the loader, 1,000 of each kind
+	$(BIN)/python tests/mutations/fuzz.py
+
+# Kernels take minutes to compile with a sanitizer. The thread sanitizer is a build of its own.
+sanitize: install  ## the C++ tests under the sanitizers: address, undefined, thread
+	for kind in address,undefined thread; do \
+	  folder=build/sanitize-$${kind%%,*}; \
+	  $(BIN)/cmake -S native -B $$folder $(NATIVE_TESTS) -DTRILEMMA_SANITIZE=$$kind && \
+	  $(BIN)/cmake --build $$folder -j $(JOBS) && $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
+	done
 
 bench: install  ## what the shipped shapes cost on this machine
 	$(BIN)/trilemma bench examples/shapes/SmolLM2-135M examples/shapes/SmolLM2-360M --scheme bf16,W8A8,W4A8-g32

@@ -44,7 +44,8 @@ def ours(task: dict[str, Any]) -> None:
     opened = time.perf_counter()
     engine.generate(task["prompt"], SamplingSettings(max_tokens=1, ignore_eos=True))
     first = time.perf_counter()
-    times = engine.generate(task["prompt"], SamplingSettings(max_tokens=task["decode"] + 1, ignore_eos=True)).token_times_s
+    going_on = SamplingSettings(max_tokens=task["decode"] + 1, ignore_eos=True)
+    times = engine.generate(task["prompt"], going_on).token_times_s
     memory = engine.memory()
     _tell(ready, first, task["decode"] / (times[-1] - times[0]), peak_resident_bytes(),
           headers_s=loaded - ready, weights_s=opened - loaded, engine_bytes=memory.total_bytes,
@@ -61,7 +62,9 @@ def llama_cpp(task: dict[str, Any]) -> None:
     library = worker.load_library()
     worker.load_library = lambda: library
     ready = time.perf_counter()
-    engine = worker.LlamaCpp({"path": task["path"], "context": 640, "threads": task["threads"], "kv_type": 30, "flash": True})
+    engine = worker.LlamaCpp(
+        {"path": task["path"], "context": 640, "threads": task["threads"], "kv_type": 30, "flash": True}
+    )
     prompt = np.array(task["prompt"], np.int32)
     token = engine.next_token(prompt)
     first = time.perf_counter()
@@ -116,6 +119,7 @@ def ways(options: argparse.Namespace, artifact: Path, gguf: Path) -> Iterator[di
 def build(source: Path, storage: str, folder: Path) -> tuple[Path, Path]:
     """The artifact and the GGUF file of it; what is there already is kept."""
     from peers.build import write_model
+
     from trilemma.export.gguf import export_gguf
     from trilemma.formats.artifact import load_any
 
@@ -146,7 +150,8 @@ def run(options: argparse.Namespace, folder: Path) -> None:
         for cold in states:
             runs = found[way["name"], cold]
             middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            print(f"| {way['name']} | {'cold' if cold else 'warm'} | {middle['open_s']:.3f} | {middle['process_s']:.3f} | "
+            state = "cold" if cold else "warm"
+            print(f"| {way['name']} | {state} | {middle['open_s']:.3f} | {middle['process_s']:.3f} | "
                   f"{middle['peak_bytes'] / 1e6:.0f} | {middle['decode']:.1f} |")  # fmt: skip
 
 

@@ -124,7 +124,9 @@ def work(task: dict[str, object]) -> None:
         print(json.dumps({"end": number, "outcome": outcome, "fault": fault, "s": seconds}), flush=True)
 
 
-def run(kind: str, count: int, seed: int, folder: Path, keep: Path | None = None) -> tuple[collections.Counter[str], list[str]]:
+def run(
+    kind: str, count: int, seed: int, folder: Path, keep: Path | None = None
+) -> tuple[collections.Counter[str], list[str]]:
     """Outcomes with how often they came, and what was wrong."""
     import samples
 
@@ -156,9 +158,10 @@ def _watch(task: dict[str, object]) -> Iterator[tuple[int, str, str]]:
     if os.environ.get("TRILEMMA_FUZZ_PRELOAD"):
         environment |= {"LD_PRELOAD": os.environ["TRILEMMA_FUZZ_PRELOAD"], "PYTHONMALLOC": "malloc"}
     command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(task)]
-    with tempfile.TemporaryFile() as errors, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=errors, env=environment
-    ) as worker:
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment) as worker,
+    ):
         assert worker.stdout is not None
         current, pending = int(str(task["first"])), b""
         while True:

@@ -78,7 +78,9 @@ def write_blocks(path: Path, config, kind: str, rng: np.random.Generator) -> Pat
 
 @pytest.mark.parametrize("kind", sorted(TYPES))
 @pytest.mark.parametrize("threads", [1, 2])
-def test_blocks_of_a_gguf_file_become_the_same_panels_as_in_numpy(tiny_model, tmp_path, kind, threads, random_generator):
+def test_blocks_of_a_gguf_file_become_the_same_panels_as_in_numpy(
+    tiny_model, tmp_path, kind, threads, random_generator
+):
     # 97 rows of the embedding and 3 heads of 8 leave panels that are not full; rows of q and k change their order.
     sizes = {"dim": 96, "ffn": 160, "heads": 12, "kv_heads": 3, "head_dim": 8}
     if kind.endswith("_K"):

@@ -25,8 +25,8 @@ from trilemma.core.errors import CheckpointError
 from trilemma.core.recipe import Recipe, explain
 from trilemma.formats import FORMATS
 from trilemma.formats.artifact_record import (
-    RECIPE_FILE,
     READABLE_VERSIONS,
+    RECIPE_FILE,
     RECORD_FILE,
     SCHEMA_VERSION,
     WEIGHTS_FILE,

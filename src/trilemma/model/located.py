@@ -23,7 +23,7 @@ class Piece:
 class Located:
     """One matrix (out, in) as it lies in a file.
 
-    encoding: 'panels' (as the engine holds it), 'rows' (values one after another), or the name of GGUF's type of blocks.
+    encoding: 'panels' (as the engine holds it), 'rows' (values one after another), or GGUF's name of a type of blocks.
     format: the storage format that it has once it is read.
     label: its name in the file. file_bytes: the size of the file when its header was checked.
     order: row i of the matrix is row order[i] of the file; None where they are the same.

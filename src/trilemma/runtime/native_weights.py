@@ -51,7 +51,9 @@ def load_weights(
         raise UnsupportedModelError(str(fault)) from None
     loader = _FileLoader(weights, load == "map", load == "copy" if verify is None else verify)
     try:
-        _add_one_by_one(weights, model, [name for name in loading_order(model.config) if not loader.announce(model, name)])
+        _add_one_by_one(
+            weights, model, [name for name in loading_order(model.config) if not loader.announce(model, name)]
+        )
         loader.run(threads)
         weights.finalize()
     except _native.NativeError as fault:
@@ -91,13 +93,9 @@ class _FileLoader:
             return True
         order = [] if found.order is None else found.order.tolist()
         if found.encoding == "rows":
-            self._loader.add_rows(
-                name, found.label, found.format, *found.shape, activation, file, pieces[0], order
-            )
+            self._loader.add_rows(name, found.label, found.format, *found.shape, activation, file, pieces[0], order)
         else:
-            self._loader.add_blocks(
-                name, found.label, found.encoding, *found.shape, activation, file, pieces[0], order
-            )
+            self._loader.add_blocks(name, found.label, found.encoding, *found.shape, activation, file, pieces[0], order)
         return True
 
     def run(self, threads: int) -> None:
