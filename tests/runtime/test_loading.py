@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trilemma import _native
-from trilemma.core.errors import CheckpointError
+from trilemma.core.errors import CheckpointError, InputError
 from trilemma.core.recipe import Recipe
 from trilemma.formats import FORMATS
 from trilemma.formats.artifact import load_any, read_artifact, write_artifact
@@ -22,7 +22,7 @@ from trilemma.model.gguf import gguf_name
 from trilemma.model.model import Model
 from trilemma.model.sources import MemorySource
 from trilemma.runtime import EngineOptions
-from trilemma.runtime.native import NativeEngine
+from trilemma.runtime.native import NativeEngine, Step
 
 RECIPE = Recipe(name="any", steps=())
 TYPES = {"F32": 0, "F16": 0, "BF16": 0, "Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144,
@@ -196,3 +196,24 @@ def test_blocks_with_a_scale_that_is_not_finite_are_refused(tiny_model, tmp_path
 def test_the_checksum_is_zlibs(size, random_generator):
     data = random_generator.integers(0, 256, size, dtype=np.uint8)
     assert _native.crc32(data) == zlib.crc32(data)
+
+
+def test_a_saved_cache_knows_its_weights_however_they_were_loaded(tiny_model, tmp_path):
+    folders = []
+    for seed in (1, 2):
+        model = with_random_weights(tiny_model(), lambda _: "int4-g32", seed=seed)
+        folders.append(tmp_path / str(seed))
+        write_artifact(model, folders[-1], RECIPE)
+
+    def batch_of(folder: Path, load: str):
+        engine = NativeEngine(read_artifact(folder), EngineOptions(threads=1, load=load))  # type: ignore[arg-type]
+        return engine.open_sequences(1)
+
+    copied = batch_of(folders[0], "copy")
+    sequence = copied.create()
+    copied.forward([Step(sequence, [1, 2, 3])])
+    saved = copied.save(sequence)
+    assert batch_of(folders[0], "map").restore(saved) == 0
+    for load in ("copy", "map"):
+        with pytest.raises(InputError):
+            batch_of(folders[1], load).restore(saved)
