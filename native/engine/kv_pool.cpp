@@ -13,6 +13,9 @@ std::size_t element_bytes(KvType type) { return type == kKvF32 ? 4 : type == kKv
 // Fewer tokens in common are not worth the copy of a page.
 constexpr int kLeastShared = 8;
 
+// Values of one lane, see KvView.
+std::size_t step_of(KvType type) { return type == kKvBf16 ? 2 : 1; }
+
 }  // namespace
 
 int KvPool::page_positions(int capacity) { return std::min(int(round_up(size_t(capacity), kKvTile)), int(kKvPage)); }
@@ -65,9 +68,10 @@ std::pair<std::vector<KvPool::Layout>, std::size_t> KvPool::lay_out(const Decode
     if (mode == KvMode::kNone) at = 0;  // every layer starts at the front of the shared buffer
     l.heads = layer.attention->kv_heads;
     l.head_dim = layer.attention->head_dim;
+    l.key_dim = int(round_up(size_t(l.head_dim), step_of(type)));
     l.padded_dim = int(round_up(size_t(l.head_dim), 16));
     const std::size_t positions = size_t(l.heads) * size_t(page);
-    l.k = take(positions * size_t(l.head_dim) * element_bytes(type));
+    l.k = take(positions * size_t(l.key_dim) * element_bytes(type));
     l.v = take(positions * size_t(l.padded_dim) * element_bytes(type));
     if (type == kKvInt8) {
       l.k_scale = take(positions * sizeof(float));
@@ -236,7 +240,7 @@ std::vector<std::int32_t> KvPool::history(int sequence) const {
 KvView KvPool::view(int sequence, int layer) const {
   const Layout& l = layers_[size_t(layer)];
   const auto& pages = mode_ == KvMode::kNone ? shared_pages_ : slot(sequence).data;
-  return {pages.data(), l.k, l.v, l.k_scale, l.v_scale, type_, l.head_dim, l.padded_dim, page_};
+  return {pages.data(), l.k, l.v, l.k_scale, l.v_scale, type_, l.head_dim, l.key_dim, l.padded_dim, page_};
 }
 
 }  // namespace trilemma

@@ -73,7 +73,7 @@ class KvPool {
  private:
   struct Layout {  // of one layer inside a page, in bytes
     std::size_t k = 0, v = 0, k_scale = 0, v_scale = 0;
-    int heads = 0, head_dim = 0, padded_dim = 0;
+    int heads = 0, head_dim = 0, key_dim = 0, padded_dim = 0;
   };
   struct Slot {
     bool used = false;

@@ -1,47 +1,25 @@
 // Attention of one KV head over the cache: tiles of 128 positions by the online softmax, in chunks of 512 that are summed
 // apart and merged in ascending order, so that chunks may be summed by different threads.
 //
-// Up to kRows rows (token, query head) share every tile that is loaded. A row's arithmetic does not depend on which
-// rows came along: masked positions contribute exactly nothing, and a tile without any position of a row leaves
-// that row untouched.
+// Rows (token, query head) go in blocks that walk the tiles together: all scores and weights of a tile first, then all
+// values. A row's arithmetic does not depend on which rows came along: masked positions contribute exactly nothing, and
+// a tile without any position of a row leaves that row untouched.
 #pragma once
 
-#include "inputs.h"
-#include "table.h"
-#include "vmath.h"
+#include "attention_softmax.h"
 
 namespace trilemma {
 namespace {
 
-constexpr int kTile = kKvPage, kRows = 8;
-// A register tile is rows x vectors; with few rows more vectors keep the fma units busy.
-#if defined(TRILEMMA_SIMD_AVX512)
-constexpr int kTileRows = 8;
-constexpr int vectors_for(int rows) { return rows >= 4 ? 2 : 4; }
-#elif defined(TRILEMMA_SIMD_AVX2)
-constexpr int kTileRows = 2;
-constexpr int vectors_for(int rows) { return rows >= 2 ? 2 : 4; }
-#elif defined(TRILEMMA_SIMD_NEON)
-constexpr int kTileRows = 2;
-constexpr int vectors_for(int) { return 2; }
-#else
-constexpr int kTileRows = 1;
-constexpr int vectors_for(int) { return 1; }
-#endif
+// Rows of a block, and of a step inside it. Wide heads go in smaller blocks.
+constexpr int kRows = 32, kStepRows = 8, kRowCells = 4096;
 
-struct CacheF32 {
-  using type = float;
-  static V16f read(const float* p) { return load(p); }
-};
-struct CacheBf16 {
-  using type = uint16_t;
-  static V16f read(const uint16_t* p) { return load_bf16(p); }
-};
-struct CacheInt8 {
-  using type = int8_t;
-  static V16f read(const int8_t* p) { return load_s8(p); }
-};
+inline int block_rows(int padded_dim) {
+  const int rows = kRowCells / padded_dim / kStepRows * kStepRows;
+  return rows < kRows ? rows : kRows;
+}
 
+// Tokens ascend, and with them where a row's positions begin and end.
 struct Rows {
   const float* q[kRows];
   float* out[kRows];
@@ -50,240 +28,175 @@ struct Rows {
 };
 
 struct State {
-  alignas(64) float scores[kRows][kTile];
-  alignas(64) float out[kRows][kMaxHeadDim];
-  float maximum[kRows], total[kRows];
+  alignas(64) float out[kRowCells];
+  RowState rows[kRows];
+
+  void clear(int count, int padded_dim) {
+    for (int r = 0; r < count; ++r) {
+      rows[r].out = out + r * padded_dim;
+      trilemma::clear(rows[r], padded_dim);
+    }
+  }
 };
 
-// scores[row][position] = q . k for `R` rows and `V` vectors of positions.
-template <class Cache, int R, int V>
-inline void score_block(const typename Cache::type* k, int head_dim, const float* const* q, float (*scores)[kTile]) {
-  V16f acc[R][V];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) acc[r][v] = zero();
-  for (int d = 0; d < head_dim; ++d) {
-    V16f key[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) key[v] = Cache::read(k + (size_t(v) * size_t(head_dim) + size_t(d)) * 16);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const V16f query = set1(q[r][d]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] = fma(query, key[v], acc[r][v]);
+template <class Cache>
+struct Scratch {
+  alignas(64) typename Cache::Factor queries[kRowCells];
+  alignas(64) typename Cache::Factor weights[kRows][kTile];
+  alignas(64) float scores[kStepRows][kTile];
+  const typename Cache::Factor* q[kRows];
+  float factor[kRows];
+
+  void round_queries(const KvView& kv, const Rows& rows) {
+    const V16f log2e = set1(1.44269504088896341f);
+    for (int r = 0; r < rows.count; ++r) {
+      typename Cache::Factor* to = queries + r * kv.padded_dim;
+      q[r] = to;
+      for (int d = 0; d < kv.head_dim; d += 16) {
+        const int n = kv.head_dim - d < 16 ? kv.head_dim - d : 16;
+        Cache::round(mul(load_n(rows.q[r] + d, n), log2e), to + d);
+      }
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) store(scores[r] + v * 16, acc[r][v]);
-}
+};
 
-// Rows of a two-dimensional array, from column `at` on.
-template <int Width>
-inline float (*from_column(float (*rows)[Width], int at))[Width] {
-  return reinterpret_cast<float(*)[Width]>(&rows[0][at]);
-}
+// The keys and values of one tile and head.
+template <class Cache>
+struct Tile {
+  const typename Cache::Cell *k, *v;
+  TileScales scale;
+  int base;
 
-template <class Cache, int R, int V = vectors_for(R)>
-inline void score_rows(const typename Cache::type* k, int head_dim, int v, int vectors, const float* const* q,
-                       float (*scores)[kTile]) {
-  for (; v + V <= vectors; v += V)
-    score_block<Cache, R, V>(k + size_t(v) * size_t(head_dim) * 16, head_dim, q, from_column(scores, v * 16));
-  if constexpr (V > 1) score_rows<Cache, R, V / 2>(k, head_dim, v, vectors, q, scores);
-}
-
-template <class Cache, int R = kTileRows>
-inline void score_tile(const typename Cache::type* k, int head_dim, int vectors, const float* const* q,
-                       float (*scores)[kTile], int count) {
-  int r = 0;
-  for (; r + R <= count; r += R) score_rows<Cache, R>(k, head_dim, 0, vectors, q + r, scores + r);
-  if constexpr (R > 1) score_tile<Cache, R / 2>(k, head_dim, vectors, q + r, scores + r, count - r);
-}
-
-// Turns scores of one row into weights; returns the factor for what was summed before.
-// `k_scale` and `v_scale` start at `base`, as the scores do.
-inline float softmax_tile(State& s, int row, int base, int vectors, int begin, int end, const float* k_scale,
-                          const float* v_scale) {
-  float* scores = s.scores[row];
-  const float low = -__builtin_inff();
-  V16f peak = set1(low);
-  for (int v = 0; v < vectors; ++v) {
-    V16f x = load(scores + v * 16);
-    if (k_scale) x = mul(x, load(k_scale + v * 16));
-    x = keep_range(x, begin - base - v * 16, end - base - v * 16, low);
-    store(scores + v * 16, x);
-    peak = max(peak, x);
+  Tile(const KvView& kv, int head, int first) : base(first / kTile * kTile) {
+    const size_t before = size_t(head) * size_t(kv.page);  // cells of earlier heads in a page
+    const uint8_t* page = kv.pages[base / kTile];
+    k = reinterpret_cast<const typename Cache::Cell*>(page + kv.k) + before * size_t(kv.key_dim);
+    v = reinterpret_cast<const typename Cache::Cell*>(page + kv.v) + before * size_t(kv.padded_dim);
+    if constexpr (Cache::kScaled)
+      scale = {reinterpret_cast<const float*>(page + kv.k_scale) + before,
+               reinterpret_cast<const float*>(page + kv.v_scale) + before};
   }
-  const float before = s.maximum[row];
-  const float tile_peak = reduce_max(peak);
-  const float now = before > tile_peak ? before : tile_peak;
-  if (now == low) {  // every score is -inf or NaN: nothing to add; the row ends as 0/0 = NaN if this goes on
-    for (int v = 0; v < vectors; ++v) store(scores + v * 16, zero());
-    return 1.0f;
-  }
-  V16f sum = zero();
-  const V16f shift = set1(now);
-  for (int v = 0; v < vectors; ++v) {
-    const V16f weight = exp(sub(load(scores + v * 16), shift));
-    sum = add(sum, weight);
-    store(scores + v * 16, v_scale ? mul(weight, load(v_scale + v * 16)) : weight);
-  }
-  if (v_scale)  // stale scales behind the end must not turn a weight of zero into NaN
-    for (int v = 0; v < vectors; ++v)
-      store(scores + v * 16, keep_range(load(scores + v * 16), begin - base - v * 16, end - base - v * 16, 0.0f));
-  alignas(64) float factor[16];
-  store(factor, exp(set1(before - now)));
-  s.maximum[row] = now;
-  s.total[row] = s.total[row] * factor[0] + reduce_add(sum);
-  return factor[0];
-}
+};
 
-// out[row] = out[row] * factor[row] + weights . V, for `R` rows and `D` vectors of the head.
-template <class Cache, int R, int D>
-inline void value_block(const typename Cache::type* v, int padded_dim, int positions, const float (*weights)[kTile],
-                        const float* factor, float (*out)[kMaxHeadDim]) {
-  V16f acc[R][D];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int d = 0; d < D; ++d) acc[r][d] = mul(load(out[r] + d * 16), set1(factor[r]));
-  for (int p = 0; p < positions; ++p) {
-    V16f value[D];
-#pragma GCC unroll 8
-    for (int d = 0; d < D; ++d) value[d] = Cache::read(v + size_t(p) * size_t(padded_dim) + size_t(d) * 16);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      const V16f weight = set1(weights[r][p]);
-#pragma GCC unroll 8
-      for (int d = 0; d < D; ++d) acc[r][d] = fma(weight, value[d], acc[r][d]);
+// The rows of one step that attend to any position of a tile, and their positions in it.
+struct Step {
+  int begin, end;  // rows
+  Reach all{kTile, 0};
+
+  Step(const Rows& rows, int from, int base, int last) : begin(from), end(from) {
+    const int stop = from + kStepRows < rows.count ? from + kStepRows : rows.count;
+    const int behind = base + kTile < last ? base + kTile : last;
+    while (begin < stop && rows.end[begin] <= base) ++begin;
+    for (end = begin; end < stop && rows.begin[end] < behind; ++end) {
+      const Reach one = of_row(rows, end, base, behind);
+      all.begin = one.begin < all.begin ? one.begin : all.begin;
+      all.end = one.end > all.end ? one.end : all.end;
     }
   }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int d = 0; d < D; ++d) store(out[r] + d * 16, acc[r][d]);
+  static Reach of_row(const Rows& rows, int r, int base, int behind) {
+    const int from = rows.begin[r] > base ? rows.begin[r] : base, to = rows.end[r] < behind ? rows.end[r] : behind;
+    return {from - base, to - base};
+  }
+};
+
+template <class Cache>
+inline void weigh_tile(const KvView& kv, const Rows& rows, const Tile<Cache>& tile, int last, State& state,
+                       Scratch<Cache>& scratch) {
+  const int behind = tile.base + kTile < last ? tile.base + kTile : last;
+  const KeyTile<Cache> keys{tile.k, kv.key_dim / Cache::kStep};
+  for (int from = 0; from < rows.count; from += kStepRows) {
+    const Step step(rows, from, tile.base, last);
+    const int count = step.end - step.begin, begin = step.all.first(), end = step.all.last();
+    if (count <= 0) continue;
+    score_tile<Cache>(keys, begin, end, scratch.q + step.begin, scratch.scores, count);
+    for (int r = step.begin; r < step.end; ++r)
+      scratch.factor[r] =
+          weigh<Cache>(scratch.scores[r - step.begin], Step::of_row(rows, r, tile.base, behind), begin, end, tile.scale,
+                       state.rows[r], scratch.weights[r]);
+  }
 }
 
-template <class Cache, int R, int D = vectors_for(R)>
-inline void value_rows(const typename Cache::type* v, int d, int padded_dim, int positions,
-                       const float (*weights)[kTile], const float* factor, float (*out)[kMaxHeadDim]) {
-  for (; d + D * 16 <= padded_dim; d += D * 16)
-    value_block<Cache, R, D>(v + d, padded_dim, positions, weights, factor, from_column(out, d));
-  if constexpr (D > 1) value_rows<Cache, R, D / 2>(v, d, padded_dim, positions, weights, factor, out);
-}
-
-template <class Cache, int R = kTileRows>
-inline void value_tile(const typename Cache::type* v, int padded_dim, int positions, const float (*weights)[kTile],
-                       const float* factor, float (*out)[kMaxHeadDim], int count) {
-  int r = 0;
-  for (; r + R <= count; r += R) value_rows<Cache, R>(v, 0, padded_dim, positions, weights + r, factor + r, out + r);
-  if constexpr (R > 1) value_tile<Cache, R / 2>(v, padded_dim, positions, weights + r, factor + r, out + r, count - r);
-}
-
-inline void clear(State& s, int row, int padded_dim) {
-  s.maximum[row] = -__builtin_inff();
-  s.total[row] = 0.0f;
-  for (int d = 0; d < padded_dim; d += 16) store(s.out[row] + d, zero());
-}
-
-// Adds a later chunk's sums, its largest score and its total weight, to those of a row.
-inline void merge(State& s, int row, const float* out, float maximum, float total, int padded_dim) {
-  const float before = s.maximum[row], now = before > maximum ? before : maximum;
-  if (now == -__builtin_inff()) return;  // nothing on either side, or NaN: `total` stays 0 and the row ends as NaN
-  alignas(64) float factor[16], other[16];
-  store(factor, exp(set1(before - now)));
-  store(other, exp(set1(maximum - now)));
-  for (int d = 0; d < padded_dim; d += 16)
-    store(s.out[row] + d, fma(load(out + d), set1(other[0]), mul(load(s.out[row] + d), set1(factor[0]))));
-  s.maximum[row] = now;
-  s.total[row] = s.total[row] * factor[0] + total * other[0];
-}
-
-inline void write_rows(const KvView& kv, const Rows& rows, const State& s) {
-  for (int r = 0; r < rows.count; ++r) {
-    const V16f total = set1(s.total[r]);
-    for (int d = 0; d < kv.head_dim; d += 16) {
-      const int n = kv.head_dim - d < 16 ? kv.head_dim - d : 16;
-      store_n(rows.out[r] + d, div(load(s.out[r] + d), total), n);
+template <class Cache>
+inline void add_values(const KvView& kv, const Rows& rows, const Tile<Cache>& tile, int last, State& state,
+                       const Scratch<Cache>& scratch) {
+  for (int from = 0; from < rows.count; from += kStepRows) {
+    const Step step(rows, from, tile.base, last);
+    const ValueTile<Cache> values{tile.v, kv.padded_dim, step.all.first() * 16 / Cache::kStep,
+                                  step.all.end / Cache::kStep, step.all.end % Cache::kStep};
+    for (int r = step.begin; r < step.end; r += kTileRows) {
+      Mixing<Cache> mixing;
+      const int count = step.end - r < kTileRows ? step.end - r : kTileRows;
+      for (int i = 0; i < count; ++i) {
+        mixing.weights[i] = scratch.weights[r + i];
+        mixing.out[i] = state.rows[r + i].out;
+        mixing.factor[i] = scratch.factor[r + i];
+      }
+      value_tile<Cache>(values, mixing, count);
     }
   }
 }
 
 // Positions [first, last) of one chunk, from a clear state.
 template <class Cache>
-inline void attend_chunk(const KvView& kv, int head, const Rows& rows, int first, int last, State& s) {
-  const size_t before = size_t(head) * size_t(kv.page);  // cells of earlier heads in a page
-  for (int r = 0; r < rows.count; ++r) clear(s, r, kv.padded_dim);
+inline void attend_chunk(const KvView& kv, int head, const Rows& rows, int first, int last, State& state,
+                         Scratch<Cache>& scratch) {
+  state.clear(rows.count, kv.padded_dim);
   for (int base = first / kTile * kTile; base < last; base += kTile) {
-    const uint8_t* page = kv.pages[base / kTile];
-    const auto* k = reinterpret_cast<const typename Cache::type*>(page + kv.k) + before * size_t(kv.head_dim);
-    const auto* v = reinterpret_cast<const typename Cache::type*>(page + kv.v) + before * size_t(kv.padded_dim);
-  const bool scaled = kv.type == kKvInt8;
-    const float* k_scale = scaled ? reinterpret_cast<const float*>(page + kv.k_scale) + before : nullptr;
-    const float* v_scale = scaled ? reinterpret_cast<const float*>(page + kv.v_scale) + before : nullptr;
-    const int positions = last - base < kTile ? last - base : kTile;
-    const int vectors = (positions + 15) / 16;
-    score_tile<Cache>(k, kv.head_dim, vectors, rows.q, s.scores, rows.count);
-    float factor[kRows];
-    for (int r = 0; r < rows.count; ++r) {
-      const bool any = rows.begin[r] < base + kTile && rows.end[r] > base;
-      if (any) {
-        factor[r] = softmax_tile(s, r, base, vectors, rows.begin[r], rows.end[r], k_scale, v_scale);
-      } else {
-        factor[r] = 1.0f;
-        for (int i = 0; i < vectors; ++i) store(s.scores[r] + i * 16, zero());
-      }
-    }
-    value_tile<Cache>(v, kv.padded_dim, positions, s.scores, factor, s.out,
-                      rows.count);
+    const Tile<Cache> tile(kv, head, base);
+    weigh_tile(kv, rows, tile, last, state, scratch);
+    add_values(kv, rows, tile, last, state, scratch);
   }
 }
 
 // The positions that any row attends to, cut to one chunk.
 inline bool span_of(const Rows& rows, int chunk, int& first, int& last) {
-  first = rows.begin[0];
-  last = rows.end[0];
-  for (int r = 1; r < rows.count; ++r) {
-    first = rows.begin[r] < first ? rows.begin[r] : first;
-    last = rows.end[r] > last ? rows.end[r] : last;
-  }
-  first = first > chunk * kKvChunk ? first : chunk * kKvChunk;
-  last = last < (chunk + 1) * kKvChunk ? last : (chunk + 1) * kKvChunk;
+  first = rows.begin[0] > chunk * kKvChunk ? rows.begin[0] : chunk * kKvChunk;
+  last = rows.end[rows.count - 1] < (chunk + 1) * kKvChunk ? rows.end[rows.count - 1] : (chunk + 1) * kKvChunk;
   return first < last;
 }
 
-template <class Cache>
-inline void attend(const KvView& kv, int head, const Rows& rows, State& s, State& later) {
-  int first, last, chunk = 0;
-  while (!span_of(rows, chunk, first, last)) ++chunk;
-  attend_chunk<Cache>(kv, head, rows, first, last, s);
-  while (span_of(rows, ++chunk, first, last)) {
-    attend_chunk<Cache>(kv, head, rows, first, last, later);
-    for (int r = 0; r < rows.count; ++r) merge(s, r, later.out[r], later.maximum[r], later.total[r], kv.padded_dim);
+inline void write_rows(const KvView& kv, const Rows& rows, const State& state) {
+  for (int r = 0; r < rows.count; ++r) {
+    const V16f total = set1(state.rows[r].total);
+    for (int d = 0; d < kv.head_dim; d += 16) {
+      const int n = kv.head_dim - d < 16 ? kv.head_dim - d : 16;
+      store_n(rows.out[r] + d, div(load(state.rows[r].out + d), total), n);
+    }
   }
-  write_rows(kv, rows, s);
 }
 
 template <class Cache>
-inline void attend_partly(const KvView& kv, const AttentionTask& task, const Rows& rows, float* partial, State& s) {
+inline void attend(const KvView& kv, int head, const Rows& rows, State& state, State& later, Scratch<Cache>& scratch) {
+  int first, last, chunk = rows.begin[0] / kKvChunk;
+  if (span_of(rows, chunk, first, last)) attend_chunk(kv, head, rows, first, last, state, scratch);
+  while (span_of(rows, ++chunk, first, last)) {
+    attend_chunk(kv, head, rows, first, last, later, scratch);
+    for (int r = 0; r < rows.count; ++r) merge(state.rows[r], later.rows[r], kv.padded_dim);
+  }
+  write_rows(kv, rows, state);
+}
+
+// One chunk's sums of every row, for attention_merge.
+template <class Cache>
+inline void attend_partly(const KvView& kv, const AttentionTask& task, const Rows& rows, float* partial, State& state,
+                          Scratch<Cache>& scratch) {
   int first, last;
   if (span_of(rows, task.chunk, first, last))
-    attend_chunk<Cache>(kv, task.kv_head, rows, first, last, s);
+    attend_chunk(kv, task.kv_head, rows, first, last, state, scratch);
   else
-    for (int r = 0; r < rows.count; ++r) clear(s, r, kv.padded_dim);
+    state.clear(rows.count, kv.padded_dim);
   for (int r = 0; r < rows.count; ++r, partial += kv.padded_dim + kPanel) {
-    for (int d = 0; d < kv.padded_dim; d += 16) store(partial + d, load(s.out[r] + d));
-    partial[kv.padded_dim] = s.maximum[r];
-    partial[kv.padded_dim + 1] = s.total[r];
+    for (int d = 0; d < kv.padded_dim; d += 16) store(partial + d, load(state.rows[r].out + d));
+    partial[kv.padded_dim] = state.rows[r].maximum;
+    partial[kv.padded_dim + 1] = state.rows[r].total;
   }
 }
 
-// Up to kRows rows of a task from `at` on.
+// A block of a task's rows from `at` on.
 inline Rows rows_of(const KvView& kv, const AttentionTask& task, int at) {
   Rows rows;
-  rows.count = task.row_end - at < kRows ? task.row_end - at : kRows;
+  const int most = block_rows(kv.padded_dim);
+  rows.count = task.row_end - at < most ? task.row_end - at : most;
   for (int r = 0; r < rows.count; ++r) {
     const int token = (at + r) / task.group, member = (at + r) % task.group;
     const size_t head = size_t(member) * size_t(kv.head_dim);
@@ -298,13 +211,15 @@ inline Rows rows_of(const KvView& kv, const AttentionTask& task, int at) {
 template <class Cache>
 inline void attend_rows(const KvView& kv, const AttentionTask& task) {
   State state, later;
-  for (int at = task.row_begin; at < task.row_end; at += kRows) {
+  Scratch<Cache> scratch;
+  for (int at = task.row_begin; at < task.row_end; at += block_rows(kv.padded_dim)) {
     const Rows rows = rows_of(kv, task, at);
+    scratch.round_queries(kv, rows);
     const size_t row = size_t(at - task.row_begin) * size_t(kv.padded_dim + kPanel);
     if (task.partial)
-      attend_partly<Cache>(kv, task, rows, task.partial + row, state);
+      attend_partly(kv, task, rows, task.partial + row, state, scratch);
     else
-      attend<Cache>(kv, task.kv_head, rows, state, later);
+      attend(kv, task.kv_head, rows, state, later, scratch);
   }
 }
 
@@ -316,18 +231,20 @@ void attention(const KvView& kv, const AttentionTask& task) {
 
 void attention_merge(const KvView& kv, const AttentionTask& task, int chunks, size_t stride) {
   State state;
-  for (int at = task.row_begin; at < task.row_end; at += kRows) {
+  for (int at = task.row_begin; at < task.row_end; at += block_rows(kv.padded_dim)) {
     const Rows rows = rows_of(kv, task, at);
-    const int width = kv.padded_dim + kPanel;
-    const float* partial = task.partial + size_t(at - task.row_begin) * size_t(width);
-    for (int r = 0; r < rows.count; ++r, partial += width) {
-      for (int d = 0; d < kv.padded_dim; d += 16) store(state.out[r] + d, load(partial + d));
-      state.maximum[r] = partial[kv.padded_dim];
-      state.total[r] = partial[kv.padded_dim + 1];
-      for (int c = 1; c < chunks; ++c) {
-        const float* next = partial + size_t(c) * stride;
-        merge(state, r, next, next[kv.padded_dim], next[kv.padded_dim + 1], kv.padded_dim);
-      }
+    const size_t width = size_t(kv.padded_dim + kPanel);
+    for (int r = 0; r < rows.count; ++r) {
+      float* partial = task.partial + (size_t(at - task.row_begin) + size_t(r)) * width;
+      const auto chunk = [&](int c) {
+        float* one = partial + size_t(c) * stride;
+        return RowState{one, one[kv.padded_dim], one[kv.padded_dim + 1]};
+      };
+      RowState& row = state.rows[r];
+      row = chunk(0);
+      row.out = state.out + r * kv.padded_dim;
+      for (int d = 0; d < kv.padded_dim; d += 16) store(row.out + d, load(partial + d));
+      for (int c = 1; c < chunks; ++c) merge(row, chunk(c), kv.padded_dim);
     }
     write_rows(kv, rows, state);
   }

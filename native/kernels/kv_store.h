@@ -19,36 +19,56 @@ inline float quantize_head(const float* x, int n, float* codes) {
   return scale;
 }
 
+// Where one head's key and value of a position lie, in steps of `Step` values a lane.
+template <class Cell, int Step>
+struct HeadCells {
+  Cell *k, *v;
+
+  HeadCells(const KvView& kv, uint8_t* page, int head, int inside) {
+    const size_t before = size_t(head) * size_t(kv.page), at = size_t(inside);
+    k = reinterpret_cast<Cell*>(page + kv.k) + before * size_t(kv.key_dim) + at / 16 * 16 * size_t(kv.key_dim) +
+        at % 16 * Step;
+    v = reinterpret_cast<Cell*>(page + kv.v) + before * size_t(kv.padded_dim) +
+        at / Step * Step * size_t(kv.padded_dim) + at % Step;
+  }
+  // Values come from f(dimension), key_dim and padded_dim of them. Cells of other positions are not written: their threads may.
+  template <class Key, class Value>
+  void write(const KvView& kv, const Key& key, const Value& value) {
+    for (int d = 0; d < kv.key_dim; ++d) k[size_t(d / Step) * 16 * Step + size_t(d % Step)] = key(d);
+    for (int d = 0; d < kv.padded_dim; ++d) v[size_t(d) * Step] = value(d);
+  }
+};
+
+// Copies one head, rounded and padded with zeros to a multiple of 16.
+template <class Round>
+inline void round_head(const float* x, int n, float* out, const Round& round) {
+  for (int d = 0; d < n; d += 16) store(out + d, round(load_n(x + d, n - d < 16 ? n - d : 16)));
+}
+
+inline uint16_t bf16_bits(float x) { return uint16_t(__builtin_bit_cast(uint32_t, x) >> 16); }
+
 // K and V of one position, (heads, head_dim) each, rounded to the cache's type.
 void kv_store(const KvView& kv, const float* k, const float* v, int heads, int position) {
-  const size_t dim = size_t(kv.head_dim), page = size_t(kv.page), padded_dim = size_t(kv.padded_dim);
-  uint8_t* at = kv.pages[position / kv.page];
-  const size_t inside = size_t(position % kv.page);
-  alignas(64) float key[kMaxHeadDim + 16], value[kMaxHeadDim + 16];
+  const int dim = kv.head_dim, inside = position % kv.page;
+  uint8_t* page = kv.pages[position / kv.page];
+  alignas(64) float key[kMaxHeadDim + 16] = {}, value[kMaxHeadDim + 16] = {};
   for (int h = 0; h < heads; ++h, k += dim, v += dim) {
-    const size_t k_at = size_t(h) * page * dim + inside / 16 * dim * 16 + inside % 16;
-    const size_t cell = size_t(h) * page + inside, v_at = cell * padded_dim;
-    for (size_t d = dim; d < padded_dim; ++d) value[d] = 0.0f;
     if (kv.type == kKvInt8) {
-      reinterpret_cast<float*>(at + kv.k_scale)[cell] = quantize_head(k, kv.head_dim, key);
-      reinterpret_cast<float*>(at + kv.v_scale)[cell] = quantize_head(v, kv.head_dim, value);
-      for (size_t d = 0; d < dim; ++d) reinterpret_cast<int8_t*>(at + kv.k)[k_at + d * 16] = int8_t(key[d]);
-      for (size_t d = 0; d < padded_dim; d += 16) store_s8(reinterpret_cast<int8_t*>(at + kv.v) + v_at + d, load(value + d));
-      continue;
-    }
-    for (size_t d = 0; d < dim; d += 16) {
-      const int n = dim - d < 16 ? int(dim - d) : 16;
-      const V16f a = load_n(k + d, n), b = load_n(v + d, n);
-      store(key + d, kv.type == kKvBf16 ? to_bf16(a) : a);
-      store_n(value + d, kv.type == kKvBf16 ? to_bf16(b) : b, n);
-    }
-    if (kv.type == kKvBf16) {
-      for (size_t d = 0; d < dim; ++d)
-        reinterpret_cast<uint16_t*>(at + kv.k)[k_at + d * 16] = uint16_t(__builtin_bit_cast(uint32_t, key[d]) >> 16);
-      for (size_t d = 0; d < padded_dim; d += 16) store_bf16(reinterpret_cast<uint16_t*>(at + kv.v) + v_at + d, load(value + d));
+      const size_t cell = size_t(h) * size_t(kv.page) + size_t(inside);
+      reinterpret_cast<float*>(page + kv.k_scale)[cell] = quantize_head(k, dim, key);
+      reinterpret_cast<float*>(page + kv.v_scale)[cell] = quantize_head(v, dim, value);
+      HeadCells<int8_t, 1>(kv, page, h, inside)
+          .write(kv, [&](int d) { return int8_t(key[d]); }, [&](int d) { return int8_t(value[d]); });
+    } else if (kv.type == kKvBf16) {
+      round_head(k, dim, key, to_bf16);
+      round_head(v, dim, value, to_bf16);
+      HeadCells<uint16_t, 2>(kv, page, h, inside)
+          .write(kv, [&](int d) { return bf16_bits(key[d]); }, [&](int d) { return bf16_bits(value[d]); });
     } else {
-      for (size_t d = 0; d < dim; ++d) reinterpret_cast<float*>(at + kv.k)[k_at + d * 16] = key[d];
-      for (size_t d = 0; d < padded_dim; d += 16) store(reinterpret_cast<float*>(at + kv.v) + v_at + d, load(value + d));
+      const auto as_it_is = [](V16f x) { return x; };
+      round_head(k, dim, key, as_it_is);
+      round_head(v, dim, value, as_it_is);
+      HeadCells<float, 1>(kv, page, h, inside).write(kv, [&](int d) { return key[d]; }, [&](int d) { return value[d]; });
     }
   }
 }

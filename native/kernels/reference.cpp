@@ -115,23 +115,27 @@ std::vector<double> norm(const std::vector<float>& x, const std::vector<float>& 
   return out;
 }
 
-std::vector<double> attention(const std::vector<double>& q, const std::vector<std::vector<double>>& k,
-                              const std::vector<std::vector<double>>& v) {
-  std::vector<double> scores;
+Attended attention(const std::vector<double>& q, const std::vector<std::vector<double>>& k,
+                   const std::vector<std::vector<double>>& v) {
+  std::vector<double> weights;
   for (const auto& key : k) {
     double s = 0;
     for (std::size_t d = 0; d < q.size(); ++d) s += q[d] * key[d];
-    scores.push_back(s);
+    weights.push_back(s);
   }
-  const double peak = *std::max_element(scores.begin(), scores.end());
+  const double peak = *std::max_element(weights.begin(), weights.end());
   double total = 0;
-  std::vector<double> out(q.size(), 0.0);
-  for (std::size_t p = 0; p < k.size(); ++p) {
-    const double weight = std::exp(scores[p] - peak);
-    total += weight;
-    for (std::size_t d = 0; d < q.size(); ++d) out[d] += weight * v[p][d];
+  for (double& w : weights) total += w = std::exp(w - peak);
+  Attended out{std::vector<double>(q.size(), 0.0), std::vector<double>(q.size(), 0.0)};
+  for (std::size_t d = 0; d < q.size(); ++d) {
+    for (std::size_t p = 0; p < k.size(); ++p) out.value[d] += weights[p] / total * v[p][d];
+    double squares = 0;
+    for (std::size_t p = 0; p < k.size(); ++p) {
+      const double term = weights[p] / total * (v[p][d] - out.value[d]);
+      squares += term * term;
+    }
+    out.spread[d] = std::sqrt(squares);
   }
-  for (double& value : out) value /= total;
   return out;
 }
 

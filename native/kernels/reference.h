@@ -49,8 +49,12 @@ double nonlinear(double x, Nonlinearity kind);
 std::vector<double> norm(const std::vector<float>& x, const std::vector<float>& weight, const std::vector<float>& bias,
                          double eps, bool centred);
 
-// Attention of one query over keys and values (positions, dim), all of them visible.
-std::vector<double> attention(const std::vector<double>& q, const std::vector<std::vector<double>>& k,
-                              const std::vector<std::vector<double>>& v);
+// Attention of one query over keys and values (positions, dim), all of them visible; and of each output the root of the
+// sum of (weight * (value - output))^2: independent relative errors e of the weights move the output by about e times that.
+struct Attended {
+  std::vector<double> value, spread;
+};
+Attended attention(const std::vector<double>& q, const std::vector<std::vector<double>>& k,
+                   const std::vector<std::vector<double>>& v);
 
 }  // namespace trilemma::reference

@@ -74,6 +74,12 @@ inline __m256 scale_pow2_half(__m256 x, __m256 n) {
   return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), power));
 }
 inline V16f scale_pow2(V16f x, V16f n) { return {scale_pow2_half(x.lo, n.lo), scale_pow2_half(x.hi, n.hi)}; }
+// 2^n for an integral n >= -126 that comes as n + 1.5 * 2^23: the low bits of that float are n.
+inline __m256 power_of_shifted_half(__m256 a) {
+  const __m256i power = _mm256_slli_epi32(_mm256_castps_si256(a), 23);
+  return _mm256_castsi256_ps(_mm256_add_epi32(power, _mm256_set1_epi32(127 << 23)));
+}
+inline V16f power_of_shifted(V16f a) { return {power_of_shifted_half(a.lo), power_of_shifted_half(a.hi)}; }
 
 inline __m256 widen_bf16(__m128i b) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(b), 16)); }
 inline V16f load_bf16(const uint16_t* p) {

@@ -58,6 +58,11 @@ inline V16f scale_pow2(V16f x, V16f n) {
   const __m512i power = _mm512_slli_epi32(_mm512_maskz_cvttps_epi32(number, n.v), 23);
   return {_mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x.v), power))};
 }
+// 2^n for an integral n >= -126 that comes as n + 1.5 * 2^23: the low bits of that float are n.
+inline V16f power_of_shifted(V16f a) {
+  const __m512i power = _mm512_slli_epi32(_mm512_castps_si512(a.v), 23);
+  return {_mm512_castsi512_ps(_mm512_add_epi32(power, _mm512_set1_epi32(127 << 23)))};
+}
 
 inline __m512 widen_bf16(__m256i b) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16)); }
 inline V16f load_bf16(const uint16_t* p) { return {widen_bf16(_mm256_loadu_si256((const __m256i*)p))}; }

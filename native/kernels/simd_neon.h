@@ -102,6 +102,14 @@ inline V16f scale_pow2(V16f x, V16f n) {  // the conversion turns NaN into 0
   }
   return x;
 }
+// 2^n for an integral n >= -126 that comes as n + 1.5 * 2^23: the low bits of that float are n.
+inline V16f power_of_shifted(V16f a) {
+  TRILEMMA_EACH {
+    const uint32x4_t power = vshlq_n_u32(vreinterpretq_u32_f32(a.q[i]), 23);
+    a.q[i] = vreinterpretq_f32_u32(vaddq_u32(power, vdupq_n_u32(127u << 23)));
+  }
+  return a;
+}
 
 inline V16f load_bf16(const uint16_t* p) {
   V16f r;

@@ -104,6 +104,11 @@ inline V16f scale_pow2(V16f x, V16f n) {
   }
   return x;
 }
+// 2^n for an integral n >= -126 that comes as n + 1.5 * 2^23: the low bits of that float are n.
+inline V16f power_of_shifted(V16f a) {
+  TRILEMMA_EACH a.v[i] = bits_float((float_bits(a.v[i]) << 23) + (127u << 23));
+  return a;
+}
 
 inline V16f load_bf16(const uint16_t* p) {
   V16f r;

@@ -97,14 +97,17 @@ struct Output {
 };
 
 // One layer's cache of one sequence: page p holds positions [p * page, (p + 1) * page) of every layer, this one's at the
-// offsets given. In a page K is [head][tile of 16 positions][head_dim][16], so that a vector holds 16 positions and no
-// dot product needs a horizontal sum; V is [head][position][padded head_dim].
+// offsets given. With `step` values a lane (bf16: 2, else 1), K is [head][tile of 16 positions][key_dim / step][16][step] in a
+// page, so that a vector holds 16 positions and no dot product needs a horizontal sum; V is
+// [head][position / step][padded_dim][step]. Keys beyond head_dim are zeros; positions beyond the last are anything.
 struct KvView {
   uint8_t* const* pages;
   size_t k, v;              // bytes from a page's start
   size_t k_scale, v_scale;  // f32 [head][position], int8 only
   KvType type;
-  int head_dim, padded_dim;
+  int head_dim;
+  int key_dim;     // head_dim padded to whole steps
+  int padded_dim;  // head_dim padded to 16
   int page;  // positions, a multiple of 16; kKvPage where there is more than one page
 };
 

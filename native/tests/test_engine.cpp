@@ -84,9 +84,13 @@ bool same(std::span<const float> a, std::span<const float> b) {
 
 void test_one_answer(const std::shared_ptr<Model>& model, KvMode kv) {
   const std::vector<std::int32_t> tokens = random_tokens(150);
-  Context plain(model, {1, "scalar", kv, 160, 1, 0});
-  const std::vector<float> wanted = logits(plain, plain.sequences().create(), tokens);
-  for (const std::string& isa : supported_isas())
+  std::vector<float> wanted;
+  for (const std::string& isa : supported_isas()) {
+    // The processor's bf16 product has bits of its own.
+    if (wanted.empty() || (kv == KvMode::kBf16 && pick_kernels(isa).bf16)) {
+      Context plain(model, {1, isa, kv, 160, 1, 0});
+      wanted = logits(plain, plain.sequences().create(), tokens);
+    }
     for (const int chunk : {0, 1, 33}) {
       Context context(model, {3, isa, kv, 160, 3, chunk});
       const int first = context.sequences().create(), second = context.sequences().create();
@@ -107,6 +111,7 @@ void test_one_answer(const std::shared_ptr<Model>& model, KvMode kv) {
       CHECK(same(std::span(both).first(211), std::span(wanted).subspan(129 * 211, 211)), "batch, " + isa);
       CHECK(same(std::span(both).last(211), std::span(wanted).subspan(69 * 211, 211)), "batch, " + isa);
     }
+  }
 }
 
 // Decode over several chunks of positions, which threads share: equal to one thread, to other sizes of chunks of tokens,

@@ -356,86 +356,115 @@ struct Cache {
   Cache(KvType type, int heads, int dim, int capacity) {
     const int page = std::min(capacity, int(kKvPage));
     const size_t wide = size_t((dim + 15) / 16 * 16), cells = size_t(heads) * size_t(page);
-    const size_t k = cells * size_t(dim) * 4, v = cells * wide * 4;
+    const int key_dim = type == kKvBf16 ? (dim + 1) / 2 * 2 : dim;
+    const size_t k = cells * size_t(key_dim) * 4, v = cells * wide * 4;
     for (int first = 0; first < capacity; first += page)  // NaN where nothing was stored: it must not leak out
       pages.push_back(data.emplace_back(k + v + 2 * cells * 4 + 64, 0xff).data());
-    view = {pages.data(), 0, k, k + v, k + v + cells * 4, type, dim, int(wide), page};
+    view = {pages.data(), 0, k, k + v, k + v + cells * 4, type, dim, key_dim, int(wide), page};
   }
 };
 
+// What a cache keeps of value d of a head.
 double rounded(KvType type, const float* x, int dim, int d) {
   if (type == kKvF32) return double(x[d]);
-  if (type == kKvBf16) {
-    const uint32_t b = std::bit_cast<uint32_t>(x[d]);
-    return double(std::bit_cast<float>((b + 0x7fff + ((b >> 16) & 1)) & 0xffff0000u));
-  }
+  if (type == kKvBf16) return double(bf16_value(x[d]));
   float peak = 0;
   for (int i = 0; i < dim; ++i) peak = std::max(peak, std::fabs(x[i]));
   const float scale = peak / 127;
   return double(std::nearbyint(x[d] * (1 / scale))) * double(scale);
 }
 
-void test_attention(KvType type, int dim, int group, int tokens, int first, int window) {
-  const int heads = 2, length = first + tokens, capacity = (length + 15) / 16 * 16;
-  const size_t kv_dim = size_t(heads) * size_t(dim), q_dim = kv_dim * size_t(group);
-  const std::vector<float> k = random_values(kv_dim * size_t(length)), v = random_values(kv_dim * size_t(length));
-  const std::vector<float> q = random_values(q_dim * size_t(tokens), 1 / std::sqrt(float(dim)));
-  const std::vector<float> y = everywhere("attention", [&](const Kernels& kernels) {
-    Cache cache(type, heads, dim, capacity);
+// Random keys, values and queries of the last `tokens` of some positions.
+struct AttentionCase {
+  KvType type;
+  int dim, group, tokens, first, window;
+  static constexpr int kHeads = 2;
+  int length = first + tokens;
+  size_t kv_dim = size_t(kHeads) * size_t(dim), q_dim = kv_dim * size_t(group);
+  std::vector<float> k = random_values(kv_dim * size_t(length)), v = random_values(kv_dim * size_t(length));
+  std::vector<float> q = random_values(q_dim * size_t(tokens), 1 / std::sqrt(float(dim)));
+
+  Cache fill(const Kernels& kernels) const {
+    Cache cache(type, kHeads, dim, (length + 15) / 16 * 16);
     for (int p = 0; p < length; ++p)
-      kernels.kv_store(cache.view, k.data() + size_t(p) * kv_dim, v.data() + size_t(p) * kv_dim, heads, p);
+      kernels.kv_store(cache.view, k.data() + size_t(p) * kv_dim, v.data() + size_t(p) * kv_dim, kHeads, p);
+    return cache;
+  }
+  AttentionTask task(std::vector<float>& out, int head, int begin, int end) const {
+    const size_t column = size_t(head * group * dim);
+    return {q.data() + column, out.data() + column, q_dim, q_dim, group, head, begin, end, first, window, nullptr, 0};
+  }
+  // In two calls, rows [0, cut) and the rest.
+  std::vector<float> run(const Kernels& kernels, int cut) const {
+    const Cache cache = fill(kernels);
     std::vector<float> out(q.size());
-    for (int h = 0; h < heads; ++h) {
-      const size_t column = size_t(h * group * dim);
-      const int rows = tokens * group, cut = rows / 3;
-      for (const auto& [begin, end] : {std::pair{0, cut}, std::pair{cut, rows}})
-        kernels.attention(cache.view, {q.data() + column, out.data() + column, q_dim, q_dim, group, h, begin, end, first,
-                                       window, nullptr, 0});
+    for (int h = 0; h < kHeads; ++h) {
+      kernels.attention(cache.view, task(out, h, 0, cut));
+      kernels.attention(cache.view, task(out, h, cut, tokens * group));
     }
     return out;
-  });
-  if (tokens == 1) {
-    const std::vector<float> parts = everywhere("attention in chunks", [&](const Kernels& kernels) {
-      Cache cache(type, heads, dim, capacity);
-      for (int p = 0; p < length; ++p)
-        kernels.kv_store(cache.view, k.data() + size_t(p) * kv_dim, v.data() + size_t(p) * kv_dim, heads, p);
-      std::vector<float> out(q.size());
-      const int begin = window && length > window ? (length - window) / kKvChunk : 0;
-      const int chunks = (length - 1) / kKvChunk + 1 - begin;
-      const size_t stride = size_t(group) * size_t(cache.view.padded_dim + 16);
-      for (int h = 0; h < heads; ++h) {
-        const size_t column = size_t(h * group * dim);
-        std::vector<float> partial(stride * size_t(chunks), std::nanf(""));
-        AttentionTask task{q.data() + column, out.data() + column, q_dim, q_dim, group, h, 0, group, first, window,
-                           partial.data(), begin};
-        for (int c = 0; c < chunks; ++c, task.partial += stride, ++task.chunk) kernels.attention(cache.view, task);
-        task.partial = partial.data();
-        kernels.attention_merge(cache.view, task, chunks, stride);
-      }
-      return out;
-    });
-    CHECK(same_bits(parts, y), "attention in chunks differs from attention at once");
   }
-  for (int t = 0; t < tokens; ++t)
-    for (int h = 0; h < heads * group; ++h) {
-      std::vector<double> query;
-      std::vector<std::vector<double>> keys, values;
-      for (int d = 0; d < dim; ++d) query.push_back(double(q[size_t(t) * q_dim + size_t(h * dim + d)]));
-      const int end = first + t + 1, begin = window && end > window ? end - window : 0;
-      for (int p = begin; p < end; ++p) {
-        std::vector<double> key, value;
-        const size_t at = size_t(p) * kv_dim + size_t(h / group * dim);
-        for (int d = 0; d < dim; ++d) {
-          key.push_back(rounded(type, k.data() + at, dim, d));
-          value.push_back(rounded(type, v.data() + at, dim, d));
-        }
-        keys.push_back(key);
-        values.push_back(value);
-      }
-      const std::vector<double> wanted = ref::attention(query, keys, values);
-      for (int d = 0; d < dim; ++d)
-        check_close("attention", y[size_t(t) * q_dim + size_t(h * dim + d)], wanted[size_t(d)], 1e-5);
+  // Of one token: every chunk of positions on its own, then merged.
+  std::vector<float> run_chunks(const Kernels& kernels) const {
+    const Cache cache = fill(kernels);
+    std::vector<float> out(q.size());
+    const int begin = window && length > window ? (length - window) / kKvChunk : 0;
+    const int chunks = (length - 1) / kKvChunk + 1 - begin;
+    const size_t stride = size_t(group) * size_t(cache.view.padded_dim + 16);
+    for (int h = 0; h < kHeads; ++h) {
+      std::vector<float> partial(stride * size_t(chunks), std::nanf(""));
+      AttentionTask part = task(out, h, 0, group);
+      part.partial = partial.data();
+      part.chunk = begin;
+      for (int c = 0; c < chunks; ++c, part.partial += stride, ++part.chunk) kernels.attention(cache.view, part);
+      part.partial = partial.data();
+      kernels.attention_merge(cache.view, part, chunks, stride);
     }
+    return out;
+  }
+
+  // bf16 caches round queries (times log2(e)) and softmax weights to bf16, a relative error of 2^-9 at most: eight
+  // deviations of such errors, evenly spread and independent, are 8 / sqrt(3) * 2^-9 of the spread of the values.
+  void check_against_reference(const std::vector<float>& found, int t, int h) const {
+    const float log2e = 1.44269504f;
+    std::vector<double> query;
+    for (int d = 0; d < dim; ++d) {
+      const float x = q[size_t(t) * q_dim + size_t(h * dim + d)];
+      query.push_back(type == kKvBf16 ? double(bf16_value(x * log2e)) / double(log2e) : double(x));
+    }
+    const int end = first + t + 1, begin = window && end > window ? end - window : 0;
+    std::vector<std::vector<double>> keys, values;
+    for (int p = begin; p < end; ++p) {
+      const size_t at = size_t(p) * kv_dim + size_t(h / group * dim);
+      keys.emplace_back();
+      values.emplace_back();
+      for (int d = 0; d < dim; ++d) {
+        keys.back().push_back(rounded(type, k.data() + at, dim, d));
+        values.back().push_back(rounded(type, v.data() + at, dim, d));
+      }
+    }
+    const ref::Attended wanted = ref::attention(query, keys, values);
+    for (int d = 0; d < dim; ++d)
+      check_close("attention", found[size_t(t) * q_dim + size_t(h * dim + d)], wanted.value[size_t(d)],
+                  1e-5 + (type == kKvBf16 ? 4.7 / 512 * wanted.spread[size_t(d)] : 0));
+  }
+};
+
+void test_attention(KvType type, int dim, int group, int tokens, int first, int window) {
+  const AttentionCase one{type, dim, group, tokens, first, window};
+  const int rows = tokens * group;
+  const std::vector<float> y = one.run(*tables()[0], rows / 3);
+  for (const Kernels* kernels : tables()) {
+    const std::vector<float> own = one.run(*kernels, rows / 3);
+    // The processor's bf16 product has bits of its own.
+    const bool apart = type == kKvBf16 && kernels->bf16;
+    CHECK(apart || same_bits(own, y), std::string("attention differs in ") + kernels->name);
+    CHECK(same_bits(one.run(*kernels, rows - rows / 7), own), "attention depends on the rows of a call");
+    if (tokens == 1) CHECK(same_bits(one.run_chunks(*kernels), own), "attention in chunks differs from attention at once");
+    if (kernels == tables()[0] || apart)
+      for (int t = 0; t < tokens; ++t)
+        for (int h = 0; h < one.kHeads * group; ++h) one.check_against_reference(own, t, h);
+  }
 }
 
 }  // namespace
@@ -470,8 +499,11 @@ int main() {
       test_attention(type, 96, 4, 1, 270, window);
       test_attention(type, 20, 9, 1, 1300, window);
       test_attention(type, 16, 2, 30, 1010, window);
+      test_attention(type, 17, 16, 3, 130, window);
+      test_attention(type, 256, 5, 2, 99, window);
+      test_attention(type, 72, 7, 6, 50, window);
     }
-  for (const KvType type : {kKvF32, kKvInt8})
+  for (const KvType type : {kKvF32, kKvBf16, kKvInt8})
     for (const int window : {600, 1024}) {
       test_attention(type, 16, 2, 1, 1700, window);
       test_attention(type, 16, 2, 40, 1000, window);
