@@ -14,7 +14,7 @@ std::size_t element_bytes(KvType type) { return type == kKvF32 ? 4 : type == kKv
 constexpr int kLeastShared = 8;
 
 // Values of one lane, see KvView.
-std::size_t step_of(KvType type) { return type == kKvBf16 ? 2 : 1; }
+std::size_t step_of(KvType type) { return type == kKvF32 ? 1 : type == kKvBf16 ? 2 : 4; }
 
 }  // namespace
 

@@ -11,8 +11,8 @@
 namespace trilemma {
 namespace {
 
-// Rows of a block, and of a step inside it. Wide heads go in smaller blocks.
-constexpr int kRows = 32, kStepRows = 8, kRowCells = 4096;
+// Rows of a block; wide heads go in smaller ones.
+constexpr int kRows = 32, kRowCells = 4096;
 
 inline int block_rows(int padded_dim) {
   const int rows = kRowCells / padded_dim / kStepRows * kStepRows;
@@ -39,100 +39,91 @@ struct State {
   }
 };
 
+// Queries, scores and weights of a block of rows.
 template <class Cache>
 struct Scratch {
-  alignas(64) typename Cache::Factor queries[kRowCells];
-  alignas(64) typename Cache::Factor weights[kRows][kTile];
+  using Keys = typename Cache::Keys;
+  using Values = typename Cache::Values;
+  alignas(64) typename Keys::Factor queries[kRowCells * Keys::kFactors / Keys::kStep];
+  alignas(64) typename Values::Factor factors[kRows][kTile * Values::kFactors / Values::kStep];
   alignas(64) float scores[kStepRows][kTile];
-  const typename Cache::Factor* q[kRows];
-  float factor[kRows];
+  typename Keys::Row q[kRows];
+  typename Values::Row weights[kRows];
+  Sums sums[kRows];
 
   void round_queries(const KvView& kv, const Rows& rows) {
-    const V16f log2e = set1(1.44269504088896341f);
-    for (int r = 0; r < rows.count; ++r) {
-      typename Cache::Factor* to = queries + r * kv.padded_dim;
-      q[r] = to;
-      for (int d = 0; d < kv.head_dim; d += 16) {
-        const int n = kv.head_dim - d < 16 ? kv.head_dim - d : 16;
-        Cache::round(mul(load_n(rows.q[r] + d, n), log2e), to + d);
-      }
-    }
+    for (int r = 0; r < rows.count; ++r)
+      round_query<Cache>(rows.q[r], kv.head_dim, queries + r * kv.padded_dim * Keys::kFactors / Keys::kStep, q[r]);
   }
 };
 
 // The keys and values of one tile and head.
 template <class Cache>
 struct Tile {
-  const typename Cache::Cell *k, *v;
+  const typename Cache::Keys::Cell* k;
+  const typename Cache::Values::Cell* v;
   TileScales scale;
   int base;
+  ptrdiff_t to_values, to_next;  // bytes, from keys to values to the next keys
 
-  Tile(const KvView& kv, int head, int first) : base(first / kTile * kTile) {
+  Tile(const KvView& kv, int head, int first, int last) : base(first / kTile * kTile) {
     const size_t before = size_t(head) * size_t(kv.page);  // cells of earlier heads in a page
     const uint8_t* page = kv.pages[base / kTile];
-    k = reinterpret_cast<const typename Cache::Cell*>(page + kv.k) + before * size_t(kv.key_dim);
-    v = reinterpret_cast<const typename Cache::Cell*>(page + kv.v) + before * size_t(kv.padded_dim);
-    if constexpr (Cache::kScaled)
+    k = reinterpret_cast<const typename Cache::Keys::Cell*>(page + kv.k) + before * size_t(kv.key_dim);
+    v = reinterpret_cast<const typename Cache::Values::Cell*>(page + kv.v) + before * size_t(kv.padded_dim);
+    if constexpr (Cache::kInteger)
       scale = {reinterpret_cast<const float*>(page + kv.k_scale) + before,
                reinterpret_cast<const float*>(page + kv.v_scale) + before};
+    to_values = ptrdiff_t(uintptr_t(v) - uintptr_t(k));
+    to_next = base + kTile < last ? ptrdiff_t(uintptr_t(kv.pages[base / kTile + 1]) - uintptr_t(page)) - to_values : 0;
   }
 };
 
 // The rows of one step that attend to any position of a tile, and their positions in it.
 struct Step {
   int begin, end;  // rows
-  Reach all{kTile, 0};
+  Reach reach[kStepRows], all{kTile, 0};
 
   Step(const Rows& rows, int from, int base, int last) : begin(from), end(from) {
     const int stop = from + kStepRows < rows.count ? from + kStepRows : rows.count;
     const int behind = base + kTile < last ? base + kTile : last;
     while (begin < stop && rows.end[begin] <= base) ++begin;
     for (end = begin; end < stop && rows.begin[end] < behind; ++end) {
-      const Reach one = of_row(rows, end, base, behind);
-      all.begin = one.begin < all.begin ? one.begin : all.begin;
-      all.end = one.end > all.end ? one.end : all.end;
+      const int first = rows.begin[end] > base ? rows.begin[end] : base;
+      const int after = rows.end[end] < behind ? rows.end[end] : behind;
+      reach[end - begin] = {first - base, after - base};
+      all.begin = first - base < all.begin ? first - base : all.begin;
+      all.end = after - base > all.end ? after - base : all.end;
     }
   }
-  static Reach of_row(const Rows& rows, int r, int base, int behind) {
-    const int from = rows.begin[r] > base ? rows.begin[r] : base, to = rows.end[r] < behind ? rows.end[r] : behind;
-    return {from - base, to - base};
-  }
+  int count() const { return end - begin; }
 };
 
 template <class Cache>
 inline void weigh_tile(const KvView& kv, const Rows& rows, const Tile<Cache>& tile, int last, State& state,
                        Scratch<Cache>& scratch) {
-  const int behind = tile.base + kTile < last ? tile.base + kTile : last;
-  const KeyTile<Cache> keys{tile.k, kv.key_dim / Cache::kStep};
+  const KeyTile<typename Cache::Keys> keys{tile.k, tile.to_values, kv.key_dim / Cache::Keys::kStep};
   for (int from = 0; from < rows.count; from += kStepRows) {
     const Step step(rows, from, tile.base, last);
-    const int count = step.end - step.begin, begin = step.all.first(), end = step.all.last();
-    if (count <= 0) continue;
-    score_tile<Cache>(keys, begin, end, scratch.q + step.begin, scratch.scores, count);
-    for (int r = step.begin; r < step.end; ++r)
-      scratch.factor[r] =
-          weigh<Cache>(scratch.scores[r - step.begin], Step::of_row(rows, r, tile.base, behind), begin, end, tile.scale,
-                       state.rows[r], scratch.weights[r]);
+    const int r = step.begin, begin = step.all.first(), end = step.all.last();
+    if (step.count() == 0) continue;
+    score_tile<typename Cache::Keys>(keys, begin, end, scratch.q + r, scratch.scores, step.count());
+    Softmax<Cache> softmax{scratch.scores, step.reach, step.count(), begin, end, tile.scale, state.rows + r,
+                           scratch.factors + r, scratch.weights + r, scratch.sums + r};
+    softmax.run();
   }
 }
 
 template <class Cache>
-inline void add_values(const KvView& kv, const Rows& rows, const Tile<Cache>& tile, int last, State& state,
+inline void add_values(const KvView& kv, const Rows& rows, const Tile<Cache>& tile, int last,
                        const Scratch<Cache>& scratch) {
+  using Values = typename Cache::Values;
   for (int from = 0; from < rows.count; from += kStepRows) {
     const Step step(rows, from, tile.base, last);
-    const ValueTile<Cache> values{tile.v, kv.padded_dim, step.all.first() * 16 / Cache::kStep,
-                                  step.all.end / Cache::kStep, step.all.end % Cache::kStep};
-    for (int r = step.begin; r < step.end; r += kTileRows) {
-      Mixing<Cache> mixing;
-      const int count = step.end - r < kTileRows ? step.end - r : kTileRows;
-      for (int i = 0; i < count; ++i) {
-        mixing.weights[i] = scratch.weights[r + i];
-        mixing.out[i] = state.rows[r + i].out;
-        mixing.factor[i] = scratch.factor[r + i];
-      }
-      value_tile<Cache>(values, mixing, count);
-    }
+    const ValueTile<Values> values{tile.v, tile.to_next, kv.padded_dim, step.all.first() * 16 / Values::kStep,
+                                   step.all.end / Values::kStep, step.all.end % Values::kStep};
+    if (step.count() > 0)
+      value_tile<Values>(values, scratch.weights + step.begin, scratch.sums + step.begin, step.count());
   }
 }
 
@@ -142,9 +133,9 @@ inline void attend_chunk(const KvView& kv, int head, const Rows& rows, int first
                          Scratch<Cache>& scratch) {
   state.clear(rows.count, kv.padded_dim);
   for (int base = first / kTile * kTile; base < last; base += kTile) {
-    const Tile<Cache> tile(kv, head, base);
+    const Tile<Cache> tile(kv, head, base, last);
     weigh_tile(kv, rows, tile, last, state, scratch);
-    add_values(kv, rows, tile, last, state, scratch);
+    add_values(kv, rows, tile, last, scratch);
   }
 }
 

@@ -3,105 +3,102 @@
 //
 // f32: one value a lane. bf16: pairs, multiplied by the processor's own instruction where there is one, else as two f32
 // products; queries and weights are rounded to bf16 on every instruction set, so that they differ by rounding only.
+// int8: see attention_int8.h.
 #pragma once
 
-#include "table.h"
-#include "vmath.h"
+#include "attention_int8.h"
 
 namespace trilemma {
 namespace {
 
-// Sums that a register tile may hold, and rows of it at most; with few rows more vectors keep the units busy.
-#if defined(TRILEMMA_SIMD_AVX512)
-constexpr int kTileRows = 8, kTileSums = 16, kTileVectors = 8;
-#elif defined(TRILEMMA_SIMD_AVX2)
-constexpr int kTileRows = 2, kTileSums = 4, kTileVectors = 4;
-#elif defined(TRILEMMA_SIMD_NEON)
-constexpr int kTileRows = 2, kTileSums = 4, kTileVectors = 2;
-#else
-constexpr int kTileRows = 1, kTileSums = 1, kTileVectors = 1;
-#endif
+// What all products in f32 have in common: sums start where they are told to.
+template <class OneFactor>
+struct FloatProduct {
+  using Factor = OneFactor;
+  using Sum = V16f;
+  static constexpr int kSums = 1;
 
-struct CacheF32 {
+  struct Row {
+    const Factor* factors;
+  };
+  static Sum start(const Row&) { return zero(); }
+  static V16f value(Sum sum, const Row&) { return sum; }
+};
+
+// `Product::round` of two vectors that lie side by side, added to `sum`.
+template <class Product>
+inline V16f round_two(V16f sum, V16f x, V16f y, typename Product::Factor* out) {
+  return add(add(sum, Product::round(x, out)), Product::round(y, out + 16));
+}
+
+struct F32Product : FloatProduct<float> {
   using Cell = float;
-  using Factor = float;
   using Line = V16f;
-  static constexpr int kStep = 1, kParts = 1, kDegree = 6;
-  static constexpr bool kScaled = false;
+  static constexpr int kStep = 1, kFactors = 1, kParts = 1;
 
   template <int>
   static Line line(const Cell* p) {
     return load(p);
   }
+  static Line first_of(const Cell* p, int) { return load(p); }
   template <int>
-  static V16f multiply(V16f sum, Line line, const Factor* factor) {
-    return fma(set1(*factor), line, sum);
+  static void add(Sum& sum, const Line& line, const Factor* factor) {
+    sum = fma(set1(*factor), line, sum);
   }
+  // Stores x rounded to factors; returns their values.
   static V16f round(V16f x, Factor* out) {
     store(out, x);
     return x;
   }
 };
 
-struct CacheInt8 : CacheF32 {
-  using Cell = int8_t;
-  static constexpr bool kScaled = true;
-
-  template <int>
-  static Line line(const Cell* p) {
-    return load_s8(p);
-  }
-};
-
 #if defined(TRILEMMA_SIMD_BF16)
-struct CacheBf16 {
+struct Bf16Product : FloatProduct<uint16_t> {
   using Cell = uint16_t;
-  using Factor = uint16_t;
   using Line = V16u;
-  static constexpr int kStep = 2, kParts = 1, kDegree = 4;
-  static constexpr bool kScaled = false;
+  static constexpr int kStep = 2, kFactors = 2, kParts = 1;
 
   template <int>
   static Line line(const Cell* p) {
     return {_mm512_loadu_si512(p)};
   }
+  // A line whose second values were never stored.
+  static Line first_of(const Cell* p, int) { return {_mm512_and_si512(line<0>(p).v, _mm512_set1_epi32(0xffff))}; }
   template <int>
-  static V16f multiply(V16f sum, Line line, const Factor* factor) {
+  static void add(Sum& sum, const Line& line, const Factor* factor) {
     int32_t pair;
     __builtin_memcpy(&pair, factor, 4);
-    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)line.v)};
+    sum.v = _mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(pair), (__m512bh)line.v);
   }
-  // Of a line whose second values were never stored.
-  static V16f multiply_first(V16f sum, const Cell* p, int, const Factor* factor) {
-    return multiply<0>(sum, {_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0xffff))}, factor);
-  }
-  // Stores x rounded to factors; returns their values.
   static V16f round(V16f x, Factor* out) {
     const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x.v);
     _mm256_storeu_si256((__m256i*)out, rounded);
     return {widen_bf16(rounded)};
   }
 };
+
+template <>
+inline V16f round_two<Bf16Product>(V16f sum, V16f x, V16f y, uint16_t* out) {
+  const __m512bh rounded = _mm512_cvtne2ps_pbh(y.v, x.v);
+  _mm512_storeu_si512(out, (__m512i)rounded);
+  return {_mm512_dpbf16_ps(sum.v, rounded, (__m512bh)_mm512_set1_epi32(0x3f803f80))};  // times one
+}
 #else
-struct CacheBf16 {
+struct Bf16Product : FloatProduct<float> {
   using Cell = uint16_t;
-  using Factor = float;
   using Line = V16f;
-  static constexpr int kStep = 2, kParts = 2, kDegree = 4;
-  static constexpr bool kScaled = false;
+  static constexpr int kStep = 2, kFactors = 2, kParts = 2;
 
   template <int Part>
   static Line line(const Cell* p) {
     const V16u pairs = load_line(reinterpret_cast<const uint8_t*>(p));
     return Part ? high_bf16(pairs) : low_bf16(pairs);
   }
+  // A line whose second values were never stored.
+  static Line first_of(const Cell* p, int) { return line<0>(p); }
   template <int Part>
-  static V16f multiply(V16f sum, Line line, const Factor* factor) {
-    return fma(set1(factor[Part]), line, sum);
-  }
-  // Of a line whose second values were never stored.
-  static V16f multiply_first(V16f sum, const Cell* p, int, const Factor* factor) {
-    return multiply<0>(sum, line<0>(p), factor);
+  static void add(Sum& sum, const Line& line, const Factor* factor) {
+    sum = fma(set1(factor[Part]), line, sum);
   }
   static V16f round(V16f x, Factor* out) {
     const V16f rounded = to_bf16(x);
@@ -110,6 +107,28 @@ struct CacheBf16 {
   }
 };
 #endif
+
+// `kDegree`: of the polynomial behind a weight, as exact as what the weight is rounded to.
+struct CacheF32 {
+  using Keys = F32Product;
+  using Values = F32Product;
+  static constexpr int kDegree = 6;
+  static constexpr bool kInteger = false;
+};
+
+struct CacheBf16 {
+  using Keys = Bf16Product;
+  using Values = Bf16Product;
+  static constexpr int kDegree = 4;
+  static constexpr bool kInteger = false;
+};
+
+struct CacheInt8 {
+  using Keys = Int8Keys;
+  using Values = Int8Values;
+  static constexpr int kDegree = 4;
+  static constexpr bool kInteger = true;
+};
 
 }  // namespace
 }  // namespace trilemma

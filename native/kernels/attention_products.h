@@ -1,7 +1,7 @@
 // The two products of attention over one tile of positions: scores = q . k, and out = out * factor + weights . v.
 //
-// Every sum is one chain in ascending order, whatever rows and vectors share a register tile, so that a row's bits do not
-// depend on its company.
+// Every sum in f32 is one chain in ascending order, whatever rows and vectors share a register tile, so that a row's bits
+// do not depend on its company.
 #pragma once
 
 #include "attention_cache.h"
@@ -9,127 +9,164 @@
 namespace trilemma {
 namespace {
 
+// Sums that a register tile may hold, and rows of it at most; with few rows more vectors keep the units busy.
+#if defined(TRILEMMA_SIMD_AVX512)
+constexpr int kTileRows = 8, kTileSums = 16, kTileVectors = 8;
+#elif defined(TRILEMMA_SIMD_AVX2)
+constexpr int kTileRows = 2, kTileSums = 4, kTileVectors = 4;
+#elif defined(TRILEMMA_SIMD_NEON)
+constexpr int kTileRows = 2, kTileSums = 4, kTileVectors = 2;
+#else
+constexpr int kTileRows = 1, kTileSums = 1, kTileVectors = 1;
+#endif
+
 constexpr int kTile = kKvPage;
 
-template <int R>
+template <class Product, int R>
 constexpr int vectors_for() {
   int vectors = 1;
-  while (vectors * 2 <= kTileVectors && vectors * 2 * R <= kTileSums) vectors *= 2;
+  while (vectors * 2 <= kTileVectors && vectors * 2 * R * Product::kSums <= kTileSums) vectors *= 2;
   return vectors;
 }
 
 // Cells of one line.
-template <class Cache>
-constexpr size_t kLine = 16 * Cache::kStep;
+template <class Product>
+constexpr size_t kLine = 16 * Product::kStep;
 
-template <class Cache, int Part, int R, int V>
-inline void add_lines(const typename Cache::Cell* lines, size_t apart, const typename Cache::Factor* const* factor,
-                      size_t at, V16f (*sum)[V]) {
-  typename Cache::Line line[V];
-#pragma GCC unroll 8
-  for (int v = 0; v < V; ++v) line[v] = Cache::template line<Part>(lines + size_t(v) * apart);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) sum[r][v] = Cache::template multiply<Part>(sum[r][v], line[v], factor[r] + at);
-  if constexpr (Part + 1 < Cache::kParts) add_lines<Cache, Part + 1, R, V>(lines, apart, factor, at, sum);
+// Brings the line `ahead` bytes behind this one nearer: what the next product over the cache will read. Keys and values of a
+// head are cut into runs of a few kB, too short for the processor to see where they go on.
+inline void fetch(const void* line, ptrdiff_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(line) + uintptr_t(ahead)), 0, 2);
 }
 
-// Keys of one tile and head: `steps` lines for every 16 positions.
-template <class Cache>
-struct KeyTile {
-  const typename Cache::Cell* cells;
-  int steps;
-};
-
-// scores[row][position] for `R` rows and `V` vectors of positions from vector `v` on.
-template <class Cache, int R, int V>
-inline void score_block(const KeyTile<Cache>& k, int v, const typename Cache::Factor* const* q, float (*scores)[kTile]) {
-  const size_t apart = size_t(k.steps) * kLine<Cache>;
-  const typename Cache::Cell* lines = k.cells + size_t(v) * apart;
-  V16f sum[R][V];
+// Adds step `s` of `R` rows and `V` lines that lie `apart` cells apart.
+template <class Product, int Part, int R, int V>
+inline void add_lines(const typename Product::Cell* lines, size_t apart, ptrdiff_t ahead,
+                      const typename Product::Row* rows, int s, typename Product::Sum (*sum)[V]) {
+  typename Product::Line line[V];
 #pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) sum[r][i] = zero();
-  for (int s = 0; s < k.steps; ++s)
-    add_lines<Cache, 0, R, V>(lines + size_t(s) * kLine<Cache>, apart, q, size_t(s) * Cache::kStep, sum);
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < V; ++i) store(scores[r] + (v + i) * 16, sum[r][i]);
-}
-
-template <class Cache, int R, int V = vectors_for<R>()>
-inline void score_rows(const KeyTile<Cache>& k, int v, int end, const typename Cache::Factor* const* q,
-                       float (*scores)[kTile]) {
-  for (; v + V <= end; v += V) score_block<Cache, R, V>(k, v, q, scores);
-  if constexpr (V > 1) score_rows<Cache, R, V / 2>(k, v, end, q, scores);
-}
-
-// Vectors [begin, end) of `count` rows.
-template <class Cache, int R = kTileRows>
-inline void score_tile(const KeyTile<Cache>& k, int begin, int end, const typename Cache::Factor* const* q,
-                       float (*scores)[kTile], int count) {
-  int r = 0;
-  for (; r + R <= count; r += R) score_rows<Cache, R>(k, begin, end, q + r, scores + r);
-  if constexpr (R > 1)
-    if (r < count) score_tile<Cache, R - 1>(k, begin, end, q + r, scores + r, count - r);
-}
-
-// Values of one tile and head: for every kStep positions padded_dim / 16 lines. Steps [begin, end) are whole; `rest`
-// values of step `end` are not.
-template <class Cache>
-struct ValueTile {
-  const typename Cache::Cell* cells;
-  int padded_dim, begin, end, rest;
-};
-
-// What rows of values are summed with and to.
-template <class Cache>
-struct Mixing {
-  const typename Cache::Factor* weights[kTileRows];
-  float* out[kTileRows];
-  float factor[kTileRows];
-};
-
-template <class Cache, int R, int D>
-inline void value_block(const ValueTile<Cache>& v, int d, const Mixing<Cache>& m) {
-  const size_t apart = size_t(v.padded_dim) * Cache::kStep;
-  const typename Cache::Cell* lines = v.cells + size_t(d) * Cache::kStep;
-  V16f sum[R][D];
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int i = 0; i < D; ++i) sum[r][i] = mul(load(m.out[r] + d + i * 16), set1(m.factor[r]));
-  for (int s = v.begin; s < v.end; ++s)
-    add_lines<Cache, 0, R, D>(lines + size_t(s) * apart, kLine<Cache>, m.weights, size_t(s) * Cache::kStep, sum);
-  if constexpr (Cache::kStep > 1) if (v.rest) {
-    const typename Cache::Cell* last = lines + size_t(v.end) * apart;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-      for (int i = 0; i < D; ++i)
-        sum[r][i] = Cache::multiply_first(sum[r][i], last + size_t(i) * kLine<Cache>, v.rest,
-                                          m.weights[r] + size_t(v.end) * Cache::kStep);
+  for (int v = 0; v < V; ++v) {
+    if constexpr (Part == 0) fetch(lines + size_t(v) * apart, ahead);
+    line[v] = Product::template line<Part>(lines + size_t(v) * apart);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int i = 0; i < D; ++i) store(m.out[r] + d + i * 16, sum[r][i]);
+    for (int v = 0; v < V; ++v)
+      Product::template add<Part>(sum[r][v], line[v], rows[r].factors + size_t(s) * Product::kFactors);
+  if constexpr (Part + 1 < Product::kParts) add_lines<Product, Part + 1, R, V>(lines, apart, ahead, rows, s, sum);
 }
 
-template <class Cache, int R, int D = vectors_for<R>()>
-inline void value_rows(const ValueTile<Cache>& v, int d, const Mixing<Cache>& m) {
-  for (; d + D * 16 <= v.padded_dim; d += D * 16) value_block<Cache, R, D>(v, d, m);
-  if constexpr (D > 1) value_rows<Cache, R, D / 2>(v, d, m);
+// Keys of one tile and head: `steps` lines for every 16 positions; what is read next lies `ahead` bytes behind.
+template <class Product>
+struct KeyTile {
+  const typename Product::Cell* cells;
+  ptrdiff_t ahead;
+  int steps;
+};
+
+// scores[row][position] for `R` rows and `V` vectors of positions from vector `v` on.
+template <class Product, int R, int V>
+inline void score_block(const KeyTile<Product>& k, int v, const typename Product::Row* q, float (*scores)[kTile]) {
+  const size_t apart = size_t(k.steps) * kLine<Product>;
+  const typename Product::Cell* lines = k.cells + size_t(v) * apart;
+  typename Product::Sum sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) sum[r][i] = Product::start(q[r]);
+  for (int s = 0; s < k.steps; ++s)
+    add_lines<Product, 0, R, V>(lines + size_t(s) * kLine<Product>, apart, k.ahead, q, s, sum);
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < V; ++i) store(scores[r] + (v + i) * 16, Product::value(sum[r][i], q[r]));
 }
 
-// Up to kTileRows rows.
-template <class Cache, int R = kTileRows>
-inline void value_tile(const ValueTile<Cache>& v, const Mixing<Cache>& m, int count) {
-  if (count == R) return value_rows<Cache, R>(v, 0, m);
-  if constexpr (R > 1) value_tile<Cache, R - 1>(v, m, count);
+template <class Product, int R, int V = vectors_for<Product, R>()>
+inline void score_rows(const KeyTile<Product>& k, int v, int end, const typename Product::Row* q,
+                       float (*scores)[kTile]) {
+  for (; v + V <= end; v += V) score_block<Product, R, V>(k, v, q, scores);
+  if constexpr (V > 1) score_rows<Product, R, V / 2>(k, v, end, q, scores);
+}
+
+// Vectors [begin, end) of `count` rows.
+template <class Product, int R = kTileRows>
+inline void score_tile(const KeyTile<Product>& k, int begin, int end, const typename Product::Row* q,
+                       float (*scores)[kTile], int count) {
+  int r = 0;
+  for (; r + R <= count; r += R) score_rows<Product, R>(k, begin, end, q + r, scores + r);
+  if constexpr (R > 1)
+    if (r < count) score_tile<Product, R - 1>(k, begin, end, q + r, scores + r, count - r);
+}
+
+// Values of one tile and head: for every kStep positions padded_dim / 16 lines. Steps [begin, end) are whole; of step `end`
+// there are `rest` positions.
+template <class Product>
+struct ValueTile {
+  const typename Product::Cell* cells;
+  ptrdiff_t ahead;
+  int padded_dim, begin, end, rest;
+};
+
+// Where rows of values are summed to, and what their earlier sums are multiplied with.
+struct Sums {
+  float* out;
+  float factor;
+};
+
+// The product alone where it is in integers; f32 products go on from the earlier sums.
+template <class Product>
+inline typename Product::Sum start_values(V16f before, const typename Product::Row& weights) {
+  if constexpr (__is_same(typename Product::Sum, V16f)) return before;
+  return Product::start(weights);
+}
+template <class Product>
+inline V16f end_values(V16f before, const typename Product::Sum& sum, const typename Product::Row& weights) {
+  if constexpr (__is_same(typename Product::Sum, V16f)) return sum;
+  return add(before, Product::value(sum, weights));
+}
+
+template <class Product, int R, int D>
+inline void value_block(const ValueTile<Product>& v, int d, const typename Product::Row* weights, const Sums* sums) {
+  const size_t apart = size_t(v.padded_dim) * Product::kStep;
+  const typename Product::Cell* lines = v.cells + size_t(d) * Product::kStep;
+  const auto before = [&](int r, int i) { return mul(load(sums[r].out + d + i * 16), set1(sums[r].factor)); };
+  typename Product::Sum sum[R][D];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < D; ++i) sum[r][i] = start_values<Product>(before(r, i), weights[r]);
+  for (int s = v.begin; s < v.end; ++s)
+    add_lines<Product, 0, R, D>(lines + size_t(s) * apart, kLine<Product>, v.ahead, weights, s, sum);
+  if constexpr (Product::kStep > 1)
+    if (v.rest)
+#pragma GCC unroll 8
+      for (int i = 0; i < D; ++i) {
+        const auto last = Product::first_of(lines + size_t(v.end) * apart + size_t(i) * kLine<Product>, v.rest);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r)
+          Product::template add<0>(sum[r][i], last, weights[r].factors + size_t(v.end) * Product::kFactors);
+      }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < D; ++i)
+      store(sums[r].out + d + i * 16, end_values<Product>(before(r, i), sum[r][i], weights[r]));
+}
+
+template <class Product, int R, int D = vectors_for<Product, R>()>
+inline void value_rows(const ValueTile<Product>& v, int d, const typename Product::Row* weights, const Sums* sums) {
+  for (; d + D * 16 <= v.padded_dim; d += D * 16) value_block<Product, R, D>(v, d, weights, sums);
+  if constexpr (D > 1) value_rows<Product, R, D / 2>(v, d, weights, sums);
+}
+
+template <class Product, int R = kTileRows>
+inline void value_tile(const ValueTile<Product>& v, const typename Product::Row* weights, const Sums* sums, int count) {
+  int r = 0;
+  for (; r + R <= count; r += R) value_rows<Product, R>(v, 0, weights + r, sums + r);
+  if constexpr (R > 1)
+    if (r < count) value_tile<Product, R - 1>(v, weights + r, sums + r, count - r);
 }
 
 }  // namespace

@@ -51,44 +51,123 @@ struct TileScales {
   const float *k, *v;
 };
 
-// Turns one row's scores into weights, zero in those of vectors [begin, end) that it does not reach; returns the factor
-// for what was summed before.
+// Up to kStepRows rows that share the vectors [begin, end) of a tile; `weights` and `sums` are what comes out.
+constexpr int kStepRows = 8;
+
 template <class Cache>
-inline float weigh(float* scores, const Reach& reach, int begin, int end, const TileScales& scale, RowState& row,
-                   typename Cache::Factor* weights) {
-  const int first = reach.first(), last = reach.last();
-  for (int v = begin; v < first; ++v) Cache::round(zero(), weights + v * 16);
-  for (int v = last; v < end; ++v) Cache::round(zero(), weights + v * 16);
-  const float low = -__builtin_inff();
-  V16f peak = set1(low);
-  for (int v = first; v < last; ++v) {
-    V16f x = load(scores + v * 16);
-    if constexpr (Cache::kScaled) x = mul(x, load(scale.k + v * 16));
-    x = reach.keep(x, v, low);
-    store(scores + v * 16, x);
-    peak = max(peak, x);
-  }
-  const float before = row.maximum, tile_peak = reduce_max(peak);
-  const float now = before > tile_peak ? before : tile_peak;
-  if (now == low) {  // every score is -inf or NaN: nothing to add; the row ends as 0/0 = NaN if this goes on
-    for (int v = first; v < last; ++v) Cache::round(zero(), weights + v * 16);
-    return 1.0f;
-  }
-  V16f sum = zero();
-  for (int v = first; v < last; ++v) {
-    const V16f weight = exp2_negative<Cache::kDegree>(sub(load(scores + v * 16), set1(now)));
-    if constexpr (Cache::kScaled) {
-      sum = add(sum, weight);
-      // Stale scales behind the end must not turn a weight of zero into NaN.
-      Cache::round(reach.keep(mul(weight, load(scale.v + v * 16)), v, 0.0f), weights + v * 16);
-    } else {
-      sum = add(sum, Cache::round(weight, weights + v * 16));
+struct Softmax {
+  using Values = typename Cache::Values;
+
+  float (*scores)[kTile];
+  const Reach* reach;
+  int count, begin, end;
+  TileScales scale;
+  RowState* rows;
+  typename Values::Factor (*factors)[kTile * Values::kFactors / Values::kStep];
+  typename Values::Row* weights;
+  Sums* sums;
+  alignas(64) float before[16] = {}, now[16] = {};
+
+  // One row after another in each loop, so that none waits for its own largest score.
+  void run() {
+    for (int r = 0; r < count; ++r) find_peak(r);
+    alignas(64) float factor[16];
+    store(factor, exp2_negative<6>(sub(load(before), load(now))));
+    for (int r = 0; r < count; ++r) {
+      float total = 0.0f;
+      if (now[r] == -__builtin_inff()) {  // every score is -inf or NaN: the row ends as 0/0 = NaN if this goes on
+        factor[r] = 1.0f;
+        clear(r, begin, end);
+        weights[r] = {};
+      } else {
+        clear(r, begin, reach[r].first());
+        clear(r, reach[r].last(), end);
+        if constexpr (Cache::kInteger)
+          total = weigh_scaled(r);
+        else
+          total = weigh(r);
+      }
+      weights[r].factors = factors[r];
+      rows[r].maximum = now[r];
+      rows[r].total = rows[r].total * factor[r] + total;
+      sums[r] = {rows[r].out, factor[r]};
     }
   }
-  const float factor = before == now ? 1.0f : power_of_two(before - now);
-  row.maximum = now;
-  row.total = row.total * factor + reduce_add(sum);
-  return factor;
+
+ private:
+  typename Values::Factor* at(int r, int v) { return factors[r] + v * 16 * Values::kFactors / Values::kStep; }
+  void clear(int r, int from, int to) {
+    if (from < to) __builtin_memset(at(r, from), 0, size_t(at(r, to) - at(r, from)) * sizeof(typename Values::Factor));
+  }
+
+  void find_peak(int r) {
+    const float low = -__builtin_inff();
+    V16f peak = set1(low);
+    for (int v = reach[r].first(); v < reach[r].last(); ++v) {
+      V16f x = load(scores[r] + v * 16);
+      if constexpr (Cache::kInteger) x = mul(x, load(scale.k + v * 16));
+      x = reach[r].keep(x, v, low);
+      store(scores[r] + v * 16, x);
+      peak = max(peak, x);
+    }
+    const float largest = reduce_max(peak);
+    before[r] = rows[r].maximum;
+    now[r] = before[r] > largest ? before[r] : largest;
+  }
+
+  V16f power(int r, int v) const {
+    return exp2_negative<Cache::kDegree>(sub(load(scores[r] + v * 16), set1(now[r])));
+  }
+
+  // Weights of one row, rounded; returns their sum.
+  float weigh(int r) {
+    V16f sum = zero();
+    const int last = reach[r].last();
+    int v = reach[r].first();
+    for (; v + 2 <= last; v += 2) sum = round_two<Values>(sum, power(r, v), power(r, v + 1), at(r, v));
+    if (v < last) sum = add(sum, Values::round(power(r, v), at(r, v)));
+    return reduce_add(sum);
+  }
+
+  // The same in integers: weights times the values' scales.
+  float weigh_scaled(int r) {
+    V16f sum = zero();
+    V16u peak = abs_bits(zero());
+    for (int v = reach[r].first(); v < reach[r].last(); ++v) {
+      const V16f weight = power(r, v);
+      sum = add(sum, weight);
+      // Stale scales behind the end must not turn a weight of zero into NaN.
+      const V16f scaled = reach[r].keep(mul(weight, load(scale.v + v * 16)), v, 0.0f);
+      store(scores[r] + v * 16, scaled);
+      peak = max_u(peak, abs_bits(scaled));
+    }
+    weights[r].scale = code_scale(peak);
+    const V16f inverse = set1(code_inverse(weights[r].scale));
+    for (int v = reach[r].first(); v < reach[r].last(); ++v)
+      Values::store_codes(mul(load(scores[r] + v * 16), inverse), at(r, v));
+    return reduce_add(sum);
+  }
+};
+
+// A row's query times log2(e), rounded to factors.
+template <class Cache>
+inline void round_query(const float* q, int head_dim, typename Cache::Keys::Factor* factors,
+                        typename Cache::Keys::Row& row) {
+  using Keys = typename Cache::Keys;
+  const V16f log2e = set1(1.44269504088896341f);
+  const auto scaled = [&](int d) { return mul(load_n(q + d, head_dim - d < 16 ? head_dim - d : 16), log2e); };
+  row.factors = factors;
+  if constexpr (Cache::kInteger) {
+    V16u peak = abs_bits(zero());
+    for (int d = 0; d < head_dim; d += 16) peak = max_u(peak, abs_bits(scaled(d)));
+    row.scale = code_scale(peak);
+    const float inverse = code_inverse(row.scale);
+    for (int d = 0; d < head_dim; d += 16)
+      Keys::store_codes(mul(scaled(d), set1(inverse)), factors + d * Keys::kFactors / Keys::kStep);
+    Keys::set_start(row, head_dim);
+  } else {
+    for (int d = 0; d < head_dim; d += 16) Keys::round(scaled(d), factors + d);
+  }
 }
 
 }  // namespace

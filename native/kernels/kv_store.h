@@ -57,7 +57,7 @@ void kv_store(const KvView& kv, const float* k, const float* v, int heads, int p
       const size_t cell = size_t(h) * size_t(kv.page) + size_t(inside);
       reinterpret_cast<float*>(page + kv.k_scale)[cell] = quantize_head(k, dim, key);
       reinterpret_cast<float*>(page + kv.v_scale)[cell] = quantize_head(v, dim, value);
-      HeadCells<int8_t, 1>(kv, page, h, inside)
+      HeadCells<int8_t, 4>(kv, page, h, inside)
           .write(kv, [&](int d) { return int8_t(key[d]); }, [&](int d) { return int8_t(value[d]); });
     } else if (kv.type == kKvBf16) {
       round_head(k, dim, key, to_bf16);

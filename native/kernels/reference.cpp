@@ -126,7 +126,7 @@ Attended attention(const std::vector<double>& q, const std::vector<std::vector<d
   const double peak = *std::max_element(weights.begin(), weights.end());
   double total = 0;
   for (double& w : weights) total += w = std::exp(w - peak);
-  Attended out{std::vector<double>(q.size(), 0.0), std::vector<double>(q.size(), 0.0)};
+  Attended out{std::vector<double>(q.size(), 0.0), std::vector<double>(q.size(), 0.0), 1 / total};
   for (std::size_t d = 0; d < q.size(); ++d) {
     for (std::size_t p = 0; p < k.size(); ++p) out.value[d] += weights[p] / total * v[p][d];
     double squares = 0;

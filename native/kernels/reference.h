@@ -53,6 +53,7 @@ std::vector<double> norm(const std::vector<float>& x, const std::vector<float>& 
 // sum of (weight * (value - output))^2: independent relative errors e of the weights move the output by about e times that.
 struct Attended {
   std::vector<double> value, spread;
+  double largest = 0;  // weight
 };
 Attended attention(const std::vector<double>& q, const std::vector<std::vector<double>>& k,
                    const std::vector<std::vector<double>>& v);

@@ -97,7 +97,7 @@ struct Output {
 };
 
 // One layer's cache of one sequence: page p holds positions [p * page, (p + 1) * page) of every layer, this one's at the
-// offsets given. With `step` values a lane (bf16: 2, else 1), K is [head][tile of 16 positions][key_dim / step][16][step] in a
+// offsets given. With `step` values a lane (f32: 1, bf16: 2, int8: 4), K is [head][tile of 16 positions][key_dim / step][16][step] in a
 // page, so that a vector holds 16 positions and no dot product needs a horizontal sum; V is
 // [head][position / step][padded_dim][step]. Keys beyond head_dim are zeros; positions beyond the last are anything.
 struct KvView {

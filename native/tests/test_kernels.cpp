@@ -356,7 +356,7 @@ struct Cache {
   Cache(KvType type, int heads, int dim, int capacity) {
     const int page = std::min(capacity, int(kKvPage));
     const size_t wide = size_t((dim + 15) / 16 * 16), cells = size_t(heads) * size_t(page);
-    const int key_dim = type == kKvBf16 ? (dim + 1) / 2 * 2 : dim;
+    const int step = type == kKvF32 ? 1 : type == kKvBf16 ? 2 : 4, key_dim = (dim + step - 1) / step * step;
     const size_t k = cells * size_t(key_dim) * 4, v = cells * wide * 4;
     for (int first = 0; first < capacity; first += page)  // NaN where nothing was stored: it must not leak out
       pages.push_back(data.emplace_back(k + v + 2 * cells * 4 + 64, 0xff).data());
@@ -423,8 +423,19 @@ struct AttentionCase {
     return out;
   }
 
-  // bf16 caches round queries (times log2(e)) and softmax weights to bf16, a relative error of 2^-9 at most: eight
-  // deviations of such errors, evenly spread and independent, are 8 / sqrt(3) * 2^-9 of the spread of the values.
+  // What eight deviations of the rounding of queries and weights, evenly spread and independent, make of an output. bf16:
+  // relative errors of weights up to 2^-9 (the reference rounds the query too). int8: codes of 1/16256 of the largest, of
+  // queries against keys of about length sqrt(dim), and of weights against values of about 2.
+  double tolerance(const ref::Attended& wanted, size_t d, const std::vector<double>& query, size_t positions) const {
+    const double deviations = 8 / std::sqrt(3.0);
+    if (type == kKvF32) return 1e-5;
+    if (type == kKvBf16) return 1e-5 + deviations / 512 * wanted.spread[d];
+    double peak = 0;
+    for (const double x : query) peak = std::max(peak, std::fabs(x));
+    const double scores = peak * std::sqrt(double(dim)) * wanted.spread[d];
+    return 1e-5 + deviations * 0.5 / 16256 * (1.5 * scores + 2 * wanted.largest * std::sqrt(double(positions)));
+  }
+
   void check_against_reference(const std::vector<float>& found, int t, int h) const {
     const float log2e = 1.44269504f;
     std::vector<double> query;
@@ -446,7 +457,7 @@ struct AttentionCase {
     const ref::Attended wanted = ref::attention(query, keys, values);
     for (int d = 0; d < dim; ++d)
       check_close("attention", found[size_t(t) * q_dim + size_t(h * dim + d)], wanted.value[size_t(d)],
-                  1e-5 + (type == kKvBf16 ? 4.7 / 512 * wanted.spread[size_t(d)] : 0));
+                  tolerance(wanted, size_t(d), query, keys.size()));
   }
 };
 
