@@ -20,7 +20,7 @@ namespace trilemma {
 enum class KvMode { kNone, kF32, kBf16, kInt8 };
 
 // Raise it when the inside of a page changes: saved sequences of another version are refused.
-constexpr std::uint32_t kKvLayoutVersion = 1;
+constexpr std::uint32_t kKvLayoutVersion = 2;
 
 struct KvPoolOptions {
   KvMode mode = KvMode::kBf16;
