@@ -145,7 +145,9 @@ def run(
                 continue
             faults.append(f"{kind} {number}: {outcome} {fault}")
             if keep is not None:
-                path = make_mutant(kind, number, seed, [Path(sample) for sample in made], place)
+                again = folder / "again"  # the worker is busy with the next one in its place
+                again.mkdir(exist_ok=True)
+                path = make_mutant(kind, number, seed, [Path(sample) for sample in made], again)
                 target = keep / f"{kind}-{number}{path.suffix}"
                 (shutil.copytree if path.is_dir() else shutil.copyfile)(path, target)
             if not outcome.startswith("FAULT"):  # the worker is gone

@@ -9,6 +9,9 @@ from typing import Any
 from trilemma.core.errors import CheckpointError, UnsupportedModelError
 
 Raw = Mapping[str, Any]
+# Sizes are believed before any weight is seen, so that those that no model has must not cost memory.
+_MOST = {"layer": 1 << 12, "position": (1 << 31) - 1, "window": (1 << 31) - 1}
+_MOST_OTHERS = 1 << 24
 
 
 def positive_int(raw: Raw, key: str, default: int | None = None) -> int:
@@ -19,7 +22,10 @@ def positive_int(raw: Raw, key: str, default: int | None = None) -> int:
             raise CheckpointError(f"config.json lacks '{key}'. Copy the config.json of the original model.")
         return default
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise CheckpointError(f"config.json: '{key}' is {value!r}; expected a positive integer.")
+        raise CheckpointError(f"config.json: '{key}' is {_short(value)}; expected a positive integer.")
+    most = next((bound for part, bound in _MOST.items() if part in key), _MOST_OTHERS)
+    if value > most:
+        raise CheckpointError(f"config.json: '{key}' is {_short(value)}; at most {most} is possible. Fetch it again.")
     return value
 
 
