@@ -96,7 +96,7 @@ class Context {
   // Row-wise work, of about `floats` a row.
   template <class Task>
   void each_token(int count, double floats, const Task& task) const {
-    ThreadPool::instance().run(count * floats < ThreadPool::kSerialFloats ? 1 : threads_, count, task);
+    ThreadPool::instance().run_rows(threads_, count, floats, task);
   }
 
   std::shared_ptr<const Model> model_;

@@ -57,8 +57,7 @@ struct Scratch {
 
 void run(const Kernels& kernels, int threads, int tokens, const Job& job, Scratch& s) {
   s.input.begin(job.forms, s.x.as<float>(), job.columns, tokens);
-  const bool serial = double(tokens) * job.columns < ThreadPool::kSerialFloats;
-  ThreadPool::instance().run(serial ? 1 : threads, tokens, [&](int i) { s.input.prepare(kernels, i); });
+  ThreadPool::instance().run_rows(threads, tokens, job.columns, [&](int i) { s.input.prepare(kernels, i); });
   std::vector<Product> products;
   float* y = s.y.as<float>();
   for (const Linear& linear : job.linears) {

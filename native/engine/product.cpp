@@ -7,10 +7,15 @@
 namespace trilemma {
 namespace {
 
-// Below this many multiplications waking a second thread costs more than it saves.
-constexpr double kSerialMacs = 20e3;
-// A chunk's weights should stay in L2 while tiles of tokens walk over them.
-constexpr std::size_t kChunkBytes = 256 << 10;
+// Below both, sharing a job costs more than it saves.
+constexpr double kSerialMacs = 250e3;
+constexpr std::size_t kSerialBytes = 160 << 10;
+// Multiplications of an item of the first round, at least.
+constexpr double kItemMacs = 1e6;
+constexpr int kMostRounds = 3;
+constexpr long long kLeftOver = 4;  // a round leaves one part in so many to the next
+// Weights that should stay in L2 while tiles of tokens walk over them.
+constexpr std::size_t kCachedBytes = 256 << 10;
 
 void run_panels(const Kernels& kernels, const ProductInput& input, const Product& p, int begin, int end) {
   const Matrix& w = *p.linear->weight;
@@ -33,14 +38,38 @@ void run_panels(const Kernels& kernels, const ProductInput& input, const Product
   }
 }
 
-// Panels per work item: enough items to balance, large enough to stream, small enough to stay in cache.
-int chunk_panels(const Matrix& w, int threads, int tokens, int all_panels) {
-  int panels = std::max(1, all_panels / (threads * 4));
-  if (tokens > 1) {
-    const std::size_t panel_bytes = w.bytes() / std::size_t(w.panels()) + 1;
-    panels = std::min(panels, std::max(1, int(kChunkBytes / panel_bytes)));
+// Of many tokens, as many panels as stay in L2 while tiles of tokens walk over them.
+int panels_at_once(const Matrix& w, int tokens) {
+  if (tokens == 1) return w.panels();
+  const std::size_t panel_bytes = w.bytes() / std::size_t(w.panels()) + 1;
+  return std::clamp(int(kCachedBytes / panel_bytes), 1, w.panels());
+}
+
+// Where item `i` of threads * (rounds + 1) begins among `work` units. Rounds share out three quarters of what is left,
+// the last one all of it: few items, as threads hold each other up when they take one, and small ones at the end, so that
+// whoever is slower or came late keeps nobody waiting long. The first items are the same in each step, so that the
+// weights that a thread reads can stay in its own caches.
+long long begin_of(int i, long long work, int threads, int rounds) {
+  const int round = i / threads;
+  if (round > rounds) return work;
+  long long left = work;
+  for (int r = 0; r < round; ++r) left /= kLeftOver;
+  const long long shared = round < rounds ? left - left / kLeftOver : left;
+  return work - left + shared * (i % threads) / threads;
+}
+
+// [begin, end) of all panels x tokens, product after product; boundaries inside a panel move to its start.
+void run_range(const Kernels& kernels, const ProductInput& input, std::span<const Product> products, long long begin,
+               long long end) {
+  for (const Product& p : products) {
+    const Matrix& w = *p.linear->weight;
+    const int tokens = input.rows(p.part), most = panels_at_once(w, tokens);
+    const auto panel = [&](long long at) { return int(std::clamp<long long>(at / tokens, 0, w.panels())); };
+    for (int first = panel(begin), last = panel(end); first < last; first += most)
+      run_panels(kernels, input, p, first, std::min(first + most, last));
+    begin -= static_cast<long long>(w.panels()) * tokens;
+    end -= static_cast<long long>(w.panels()) * tokens;
   }
-  return std::min(panels, w.panels());
 }
 
 // Rows of the forms in tiles: above one tile the last one is as wide as the others.
@@ -163,30 +192,22 @@ FloatInput ProductInput::floats(int part, bool rounded) const {
 }
 
 void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::span<const Product> products) {
-  struct Share {
-    const Product* product;
-    int panels, chunk, first;
-  };
-  std::vector<Share> shares;
-  shares.reserve(products.size());
-  int all_panels = 0, items = 0;
+  long long work = 0;  // panels x tokens
   double macs = 0;
-  for (const Product& p : products) all_panels += p.linear->weight->panels();
+  std::size_t bytes = 0;
   for (const Product& p : products) {
     const Matrix& w = *p.linear->weight;
-    const int chunk = chunk_panels(w, threads, input.rows(p.part), all_panels);
-    shares.push_back({&p, w.panels(), chunk, items});
-    items += (w.panels() + chunk - 1) / chunk;
+    work += static_cast<long long>(w.panels()) * input.rows(p.part);
     macs += double(w.rows()) * w.cols() * input.rows(p.part);
+    bytes += w.bytes();
   }
-  const auto task = [&](int item) {
-    const auto after =
-        std::upper_bound(shares.begin(), shares.end(), item, [](int i, const Share& s) { return i < s.first; });
-    const Share& s = *(after - 1);
-    const int begin = (item - s.first) * s.chunk;
-    run_panels(kernels, input, *s.product, begin, std::min(begin + s.chunk, s.panels));
-  };
-  ThreadPool::instance().run(macs < kSerialMacs ? 1 : threads, items, task);
+  if (macs < kSerialMacs && bytes < kSerialBytes) threads = 1;
+  int rounds = 0;
+  while (threads > 1 && rounds < kMostRounds && macs / threads / (2 << rounds) > kItemMacs) ++rounds;
+  ThreadPool::instance().run(threads, threads * (rounds + 1), [&](int item) {
+    run_range(kernels, input, products, begin_of(item, work, threads, rounds),
+              begin_of(item + 1, work, threads, rounds));
+  });
 }
 
 }  // namespace trilemma

@@ -1,5 +1,6 @@
 #include "thread_pool.h"
 
+#include <algorithm>
 #include <chrono>
 #include <system_error>
 #include <thread>
@@ -16,6 +17,8 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 constexpr auto kSpin = std::chrono::microseconds(100);
+// Turns of waiting for a worker's last item before the processor is offered to others, perhaps to that worker.
+constexpr int kPatience = 2000;
 
 inline void relax() {
 #if defined(__x86_64__)
@@ -56,59 +59,66 @@ void ThreadPool::grow(int workers) {
 }
 
 void ThreadPool::run_erased(int threads, int items, Call call, const void* task) {
-  if (!owner_.try_lock()) {
+  if (items > kMostItems || !owner_.try_lock()) {
     for (int i = 0; i < items; ++i) call(task, i);
     return;
   }
   const std::lock_guard owned(owner_, std::adopt_lock);
+  threads = std::min(threads, kMostThreads);
   grow(threads - 1);
-  job_ = {call, task, items, threads - 1};
-  cursor_.store(0, std::memory_order_relaxed);
-  epoch_.fetch_add(1);
-  if (asleep_.load()) {
+  call_ = call;
+  task_ = task;
+  done_.store(0, std::memory_order_relaxed);
+  // The first item is the caller's.
+  ticket_.store(Ticket::of(threads - 1, items, 1).word, std::memory_order_release);
+  // A worker that falls asleep at this very moment may be missed: then it does not help with this job.
+  if (asleep_.load(std::memory_order_relaxed)) {
     {
       const std::lock_guard lock(sleep_);
     }
     wake_.notify_all();
   }
-  take_items(job_);
-  // A worker joins by raising joined_ and then looking at epoch_ again: after this store either it sees the job
-  // closed, or we see it joined.
-  epoch_.fetch_add(1);
-  while (joined_.load() != 0) relax();
+  call(task, 0);
+  const int own = 1 + take_items({ticket_.load(std::memory_order_relaxed)});
+  for (int spins = 0; done_.load(std::memory_order_acquire) != items - own; ++spins)
+    spins < kPatience ? relax() : std::this_thread::yield();
 }
 
-void ThreadPool::take_items(const Job& job) {
-  for (int i; (i = cursor_.fetch_add(1, std::memory_order_relaxed)) < job.items;) job.call(job.task, i);
+// Takes items as long as there are any, of this job or of one that opened meanwhile; returns how many.
+int ThreadPool::take_items(Ticket ticket) {
+  int taken = 0;
+  while (ticket.open()) {
+    ticket.word = ticket_.fetch_add(1, std::memory_order_acq_rel);
+    if (!ticket.open()) break;
+    call_(task_, ticket.next());
+    ++taken;
+    ticket.word = ticket_.load(std::memory_order_relaxed);
+  }
+  return taken;
 }
 
-// Returns when an open job other than `seen` has been there: the caller must look again after joining.
-void ThreadPool::wait_for_job(std::uint64_t seen) {
-  const auto ready = [&] {
-    const std::uint64_t now = epoch_.load();
-    return now % 2 == 1 && now != seen;
-  };
+bool ThreadPool::joinable(int index) const {
+  const Ticket ticket{ticket_.load(std::memory_order_relaxed)};
+  return index < ticket.workers() && ticket.open();
+}
+
+void ThreadPool::wait_for_job(int index) {
   for (auto until = Clock::now() + kSpin; Clock::now() < until;)
     for (int i = 0; i < 64; ++i) {
-      if (ready()) return;
+      if (joinable(index)) return;
       relax();
     }
   std::unique_lock lock(sleep_);
   asleep_.fetch_add(1);
-  wake_.wait(lock, ready);
+  wake_.wait(lock, [&] { return joinable(index); });
   asleep_.fetch_sub(1);
 }
 
 void ThreadPool::work(int index) {
-  for (std::uint64_t seen = 0;;) {
-    wait_for_job(seen);
-    joined_.fetch_add(1);
-    const std::uint64_t now = epoch_.load();
-    if (now % 2 == 1 && now != seen) {
-      seen = now;
-      if (index < job_.workers) take_items(job_);
-    }
-    joined_.fetch_sub(1);
+  for (;;) {
+    wait_for_job(index);
+    const int taken = take_items({ticket_.load(std::memory_order_relaxed)});
+    if (taken) done_.fetch_add(taken, std::memory_order_release);
   }
 }
 

@@ -1,6 +1,7 @@
 // The engine without Python: a small random model under threads, chunks, batches and sanitizers.
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <thread>
 #include <vector>
 
@@ -243,6 +244,53 @@ void test_interruption(const std::shared_ptr<Model>& model) {
   CHECK(std::equal(cut.tokens.begin(), cut.tokens.end(), whole.tokens.begin()), "the same tokens");
 }
 
+// Products over threads, in items of every size: equal to each matrix in one call of its kernel, the whole output written.
+void test_products(bool packed) {
+  Arena arena;
+  const Kernels& kernels = pick_kernels("");
+  const int columns = 70;
+  std::vector<Matrix> matrices;
+  for (const int rows : {5000, 33, 2100}) matrices.push_back(random_matrix(arena, std::to_string(rows), rows, columns, packed));
+  std::vector<Linear> linears;
+  InputForms forms;
+  for (const Matrix& m : matrices) linears.push_back({&m, nullptr});
+  for (const Linear& l : linears) forms.add(l);
+  for (const std::vector<int>& parts : {std::vector<int>{1}, {7}, {83}, {300}, {40, 1, 19}}) {
+    const int rows = std::accumulate(parts.begin(), parts.end(), 0);
+    AlignedBuffer x(size_t(rows) * 96 * sizeof(float));
+    for (int i = 0; i < rows * 96; ++i) x.as<float>()[i] = check::normal();
+    ProductInput input;
+    input.reserve(kernels, forms, columns, rows, parts.size() > 1);
+    input.begin(forms, x.as<float>(), columns, parts);
+    for (int i = 0; i < rows; ++i) input.prepare(kernels, i);
+    const auto run = [&](auto multiply_all) {
+      std::vector<std::vector<float>> outputs;
+      std::vector<Product> products;
+      for (size_t i = 0; i < linears.size(); ++i) {
+        const int part = int(i % parts.size()), width = linears[i].weight->rows();
+        outputs.emplace_back(size_t(parts[size_t(part)]) * size_t(width), 1e30f);
+        products.push_back({&linears[i], outputs.back().data(), size_t(width), false, part});
+      }
+      multiply_all(products);
+      return outputs;
+    };
+    const auto wanted = run([&](const std::vector<Product>& products) {
+      for (const Product& p : products) {
+        const Matrix& w = *p.linear->weight;
+        const Output out{p.y, p.ld, nullptr, false};
+        if (packed)
+          kernels.matmul_int8(w.packed_view(), input.int8(p.part, w.grid().shares_row_scale()), input.rows(p.part), 0,
+                              w.panels(), out);
+        else
+          kernels.matmul_plain(w.plain_view(), input.floats(p.part, false), input.rows(p.part), 0, w.panels(), out);
+      }
+    });
+    for (const int threads : {1, 2, 3, 5})
+      CHECK(run([&](const auto& products) { multiply(kernels, threads, input, products); }) == wanted,
+            std::to_string(rows) + " tokens on " + std::to_string(threads) + " threads");
+  }
+}
+
 // Many small jobs from several threads at once: what a thread sanitizer should see.
 void test_pool() {
   const auto client = [] {
@@ -250,6 +298,9 @@ void test_pool() {
       std::vector<int> done(size_t(round % 17) + 1, 0);
       ThreadPool::instance().run(1 + round % 4, int(done.size()), [&](int i) { done[size_t(i)] += i + 1; });
       for (size_t i = 0; i < done.size(); ++i) CHECK(done[i] == int(i) + 1, "an item was lost or done twice");
+      std::vector<int> rows(size_t(round % 71), 0);
+      ThreadPool::instance().run_rows(1 + round % 5, int(rows.size()), 1e4, [&](int i) { ++rows[size_t(i)]; });
+      for (const int times : rows) CHECK(times == 1, "a row was lost or done twice");
     }
   };
   std::thread other(client);
@@ -266,6 +317,7 @@ int main() {
     for (const KvMode kv : {KvMode::kNone, KvMode::kF32, KvMode::kBf16, KvMode::kInt8}) test_one_answer(model, kv);
     for (const KvMode kv : {KvMode::kBf16, KvMode::kInt8}) test_long_context(model, kv);
     for (const KvMode kv : {KvMode::kNone, KvMode::kF32, KvMode::kInt8}) test_pages(model, kv);
+    test_products(packed);
     test_refusals(model);
     test_interruption(model);
   }
