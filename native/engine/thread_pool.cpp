@@ -75,6 +75,8 @@ void ThreadPool::run_erased(int threads, int items, Call call, const void* task)
   if (asleep_.load(std::memory_order_relaxed)) {
     {
       const std::lock_guard lock(sleep_);
+      ++calls_;
+      called_ = threads - 1;
     }
     wake_.notify_all();
   }
@@ -110,7 +112,8 @@ void ThreadPool::wait_for_job(int index) {
     }
   std::unique_lock lock(sleep_);
   asleep_.fetch_add(1);
-  wake_.wait(lock, [&] { return joinable(index); });
+  const std::uint64_t before = calls_;
+  wake_.wait(lock, [&] { return calls_ != before && index < called_; });
   asleep_.fetch_sub(1);
 }
 

@@ -2,7 +2,8 @@
 //
 // Work is a number of items behind an atomic cursor: whoever is awake takes the next one. The caller works too and
 // waits only for items that a worker has taken, so a worker that is asleep or late never delays a small job.
-// Workers spin for about 100 us after a job, then sleep. After fork the child starts a pool of its own.
+// Workers spin for about 100 us after a job, then sleep; once called they spin again, for the job that called may be
+// done before they are awake. After fork the child starts a pool of its own.
 #pragma once
 
 #include <algorithm>
@@ -78,6 +79,8 @@ class ThreadPool {
   alignas(64) std::atomic<int> done_{0};  // items that workers have finished
   alignas(64) std::atomic<int> asleep_{0};
   std::mutex sleep_;
+  std::uint64_t calls_ = 0;  // how often sleepers were called, and how many of them last; guarded by sleep_
+  int called_ = 0;
   std::condition_variable wake_;
 };
 

@@ -103,6 +103,8 @@ TRILEMMA_INLINE void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C
     add_blocks<C, Part, T - kStep>(weights, in, token + kStep, scale, minimum, total + kStep);
 }
 
+constexpr size_t kAhead = 2048;  // bytes of codes
+
 template <class C, int T>
 inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, int token, const Output& out) {
   using Scales = RowScales<C::kSharedRows && (T > 2)>;  // a few products wait for weights, not for multipliers
@@ -115,6 +117,8 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
   for (int b = 0; b < w.blocks; ++b) {
     scales.next();
     const BlockWeights<C> weights(codes);
+    if (T >= 4)  // one token or two read as fast as memory gives; more would wait for lines that no stream fetched
+      for (size_t line = 0; line < block_bytes(C::kBits); line += 64) __builtin_prefetch(codes + kAhead + line);
     add_blocks<C, 0, T>(weights, in, 0, Scales(scales.scale[0]), scales.minimum, total);
     if constexpr (C::kParts == 2)
       add_blocks<C, 1, T>(weights, in, 0, Scales(scales.scale[1]), scales.minimum, total);
