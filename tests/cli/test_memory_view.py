@@ -48,7 +48,7 @@ def test_a_bare_shape(shapes_path, shape):
 
 
 def test_the_plain_view_has_one_line(hearth_path):
-    assert "engine memory ~15.6 MB for 160 tokens, KV cache bf16" in ask(hearth_path)
+    assert "engine memory ~15.9 MB for 160 tokens, KV cache bf16" in ask(hearth_path)
 
 
 def test_lengths_that_do_not_fit_are_refused(hearth_path):

@@ -128,7 +128,7 @@ def test_a_string_longer_than_the_file_is_refused(tmp_path):
     data = bytearray(write(tmp_path / "model.gguf").read_bytes())
     data[24:32] = struct.pack("<Q", 1 << 40)  # the first key's length
     (tmp_path / "model.gguf").write_bytes(data)
-    with pytest.raises(CheckpointError, match="damaged or cut"):
+    with pytest.raises(CheckpointError, match="is damaged"):
         read_gguf_header(tmp_path / "model.gguf")
 
 

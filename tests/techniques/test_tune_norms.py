@@ -12,10 +12,11 @@ from trilemma.core.errors import StoppedError
 from trilemma.core.recipe import Recipe, Step
 from trilemma.formats.artifact import read_artifact
 from trilemma.model.decoder import Decoder
+from trilemma.runtime.reference import round_int8_groups
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe, compress
 from trilemma.techniques.distill.objective import DistillationLoss
-from trilemma.techniques.distill.rounding import round_straight_through, rounded
+from trilemma.techniques.distill.rounding import round_straight_through, straight_through
 from trilemma.techniques.distill.teacher import TorchTeacher
 from trilemma.techniques.schemes import scheme_to_recipe
 
@@ -46,9 +47,9 @@ def test_the_head_of_an_untied_model_is_rounded_in_the_loss_too(tiny_model, toke
 
 def test_gradients_pass_straight_through():
     x = torch.linspace(-1, 1, 64, requires_grad=True)
-    (3 * rounded(x, "int8-g32")).sum().backward()
+    (3 * straight_through(x, round_int8_groups)).sum().backward()
     assert torch.equal(x.grad, torch.full((64,), 3.0))
-    assert not torch.equal(rounded(x, "int8-g32"), x)
+    assert not torch.equal(straight_through(x, round_int8_groups), x)
 
 
 def kl(model, original, tokens) -> float:

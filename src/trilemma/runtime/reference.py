@@ -242,15 +242,16 @@ def _round_inputs(decoder: Decoder, model: Model) -> None:
     """Hook each matrix product whose LinearRun asks for rounded inputs. A tied head goes by 'embedding.weight'."""
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Linear):
-            rounding = _input_rounding(model, f"{name}.weight")
+            rounding = input_rounding(model, f"{name}.weight")
             module.register_forward_pre_hook(lambda _module, inputs, rounding=rounding: (rounding(inputs[0]),))
     if decoder.head is None:
         # the final norm's only reader is then the head
-        rounding = _input_rounding(model, "embedding.weight")
+        rounding = input_rounding(model, "embedding.weight")
         decoder.final_norm.register_forward_hook(lambda _module, _inputs, output, rounding=rounding: rounding(output))
 
 
-def _input_rounding(model: Model, name: str) -> Callable[[Tensor], Tensor]:
+def input_rounding(model: Model, name: str) -> Callable[[Tensor], Tensor]:
+    """What the products with that matrix do to their inputs (..., in)."""
     activation = model.linear(name).activation
     if activation == "int8-g32" and FORMATS.get(model.format_of(name)).shares_input_scale:
         return round_int8_shared

@@ -5,12 +5,14 @@ The straight-through estimator of Bengio et al. 2013 (arXiv 1308.3432).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from trilemma.model.decoder import Decoder
-from trilemma.model.model import Activation, Model
-from trilemma.techniques.calibration import round_activations
+from trilemma.model.model import Model
+from trilemma.runtime.reference import input_rounding
 
 
 def round_straight_through(decoder: Decoder, model: Model) -> None:
@@ -20,23 +22,21 @@ def round_straight_through(decoder: Decoder, model: Model) -> None:
     """
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Linear) and name != "head":
-            _hook_input(module, model.linear(f"{name}.weight").activation)
+            _hook_input(module, model, f"{name}.weight")
     head = "embedding.weight" if decoder.head is None else "head.weight"
-    activation = model.linear(head).activation
-    if activation != "f32":
-        decoder.final_norm.register_forward_hook(lambda _, __, output: rounded(output, activation))
+    if model.linear(head).activation != "f32":
+        rounding = input_rounding(model, head)
+        decoder.final_norm.register_forward_hook(lambda _, __, output: straight_through(output, rounding))
 
 
-def rounded(x: Tensor, activation: Activation) -> Tensor:
+def straight_through(x: Tensor, rounding: Callable[[Tensor], Tensor]) -> Tensor:
     """x (..., in) as the products will see it; its gradient is that of x."""
-    if activation == "f32":
-        return x
     with torch.no_grad():
-        target = round_activations(x) if activation == "int8-g32" else x.to(torch.bfloat16).to(x.dtype)
-        shift = target - x
+        shift = rounding(x) - x
     return x + shift
 
 
-def _hook_input(module: nn.Linear, activation: Activation) -> None:
-    if activation != "f32":
-        module.register_forward_pre_hook(lambda _, args: (rounded(args[0], activation),))
+def _hook_input(module: nn.Linear, model: Model, name: str) -> None:
+    if model.linear(name).activation != "f32":
+        rounding = input_rounding(model, name)
+        module.register_forward_pre_hook(lambda _, args: (straight_through(args[0], rounding),))
