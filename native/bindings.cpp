@@ -155,7 +155,7 @@ bool signal_raised() {
 KvMode kv_mode_of(const std::string& name) {
   return named<KvMode>(
       name, "kv_cache",
-      {{"none", KvMode::kNone}, {"f32", KvMode::kF32}, {"bf16", KvMode::kBf16}, {"int8", KvMode::kInt8}});
+      {{"none", KvMode::kNone}, {"f32", KvMode::kF32}, {"bf16", KvMode::kBf16}, {"int8", KvMode::kInt8}, {"int4", KvMode::kInt4}});
 }
 
 // A context is used by one thread at a time; a second one is told so instead of corrupting the cache.

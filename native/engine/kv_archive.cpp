@@ -17,8 +17,8 @@ struct Header {
 static_assert(sizeof(Header) == 48);
 
 const char* name_of(std::int32_t mode) {
-  static const char* const names[] = {"none", "f32", "bf16", "int8"};
-  return mode >= 0 && mode < 4 ? names[mode] : "unknown";
+  static const char* const names[] = {"none", "f32", "bf16", "int8", "int4"};
+  return mode >= 0 && mode < 5 ? names[mode] : "unknown";
 }
 
 std::uint64_t checksum_of(std::span<const std::uint8_t> bytes) {

@@ -6,15 +6,23 @@
 namespace trilemma {
 namespace {
 
-KvType type_of(KvMode mode) { return mode == KvMode::kInt8 ? kKvInt8 : mode == KvMode::kBf16 ? kKvBf16 : kKvF32; }
+KvType type_of(KvMode mode) {
+  switch (mode) {
+    case KvMode::kBf16: return kKvBf16;
+    case KvMode::kInt8: return kKvInt8;
+    case KvMode::kInt4: return kKvInt4;
+    default: return kKvF32;
+  }
+}
 
-std::size_t element_bytes(KvType type) { return type == kKvF32 ? 4 : type == kKvBf16 ? 2 : 1; }
+std::size_t bits_of(KvType type) { return type == kKvF32 ? 32 : type == kKvBf16 ? 16 : type == kKvInt8 ? 8 : 4; }
 
 // Fewer tokens in common are not worth the copy of a page.
 constexpr int kLeastShared = 8;
 
-// Values of one lane, see KvView.
-std::size_t step_of(KvType type) { return type == kKvF32 ? 1 : type == kKvBf16 ? 2 : 4; }
+// Dimensions of one lane's values, and of a line of values: see KvView.
+std::size_t step_of(KvType type) { return 32 / bits_of(type); }
+std::size_t line_of(KvType type) { return type == kKvInt4 ? 32 : 16; }
 
 }  // namespace
 
@@ -70,11 +78,12 @@ std::pair<std::vector<KvPool::Layout>, std::size_t> KvPool::lay_out(const Decode
     l.head_dim = layer.attention->head_dim;
     l.key_dim = int(round_up(size_t(l.head_dim), step_of(type)));
     l.padded_dim = int(round_up(size_t(l.head_dim), 16));
+    l.value_dim = int(round_up(size_t(l.head_dim), line_of(type)));
     const std::size_t positions = size_t(l.heads) * size_t(page);
-    l.k = take(positions * size_t(l.key_dim) * element_bytes(type));
-    l.v = take(positions * size_t(l.padded_dim) * element_bytes(type));
-    if (type == kKvInt8) {
-      l.k_scale = take(positions * sizeof(float));
+    l.k = take(positions * size_t(l.key_dim) * bits_of(type) / 8);
+    l.v = take(positions * size_t(l.value_dim) * bits_of(type) / 8);
+    if (type == kKvInt8 || type == kKvInt4) {
+      l.k_scale = take(positions * sizeof(float));  // or two bf16
       l.v_scale = take(positions * sizeof(float));
     }
     largest = std::max(largest, at);
@@ -240,7 +249,7 @@ std::vector<std::int32_t> KvPool::history(int sequence) const {
 KvView KvPool::view(int sequence, int layer) const {
   const Layout& l = layers_[size_t(layer)];
   const auto& pages = mode_ == KvMode::kNone ? shared_pages_ : slot(sequence).data;
-  return {pages.data(), l.k, l.v, l.k_scale, l.v_scale, type_, l.head_dim, l.key_dim, l.padded_dim, page_};
+  return {pages.data(), l.k, l.v, l.k_scale, l.v_scale, type_, l.head_dim, l.key_dim, l.padded_dim, l.value_dim, page_};
 }
 
 }  // namespace trilemma

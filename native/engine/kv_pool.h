@@ -17,7 +17,7 @@
 
 namespace trilemma {
 
-enum class KvMode { kNone, kF32, kBf16, kInt8 };
+enum class KvMode { kNone, kF32, kBf16, kInt8, kInt4 };
 
 // Raise it when the inside of a page changes: saved sequences of another version are refused.
 constexpr std::uint32_t kKvLayoutVersion = 2;
@@ -73,7 +73,7 @@ class KvPool {
  private:
   struct Layout {  // of one layer inside a page, in bytes
     std::size_t k = 0, v = 0, k_scale = 0, v_scale = 0;
-    int heads = 0, head_dim = 0, key_dim = 0, padded_dim = 0;
+    int heads = 0, head_dim = 0, key_dim = 0, padded_dim = 0, value_dim = 0;
   };
   struct Slot {
     bool used = false;

@@ -69,8 +69,10 @@ struct Tile {
   Tile(const KvView& kv, int head, int first, int last) : base(first / kTile * kTile) {
     const size_t before = size_t(head) * size_t(kv.page);  // cells of earlier heads in a page
     const uint8_t* page = kv.pages[base / kTile];
-    k = reinterpret_cast<const typename Cache::Keys::Cell*>(page + kv.k) + before * size_t(kv.key_dim);
-    v = reinterpret_cast<const typename Cache::Values::Cell*>(page + kv.v) + before * size_t(kv.padded_dim);
+    k = reinterpret_cast<const typename Cache::Keys::Cell*>(page + kv.k) +
+        before * size_t(kv.key_dim / Cache::Keys::kPacked);
+    v = reinterpret_cast<const typename Cache::Values::Cell*>(page + kv.v) +
+        before * size_t(kv.value_dim / Cache::Values::kPacked);
     if constexpr (Cache::kInteger)
       scale = {reinterpret_cast<const float*>(page + kv.k_scale) + before,
                reinterpret_cast<const float*>(page + kv.v_scale) + before};
@@ -108,8 +110,8 @@ inline void weigh_tile(const KvView& kv, const Rows& rows, const Tile<Cache>& ti
     const int r = step.begin, begin = step.all.first(), end = step.all.last();
     if (step.count() == 0) continue;
     score_tile<typename Cache::Keys>(keys, begin, end, scratch.q + r, scratch.scores, step.count());
-    Softmax<Cache> softmax{scratch.scores, step.reach, step.count(), begin, end, tile.scale, state.rows + r,
-                           scratch.factors + r, scratch.weights + r, scratch.sums + r};
+    Softmax<Cache> softmax{scratch.scores, step.reach, step.count(), begin, end, tile.scale, scratch.q + r,
+                           state.rows + r, scratch.factors + r, scratch.weights + r, scratch.sums + r};
     softmax.run();
   }
 }
@@ -118,9 +120,11 @@ template <class Cache>
 inline void add_values(const KvView& kv, const Rows& rows, const Tile<Cache>& tile, int last,
                        const Scratch<Cache>& scratch) {
   using Values = typename Cache::Values;
+  constexpr int step_cells = Values::kStep / Values::kPacked;
+  const size_t stride = size_t(kv.value_dim * step_cells);
   for (int from = 0; from < rows.count; from += kStepRows) {
     const Step step(rows, from, tile.base, last);
-    const ValueTile<Values> values{tile.v, tile.to_next, kv.padded_dim, step.all.first() * 16 / Values::kStep,
+    const ValueTile<Values> values{tile.v, tile.to_next, stride, kv.padded_dim, step.all.first() * 16 / Values::kStep,
                                    step.all.end / Values::kStep, step.all.end % Values::kStep};
     if (step.count() > 0)
       value_tile<Values>(values, scratch.weights + step.begin, scratch.sums + step.begin, step.count());
@@ -149,10 +153,11 @@ inline bool span_of(const Rows& rows, int chunk, int& first, int& last) {
 inline void write_rows(const KvView& kv, const Rows& rows, const State& state) {
   for (int r = 0; r < rows.count; ++r) {
     const V16f total = set1(state.rows[r].total);
-    for (int d = 0; d < kv.head_dim; d += 16) {
-      const int n = kv.head_dim - d < 16 ? kv.head_dim - d : 16;
-      store_n(rows.out[r] + d, div(load(state.rows[r].out + d), total), n);
-    }
+    alignas(64) float out[kMaxHeadDim];
+    for (int d = 0; d < kv.head_dim; d += 16) store(out + d, div(load(state.rows[r].out + d), total));
+    if (kv.type == kKvInt4) mix_back(out, kv.head_dim);
+    for (int d = 0; d < kv.head_dim; d += 16)
+      store_n(rows.out[r] + d, load(out + d), kv.head_dim - d < 16 ? kv.head_dim - d : 16);
   }
 }
 
@@ -218,6 +223,7 @@ void attention(const KvView& kv, const AttentionTask& task) {
   if (kv.type == kKvF32) attend_rows<CacheF32>(kv, task);
   if (kv.type == kKvBf16) attend_rows<CacheBf16>(kv, task);
   if (kv.type == kKvInt8) attend_rows<CacheInt8>(kv, task);
+  if (kv.type == kKvInt4) attend_rows<CacheInt4>(kv, task);
 }
 
 void attention_merge(const KvView& kv, const AttentionTask& task, int chunks, size_t stride) {

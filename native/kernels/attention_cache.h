@@ -3,10 +3,10 @@
 //
 // f32: one value a lane. bf16: pairs, multiplied by the processor's own instruction where there is one, else as two f32
 // products; queries and weights are rounded to bf16 on every instruction set, so that they differ by rounding only.
-// int8: see attention_int8.h.
+// int8 and int4: see attention_int8.h and attention_int4.h.
 #pragma once
 
-#include "attention_int8.h"
+#include "attention_int4.h"
 
 namespace trilemma {
 namespace {
@@ -16,7 +16,8 @@ template <class OneFactor>
 struct FloatProduct {
   using Factor = OneFactor;
   using Sum = V16f;
-  static constexpr int kSums = 1;
+  static constexpr int kSums = 1, kPacked = 1;
+  static constexpr bool kOffset = false, kHalves = false;
 
   struct Row {
     const Factor* factors;
@@ -126,6 +127,13 @@ struct CacheBf16 {
 struct CacheInt8 {
   using Keys = Int8Keys;
   using Values = Int8Values;
+  static constexpr int kDegree = 4;
+  static constexpr bool kInteger = true;
+};
+
+struct CacheInt4 {
+  using Keys = Int4Keys;
+  using Values = Int4Values;
   static constexpr int kDegree = 4;
   static constexpr bool kInteger = true;
 };

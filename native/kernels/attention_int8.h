@@ -28,6 +28,8 @@ struct Int8Product {
     int32_t start_high, start_low;
   };
   using Cell = int8_t;
+  static constexpr int kPacked = 1;
+  static constexpr bool kOffset = false, kHalves = false;
   static constexpr int kStep = 4, kParts = 1, kFactors = 8, kSums = 2;
 
   static Line first_of(const int8_t* p, int count) {
@@ -41,6 +43,11 @@ struct Int8Product {
   static V16f value(const Sum& sum, const Row& row) {
     const __m512i all = _mm512_add_epi32(_mm512_slli_epi32(sum.high, 7), sum.low);
     return mul({_mm512_cvtepi32_ps(all)}, set1(row.scale));
+  }
+  // Unsigned codes of the cache.
+  static void add_codes(Sum& sum, const Line& line, const Factor* factor) {
+    sum.high = _mm512_dpbusd_epi32(sum.high, line, four(factor));
+    sum.low = _mm512_dpbusd_epi32(sum.low, line, four(factor + 4));
   }
   // Rounded to whole codes.
   static void store_codes(V16f codes, Factor* out) {
@@ -67,8 +74,7 @@ struct Int8Keys : Int8Product {
   static Sum start(const Row& row) { return {_mm512_set1_epi32(row.start_high), _mm512_set1_epi32(row.start_low)}; }
   template <int>
   static void add(Sum& sum, const Line& line, const Factor* factor) {
-    sum.high = _mm512_dpbusd_epi32(sum.high, line, four(factor));
-    sum.low = _mm512_dpbusd_epi32(sum.low, line, four(factor + 4));
+    add_codes(sum, line, factor);
   }
 };
 
@@ -99,6 +105,8 @@ struct Int8Product {
     float scale;
   };
   using Cell = int8_t;
+  static constexpr int kPacked = 1;
+  static constexpr bool kOffset = false, kHalves = false;
   static constexpr int kStep = 4, kParts = 1, kFactors = 8, kSums = 2;
 
   template <int>
@@ -125,6 +133,9 @@ struct Int8Product {
   }
   template <int>
   static void add(Sum& sum, const Line& line, const Factor* factor) {
+    add_codes(sum, line, factor);
+  }
+  static void add_codes(Sum& sum, const Line& line, const Factor* factor) {
     const int8x16_t high = four(factor), low = four(factor + 4);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -163,6 +174,8 @@ struct Int8Product {
     float scale;
   };
   using Cell = int8_t;
+  static constexpr int kPacked = 1;
+  static constexpr bool kOffset = false, kHalves = false;
   static constexpr int kStep = 4, kParts = 1, kFactors = 4, kSums = 2;
 
   template <int>
@@ -183,6 +196,9 @@ struct Int8Product {
   }
   template <int>
   static void add(Sum& sum, const Line& line, const Factor* factor) {
+    add_codes(sum, line, factor);
+  }
+  static void add_codes(Sum& sum, const Line& line, const Factor* factor) {
     long long four;
     __builtin_memcpy(&four, factor, 8);
     const __m256i codes = _mm256_set1_epi64x(four);
@@ -218,6 +234,8 @@ struct Int8Product {
     float scale;
   };
   using Cell = int8_t;
+  static constexpr int kPacked = 1;
+  static constexpr bool kOffset = false, kHalves = false;
   static constexpr int kStep = 4, kParts = 1, kFactors = 4, kSums = 1;
 
   template <int>
@@ -232,6 +250,9 @@ struct Int8Product {
   static Sum start(const Row&) { return {}; }
   template <int>
   static void add(Sum& sum, const Line& line, const Factor* factor) {
+    add_codes(sum, line, factor);
+  }
+  static void add_codes(Sum& sum, const Line& line, const Factor* factor) {
     for (int i = 0; i < 16; ++i)
       for (int j = 0; j < 4; ++j) sum.v[i] += int32_t(line.v[i][j]) * factor[j];
   }

@@ -31,7 +31,7 @@ constexpr int vectors_for() {
 
 // Cells of one line.
 template <class Product>
-constexpr size_t kLine = 16 * Product::kStep;
+constexpr size_t kLine = 64 / sizeof(typename Product::Cell);
 
 // Brings the line `ahead` bytes behind this one nearer: what the next product over the cache will read. Keys and values of a
 // head are cut into runs of a few kB, too short for the processor to see where they go on.
@@ -39,22 +39,29 @@ inline void fetch(const void* line, ptrdiff_t ahead) {
   __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(line) + uintptr_t(ahead)), 0, 2);
 }
 
-// Adds step `s` of `R` rows and `V` lines that lie `apart` cells apart.
+// Adds step `s` of `R` rows and `V` lines that lie `apart` cells apart. Where the two halves of a line are lines, they
+// count from the half `first` on.
 template <class Product, int Part, int R, int V>
-inline void add_lines(const typename Product::Cell* lines, size_t apart, ptrdiff_t ahead,
+inline void add_lines(const typename Product::Cell* lines, size_t apart, int first, ptrdiff_t ahead,
                       const typename Product::Row* rows, int s, typename Product::Sum (*sum)[V]) {
   typename Product::Line line[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
-    if constexpr (Part == 0) fetch(lines + size_t(v) * apart, ahead);
-    line[v] = Product::template line<Part>(lines + size_t(v) * apart);
+    if constexpr (Product::kHalves) {
+      const bool high = (first + v) & 1;
+      if (!high) fetch(lines + size_t(v / 2) * apart, ahead);
+      line[v] = half_line(lines + size_t(v / 2) * apart, high);
+    } else {
+      if constexpr (Part == 0) fetch(lines + size_t(v) * apart, ahead);
+      line[v] = Product::template line<Part>(lines + size_t(v) * apart);
+    }
   }
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
       Product::template add<Part>(sum[r][v], line[v], rows[r].factors + size_t(s) * Product::kFactors);
-  if constexpr (Part + 1 < Product::kParts) add_lines<Product, Part + 1, R, V>(lines, apart, ahead, rows, s, sum);
+  if constexpr (Part + 1 < Product::kParts) add_lines<Product, Part + 1, R, V>(lines, apart, first, ahead, rows, s, sum);
 }
 
 // Keys of one tile and head: `steps` lines for every 16 positions; what is read next lies `ahead` bytes behind.
@@ -76,7 +83,7 @@ inline void score_block(const KeyTile<Product>& k, int v, const typename Product
 #pragma GCC unroll 8
     for (int i = 0; i < V; ++i) sum[r][i] = Product::start(q[r]);
   for (int s = 0; s < k.steps; ++s)
-    add_lines<Product, 0, R, V>(lines + size_t(s) * kLine<Product>, apart, k.ahead, q, s, sum);
+    add_lines<Product, 0, R, V>(lines + size_t(s) * kLine<Product>, apart, 0, k.ahead, q, s, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -100,19 +107,21 @@ inline void score_tile(const KeyTile<Product>& k, int begin, int end, const type
     if (r < count) score_tile<Product, R - 1>(k, begin, end, q + r, scores + r, count - r);
 }
 
-// Values of one tile and head: for every kStep positions padded_dim / 16 lines. Steps [begin, end) are whole; of step `end`
+// Values of one tile and head: for every kStep positions `stride` cells. Steps [begin, end) are whole; of step `end`
 // there are `rest` positions.
 template <class Product>
 struct ValueTile {
   const typename Product::Cell* cells;
   ptrdiff_t ahead;
+  size_t stride;
   int padded_dim, begin, end, rest;
 };
 
-// Where rows of values are summed to, and what their earlier sums are multiplied with.
+// Where rows of values are summed to, what their earlier sums are multiplied with, and what every dimension gets beside
+// the product (kOffset).
 struct Sums {
   float* out;
-  float factor;
+  float factor, offset;
 };
 
 // The product alone where it is in integers; f32 products go on from the earlier sums.
@@ -127,23 +136,37 @@ inline V16f end_values(V16f before, const typename Product::Sum& sum, const type
   return add(before, Product::value(sum, weights));
 }
 
+// Line number `i` with only its first positions.
+template <class Product>
+inline typename Product::Line first_positions(const typename Product::Cell* lines, int i, int count) {
+  if constexpr (Product::kHalves)
+    return half_line_of(lines + size_t(i / 2) * kLine<Product>, i & 1, count);
+  else
+    return Product::first_of(lines + size_t(i) * kLine<Product>, count);
+}
+
 template <class Product, int R, int D>
 inline void value_block(const ValueTile<Product>& v, int d, const typename Product::Row* weights, const Sums* sums) {
-  const size_t apart = size_t(v.padded_dim) * Product::kStep;
-  const typename Product::Cell* lines = v.cells + size_t(d) * Product::kStep;
-  const auto before = [&](int r, int i) { return mul(load(sums[r].out + d + i * 16), set1(sums[r].factor)); };
+  const size_t apart = v.stride;
+  const int first = Product::kHalves && D == 1 ? d / 16 % 2 : 0;  // several begin with a whole line
+  const typename Product::Cell* lines = v.cells + size_t(d / 16 / Product::kPacked) * kLine<Product>;
+  const auto before = [&](int r, int i) {
+    const V16f earlier = load(sums[r].out + d + i * 16), factor = set1(sums[r].factor);
+    if constexpr (Product::kOffset) return fma(earlier, factor, set1(sums[r].offset));
+    return mul(earlier, factor);
+  };
   typename Product::Sum sum[R][D];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
     for (int i = 0; i < D; ++i) sum[r][i] = start_values<Product>(before(r, i), weights[r]);
   for (int s = v.begin; s < v.end; ++s)
-    add_lines<Product, 0, R, D>(lines + size_t(s) * apart, kLine<Product>, v.ahead, weights, s, sum);
+    add_lines<Product, 0, R, D>(lines + size_t(s) * apart, kLine<Product>, first, v.ahead, weights, s, sum);
   if constexpr (Product::kStep > 1)
     if (v.rest)
 #pragma GCC unroll 8
       for (int i = 0; i < D; ++i) {
-        const auto last = Product::first_of(lines + size_t(v.end) * apart + size_t(i) * kLine<Product>, v.rest);
+        const auto last = first_positions<Product>(lines + size_t(v.end) * apart, first + i, v.rest);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
           Product::template add<0>(sum[r][i], last, weights[r].factors + size_t(v.end) * Product::kFactors);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_products.h"
+#include "hadamard.h"
 
 namespace trilemma {
 namespace {
@@ -46,10 +47,19 @@ struct Reach {
   }
 };
 
-// Scales of a tile's keys and values, f32 of 128 positions, int8 only.
+// Scales of a tile's keys and values, of 128 positions each: f32, or with minima two bf16.
 struct TileScales {
   const float *k, *v;
 };
+
+template <class Product>
+inline V16f scales_at(const float* p) {
+  if constexpr (Product::kOffset)
+    return low_bf16(load_line(reinterpret_cast<const uint8_t*>(p)));
+  else
+    return load(p);
+}
+inline V16f minima_at(const float* p) { return high_bf16(load_line(reinterpret_cast<const uint8_t*>(p))); }
 
 // Up to kStepRows rows that share the vectors [begin, end) of a tile; `weights` and `sums` are what comes out.
 constexpr int kStepRows = 8;
@@ -62,6 +72,7 @@ struct Softmax {
   const Reach* reach;
   int count, begin, end;
   TileScales scale;
+  const typename Cache::Keys::Row* queries;
   RowState* rows;
   typename Values::Factor (*factors)[kTile * Values::kFactors / Values::kStep];
   typename Values::Row* weights;
@@ -74,7 +85,7 @@ struct Softmax {
     alignas(64) float factor[16];
     store(factor, exp2_negative<6>(sub(load(before), load(now))));
     for (int r = 0; r < count; ++r) {
-      float total = 0.0f;
+      float total = 0.0f, offset = 0.0f;
       if (now[r] == -__builtin_inff()) {  // every score is -inf or NaN: the row ends as 0/0 = NaN if this goes on
         factor[r] = 1.0f;
         clear(r, begin, end);
@@ -83,14 +94,14 @@ struct Softmax {
         clear(r, begin, reach[r].first());
         clear(r, reach[r].last(), end);
         if constexpr (Cache::kInteger)
-          total = weigh_scaled(r);
+          total = weigh_scaled(r, offset);
         else
           total = weigh(r);
       }
       weights[r].factors = factors[r];
       rows[r].maximum = now[r];
       rows[r].total = rows[r].total * factor[r] + total;
-      sums[r] = {rows[r].out, factor[r]};
+      sums[r] = {rows[r].out, factor[r], offset};
     }
   }
 
@@ -105,7 +116,10 @@ struct Softmax {
     V16f peak = set1(low);
     for (int v = reach[r].first(); v < reach[r].last(); ++v) {
       V16f x = load(scores[r] + v * 16);
-      if constexpr (Cache::kInteger) x = mul(x, load(scale.k + v * 16));
+      if constexpr (Cache::Keys::kOffset)
+        x = fma(x, scales_at<Values>(scale.k + v * 16), mul(set1(queries[r].sum), minima_at(scale.k + v * 16)));
+      else if constexpr (Cache::kInteger)
+        x = mul(x, scales_at<Values>(scale.k + v * 16));
       x = reach[r].keep(x, v, low);
       store(scores[r] + v * 16, x);
       peak = max(peak, x);
@@ -129,18 +143,21 @@ struct Softmax {
     return reduce_add(sum);
   }
 
-  // The same in integers: weights times the values' scales.
-  float weigh_scaled(int r) {
-    V16f sum = zero();
+  // The same in integers: weights times the values' scales, and the sum of those times the minima.
+  float weigh_scaled(int r, float& offset) {
+    V16f sum = zero(), offsets = zero();
     V16u peak = abs_bits(zero());
     for (int v = reach[r].first(); v < reach[r].last(); ++v) {
       const V16f weight = power(r, v);
       sum = add(sum, weight);
       // Stale scales behind the end must not turn a weight of zero into NaN.
-      const V16f scaled = reach[r].keep(mul(weight, load(scale.v + v * 16)), v, 0.0f);
+      const V16f scaled = reach[r].keep(mul(weight, scales_at<Values>(scale.v + v * 16)), v, 0.0f);
+      if constexpr (Values::kOffset)
+        offsets = add(offsets, reach[r].keep(mul(weight, minima_at(scale.v + v * 16)), v, 0.0f));
       store(scores[r] + v * 16, scaled);
       peak = max_u(peak, abs_bits(scaled));
     }
+    if constexpr (Values::kOffset) offset = reduce_add(offsets);
     weights[r].scale = code_scale(peak);
     const V16f inverse = set1(code_inverse(weights[r].scale));
     for (int v = reach[r].first(); v < reach[r].last(); ++v)
@@ -158,12 +175,20 @@ inline void round_query(const float* q, int head_dim, typename Cache::Keys::Fact
   const auto scaled = [&](int d) { return mul(load_n(q + d, head_dim - d < 16 ? head_dim - d : 16), log2e); };
   row.factors = factors;
   if constexpr (Cache::kInteger) {
+    alignas(64) float query[kMaxHeadDim];
+    for (int d = 0; d < head_dim; d += 16) store(query + d, scaled(d));
+    if constexpr (Keys::kOffset) mix_back(query, head_dim);
     V16u peak = abs_bits(zero());
-    for (int d = 0; d < head_dim; d += 16) peak = max_u(peak, abs_bits(scaled(d)));
+    for (int d = 0; d < head_dim; d += 16) peak = max_u(peak, abs_bits(load(query + d)));
     row.scale = code_scale(peak);
-    const float inverse = code_inverse(row.scale);
-    for (int d = 0; d < head_dim; d += 16)
-      Keys::store_codes(mul(scaled(d), set1(inverse)), factors + d * Keys::kFactors / Keys::kStep);
+    const V16f inverse = set1(code_inverse(row.scale));
+    V16f sum = zero();  // exact: below 2^24
+    for (int d = 0; d < head_dim; d += 16) {
+      const V16f codes = mul(load(query + d), inverse);
+      Keys::store_codes(codes, factors + d * Keys::kFactors / Keys::kStep);
+      if constexpr (Keys::kOffset) sum = add(sum, round_even(codes));
+    }
+    if constexpr (Keys::kOffset) row.sum = reduce_add(sum) * row.scale;
     Keys::set_start(row, head_dim);
   } else {
     for (int d = 0; d < head_dim; d += 16) Keys::round(scaled(d), factors + d);

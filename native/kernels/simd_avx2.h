@@ -56,6 +56,14 @@ inline V16f keep_range(V16f a, int begin, int end, float fill) {
   const __m256i hi = _mm256_andnot_si256(lanes_below(begin, 8), lanes_below(end, 8));
   return {_mm256_blendv_ps(f, a.lo, _mm256_castsi256_ps(lo)), _mm256_blendv_ps(f, a.hi, _mm256_castsi256_ps(hi))};
 }
+// Lane i and lane i ^ Apart change places.
+template <int Apart>
+inline V16f swap_lanes(V16f a) {
+  if constexpr (Apart == 1) return {_mm256_permute_ps(a.lo, 0xb1), _mm256_permute_ps(a.hi, 0xb1)};
+  if constexpr (Apart == 2) return {_mm256_permute_ps(a.lo, 0x4e), _mm256_permute_ps(a.hi, 0x4e)};
+  if constexpr (Apart == 4) return {_mm256_permute2f128_ps(a.lo, a.lo, 1), _mm256_permute2f128_ps(a.hi, a.hi, 1)};
+  return {a.hi, a.lo};
+}
 inline float reduce_add(V16f a) {
   const __m256 e = _mm256_add_ps(a.lo, a.hi);
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(e), _mm256_extractf128_ps(e, 1));

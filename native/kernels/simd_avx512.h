@@ -40,6 +40,14 @@ inline V16f keep_range(V16f a, int begin, int end, float fill) {
   const uint32_t high = end >= 16 ? 0xffffu : end <= 0 ? 0 : (1u << end) - 1;
   return {_mm512_mask_blend_ps(__mmask16(high & ~low), _mm512_set1_ps(fill), a.v)};
 }
+// Lane i and lane i ^ Apart change places.
+template <int Apart>
+inline V16f swap_lanes(V16f a) {
+  if constexpr (Apart == 1) return {_mm512_permute_ps(a.v, 0xb1)};
+  if constexpr (Apart == 2) return {_mm512_permute_ps(a.v, 0x4e)};
+  if constexpr (Apart == 4) return {_mm512_shuffle_f32x4(a.v, a.v, 0xb1)};
+  return {_mm512_shuffle_f32x4(a.v, a.v, 0x4e)};
+}
 inline __m256 upper_half(__m512 a) { return _mm512_extractf32x8_ps(a, 1); }
 inline float reduce_add(V16f a) {
   const __m256 e = _mm256_add_ps(_mm512_castps512_ps256(a.v), upper_half(a.v));

@@ -83,6 +83,17 @@ inline V16f keep_range(V16f a, int begin, int end, float fill) {
   }
   return a;
 }
+// Lane i and lane i ^ Apart change places.
+template <int Apart>
+inline V16f swap_lanes(V16f a) {
+  V16f r;
+  TRILEMMA_EACH {
+    if constexpr (Apart == 1) r.q[i] = vrev64q_f32(a.q[i]);
+    if constexpr (Apart == 2) r.q[i] = vextq_f32(a.q[i], a.q[i], 2);
+    if constexpr (Apart >= 4) r.q[i] = a.q[i ^ (Apart / 4)];
+  }
+  return r;
+}
 inline float reduce_add(V16f a) {
   const float32x4_t q = vaddq_f32(vaddq_f32(a.q[0], a.q[2]), vaddq_f32(a.q[1], a.q[3]));
   const float32x2_t d = vadd_f32(vget_low_f32(q), vget_high_f32(q));

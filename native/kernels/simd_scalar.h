@@ -86,6 +86,13 @@ inline V16f keep_range(V16f a, int begin, int end, float fill) {
   TRILEMMA_EACH if (i < begin || i >= end) a.v[i] = fill;
   return a;
 }
+// Lane i and lane i ^ Apart change places.
+template <int Apart>
+inline V16f swap_lanes(V16f a) {
+  V16f r;
+  TRILEMMA_EACH r.v[i] = a.v[i ^ Apart];
+  return r;
+}
 inline float reduce_add(V16f a) {
   for (int width = 8; width; width /= 2)
     for (int i = 0; i < width; ++i) a.v[i] += a.v[i + width];

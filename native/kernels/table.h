@@ -10,7 +10,7 @@
 namespace trilemma {
 
 enum Dtype : int { kF32 = 0, kF16 = 1, kBf16 = 2 };
-enum KvType : int { kKvF32 = 0, kKvBf16 = 1, kKvInt8 = 2 };
+enum KvType : int { kKvF32 = 0, kKvBf16 = 1, kKvInt8 = 2, kKvInt4 = 3 };
 enum Nonlinearity : int { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
 // All matrices are walked in panels of 16 rows and columns in blocks of 32.
@@ -100,14 +100,17 @@ struct Output {
 // offsets given. With `step` values a lane (f32: 1, bf16: 2, int8: 4), K is [head][tile of 16 positions][key_dim / step][16][step] in a
 // page, so that a vector holds 16 positions and no dot product needs a horizontal sum; V is
 // [head][position / step][padded_dim][step]. Keys beyond head_dim are zeros; positions beyond the last are anything.
+// int4 has two codes a byte, the first one low: K is [key_dim / 8][16][4] bytes of dimensions j and j + 4, V is
+// [position / 4][value_dim / 32][16][4] bytes of dimensions d and d + 16; what is beyond head_dim multiplies zeros.
 struct KvView {
   uint8_t* const* pages;
   size_t k, v;              // bytes from a page's start
-  size_t k_scale, v_scale;  // f32 [head][position], int8 only
+  size_t k_scale, v_scale;  // [head][position]: int8 f32, int4 bf16 scale (low half) and minimum
   KvType type;
   int head_dim;
   int key_dim;     // head_dim padded to whole steps
   int padded_dim;  // head_dim padded to 16
+  int value_dim;   // what V has room for: padded_dim, int4: padded to 32
   int page;  // positions, a multiple of 16; kKvPage where there is more than one page
 };
 

@@ -356,18 +356,44 @@ struct Cache {
   Cache(KvType type, int heads, int dim, int capacity) {
     const int page = std::min(capacity, int(kKvPage));
     const size_t wide = size_t((dim + 15) / 16 * 16), cells = size_t(heads) * size_t(page);
-    const int step = type == kKvF32 ? 1 : type == kKvBf16 ? 2 : 4, key_dim = (dim + step - 1) / step * step;
+    const int step = type == kKvF32 ? 1 : type == kKvBf16 ? 2 : type == kKvInt8 ? 4 : 8;
+    const int key_dim = (dim + step - 1) / step * step, value_dim = type == kKvInt4 ? (dim + 31) / 32 * 32 : int(wide);
     const size_t k = cells * size_t(key_dim) * 4, v = cells * wide * 4;
     for (int first = 0; first < capacity; first += page)  // NaN where nothing was stored: it must not leak out
       pages.push_back(data.emplace_back(k + v + 2 * cells * 4 + 64, 0xff).data());
-    view = {pages.data(), 0, k, k + v, k + v + cells * 4, type, dim, key_dim, int(wide), page};
+    view = {pages.data(), 0, k, k + v, k + v + cells * 4, type, dim, key_dim, int(wide), value_dim, page};
   }
 };
+
+// Value d of a head whose sums and differences are kept in 4 bits. These are added in f32, in the order of their definition, so
+// that none falls to the other side of an edge between two codes; they are turned back by the textbook's signs.
+double rounded_int4(const float* x, int dim, int d) {
+  const int mixed = dim & -dim, base = d / mixed * mixed;
+  std::vector<float> sums(x, x + dim);
+  for (int apart = 1; apart < mixed; apart *= 2)
+    for (int i = 0; i < dim; ++i) {
+      const float a = sums[size_t(i)];
+      if (i & apart) continue;
+      const float b = sums[size_t(i + apart)];
+      sums[size_t(i)] = a + b;
+      sums[size_t(i + apart)] = a - b;
+    }
+  const auto [low, high] = std::minmax_element(sums.begin(), sums.end());
+  const float scale = bf16_value((*high - *low) / 15), minimum = bf16_value(*low);
+  double value = 0;
+  for (int i = 0; i < mixed; ++i) {
+    const float code = std::nearbyint((sums[size_t(base + i)] - minimum) * (1 / scale));
+    const double kept = double(std::clamp(code, 0.0f, 15.0f)) * double(scale) + double(minimum);
+    value += (__builtin_parity(unsigned(i & (d - base))) ? -kept : kept) / mixed;
+  }
+  return value;
+}
 
 // What a cache keeps of value d of a head.
 double rounded(KvType type, const float* x, int dim, int d) {
   if (type == kKvF32) return double(x[d]);
   if (type == kKvBf16) return double(bf16_value(x[d]));
+  if (type == kKvInt4) return rounded_int4(x, dim, d);
   float peak = 0;
   for (int i = 0; i < dim; ++i) peak = std::max(peak, std::fabs(x[i]));
   const float scale = peak / 127;
@@ -433,7 +459,10 @@ struct AttentionCase {
     double peak = 0;
     for (const double x : query) peak = std::max(peak, std::fabs(x));
     const double scores = peak * std::sqrt(double(dim)) * wanted.spread[d];
-    return 1e-5 + deviations * 0.5 / 16256 * (1.5 * scores + 2 * wanted.largest * std::sqrt(double(positions)));
+    // int4: codes are not around zero, and what they have in common comes back in the first dimension of a block.
+    const int mixed = dim & -dim;
+    const double size = type == kKvInt4 && d % size_t(mixed) == 0 ? 3 * std::sqrt(double(mixed)) : 2;
+    return 1e-5 + deviations * 0.5 / 16256 * (1.5 * scores + size * wanted.largest * std::sqrt(double(positions)));
   }
 
   void check_against_reference(const std::vector<float>& found, int t, int h) const {
@@ -502,7 +531,7 @@ int main() {
   test_rope(2, 80, 20);
   test_rope(2, 64, 32);
   test_rope(2, 24, 0);
-  for (const KvType type : {kKvF32, kKvBf16, kKvInt8})
+  for (const KvType type : {kKvF32, kKvBf16, kKvInt8, kKvInt4})
     for (const int window : {0, 5, 130}) {
       test_attention(type, 8, 2, 1, 0, window);
       test_attention(type, 8, 3, 19, 120, window);
@@ -514,7 +543,7 @@ int main() {
       test_attention(type, 256, 5, 2, 99, window);
       test_attention(type, 72, 7, 6, 50, window);
     }
-  for (const KvType type : {kKvF32, kKvBf16, kKvInt8})
+  for (const KvType type : {kKvF32, kKvBf16, kKvInt8, kKvInt4})
     for (const int window : {600, 1024}) {
       test_attention(type, 16, 2, 1, 1700, window);
       test_attention(type, 16, 2, 40, 1000, window);

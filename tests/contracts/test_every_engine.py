@@ -20,7 +20,7 @@ TOLERANCE = {"torch-f16": 1e-2, "torch-bf16": 5e-2}  # of engines that compute i
 BYTES = {"torch-f16": 2, "torch-bf16": 2}  # of a weight held
 ALWAYS_CACHED = {"llama.cpp"}  # engines without the cache policy 'none'
 BIT_EQUAL = {"native"}  # engines whose results do not depend on how many tokens are computed at once
-KV_TOLERANCE = {"none": 2e-5, "f32": 2e-5, "bf16": 2e-2, "int8": 6e-2}
+KV_TOLERANCE = {"none": 2e-5, "f32": 2e-5, "bf16": 2e-2, "int8": 6e-2, "int4": 0.6}
 MODELS: list[dict[str, Any]] = [
     {},
     {"qkv_bias": True, "tied": False, "dim": 40, "heads": 5, "kv_heads": 1, "head_dim": 12},
@@ -47,7 +47,7 @@ def tokens_for(model, count: int) -> np.ndarray:
     return np.random.default_rng(2).integers(0, model.config.vocab_size, count).astype(np.int32)
 
 
-@pytest.mark.parametrize("kv_cache", ["none", "f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv_cache", ["none", "f32", "bf16", "int8", "int4"])
 def test_logits_agree_with_the_reference(model, runtime, kv_cache):
     tokens = tokens_for(model, 23)
     wanted = open_engine(model, runtime="torch", options=EngineOptions(kv_cache="none")).logits(tokens)

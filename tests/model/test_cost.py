@@ -79,8 +79,9 @@ def test_kv_bytes(tiny_model):
     assert cost.kv_bytes_per_token(config, "f32") == 2 * 2 * 2 * 16 * 4
     assert cost.kv_bytes_per_token(config, "bf16") == 2 * 2 * 2 * 16 * 2
     assert cost.kv_bytes_per_token(config, "int8") == 2 * 2 * 2 * (16 + 4)
+    assert cost.kv_bytes_per_token(config, "int4") == 2 * 2 * 2 * (8 + 4)
     assert cost.kv_bytes(config, "bf16", 100) == 100 * 256
-    with pytest.raises(InputError, match=r"'fp8'.*none, f32, bf16, int8"):
+    with pytest.raises(InputError, match=r"'fp8'.*none, f32, bf16, int8, int4"):
         cost.kv_bytes_per_token(config, "fp8")
 
 

@@ -29,7 +29,7 @@ def engine(tiny_model):
     ],
     ids=["greedy", "sampled"],
 )
-@pytest.mark.parametrize("kv", ["none", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["none", "bf16", "int8", "int4"])
 def test_equal_to_one_by_one(tiny_model, random_generator, settings, kv):
     engine = open_engine(tiny_model(seed=5), options=EngineOptions(threads=1, kv_cache=kv))
     prompts = prompts_of(random_generator, 97, random_generator.integers(1, 30, 5))

@@ -108,7 +108,8 @@ def some_tokens(draw, model):
 
 
 @pytest.mark.parametrize(("kv", "share", "budget"), [
-    ("bf16", True, None), ("int8", True, 640), ("f32", False, 384), ("none", True, None), ("f32", True, 256),
+    ("bf16", True, None), ("int8", True, 640), ("f32", False, 384), ("int4", True, 640),
+    ("none", True, None), ("f32", True, 256),
 ])  # fmt: skip
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())

@@ -175,12 +175,14 @@ def test_a_damaged_file_is_refused_with_llama_cpps_reason(tiny_model, tmp_path):
         open_engine(path, runtime="llama.cpp", options=ONE)
 
 
-@pytest.mark.parametrize(("asked", "kept"), [(None, "f16"), ("f32", "f32"), ("bf16", "bf16"), ("int8", "q8_0")])
+@pytest.mark.parametrize(
+    ("asked", "kept"), [(None, "f16"), ("f32", "f32"), ("bf16", "bf16"), ("int8", "q8_0"), ("int4", "q4_0")]
+)
 def test_the_cache_is_what_it_says(tiny_model, asked, kept):
     options = EngineOptions(threads=1, kv_cache=asked)
     opened = open_engine(built(tiny_model), runtime="llama.cpp", options=options)
     positions = 2 * 2 * 256  # keys and values of two layers
-    size = {"f16": 2, "bf16": 2, "f32": 4, "q8_0": 34 / 32}[kept]
+    size = {"f16": 2, "bf16": 2, "f32": 4, "q8_0": 34 / 32, "q4_0": 18 / 32}[kept]
     assert opened.kv_cache == kept
     assert kv_bytes_per_token(opened.config, kept) == 2 * 2 * 32 * size
     assert opened.memory().kv_bytes == pytest.approx(positions * 32 * size, abs=6000)  # reported in hundredths of MiB

@@ -13,7 +13,7 @@ from trilemma.runtime.native import NativeEngine
 from trilemma.techniques.cost_twin import cost_twin
 from trilemma.techniques.schemes import scheme_to_recipe
 
-POLICIES = ("none", "f32", "bf16", "int8")
+POLICIES = ("none", "f32", "bf16", "int8", "int4")
 
 
 def counted(model, context, kv, sequences=1):

@@ -27,7 +27,7 @@ from trilemma.runtime.reference import ReferenceEngine
 from trilemma.runtime.sampling import choose
 
 ISAS = supported_isas()
-KV = ["none", "f32", "bf16", "int8"]
+KV = ["none", "f32", "bf16", "int8", "int4"]
 ODD = {"dim": 60, "heads": 6, "kv_heads": 2, "head_dim": 8, "ffn": 172, "vocab": 511, "context": 192}
 
 
@@ -254,7 +254,8 @@ def test_memory_is_counted_exactly(tiny_model):
     matrices = sum(pack(packed.stored(n)).nbytes for n, s in config.tensor_shapes().items() if len(s) == 2)
     vectors = sum(4 * s[0] for s in config.tensor_shapes().values() if len(s) == 1)
     assert NativeEngine(packed).memory().weights_bytes == matrices + vectors
-    per_position = {"f32": 4 * (8 + 16), "bf16": 2 * (8 + 16), "int8": 8 + 16 + 2 * 4}  # V is padded to 16
+    per_position = {"f32": 4 * (8 + 16), "bf16": 2 * (8 + 16), "int8": 8 + 16 + 2 * 4, "int4": 4 + 16 + 2 * 4}
+    # V is padded to 16, int4 to 32
     for kv, size in per_position.items():
         memory = NativeEngine(model, EngineOptions(kv_cache=kv)).memory()
         assert memory.kv_bytes == 256 * 2 * len(config.layers) * size  # whole pages of 128

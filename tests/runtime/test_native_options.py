@@ -176,7 +176,7 @@ def test_options_in_f32(random_generator, name):
     np.testing.assert_array_equal(uncached, found)
 
 
-@pytest.mark.parametrize("kv", ["none", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["none", "bf16", "int8", "int4"])
 def test_everything_at_once_in_every_cache(random_generator, kv):
     model = random_model(CASES["everything"], random_generator)
     tokens = tokens_for(random_generator, 60)

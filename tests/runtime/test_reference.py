@@ -35,7 +35,7 @@ def test_exact_modes_equal_the_decoder(tiny_model, random_generator):
         np.testing.assert_allclose(engine.logits(np.array(tokens, np.int32), last_only=True), expected[-1:], atol=2e-5)
 
 
-@pytest.mark.parametrize("kv", ["none", "f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["none", "f32", "bf16", "int8", "int4"])
 def test_cached_steps_equal_the_whole(tiny_model, random_generator, kv):
     """Greedy generation, one cached step at a time, picks what whole recomputation picks."""
     model = tiny_model(seed=int(random_generator.integers(1000)))
@@ -47,7 +47,7 @@ def test_cached_steps_equal_the_whole(tiny_model, random_generator, kv):
         tokens.append(token)
 
 
-@pytest.mark.parametrize(("kv", "low", "high"), [("bf16", 1e-5, 0.1), ("int8", 1e-5, 0.3)])
+@pytest.mark.parametrize(("kv", "low", "high"), [("bf16", 1e-5, 0.1), ("int8", 1e-5, 0.3), ("int4", 1e-3, 3.0)])
 def test_kv_rounding_changes_a_little(tiny_model, random_generator, kv, low, high):
     model = tiny_model(seed=1)
     tokens = _prompt(model, random_generator, 30)

@@ -72,7 +72,7 @@ def test_any_draft_gives_the_tokens_of_plain_decoding(tiny, random_generator, dr
             assert len(found.token_times_s) == len(found.tokens)
 
 
-@pytest.mark.parametrize("kv", ["none", "f32", "bf16", "int8"])
+@pytest.mark.parametrize("kv", ["none", "f32", "bf16", "int8", "int4"])
 def test_every_kv_policy_and_the_end_of_the_context(tiny_model, random_generator, kv):
     model = tiny_model(seed=5, **SHAPE)
     target = NativeEngine(model, EngineOptions(threads=1, kv_cache=kv))

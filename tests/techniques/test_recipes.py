@@ -48,12 +48,13 @@ def test_suffixes_come_in_any_order_and_floating_schemes_too():
     kv = Step(technique="kv-cache", settings={"precision": "int8"})
     assert scheme_to_recipe("W4A8-g32-kv8-e4").steps == scheme_to_recipe("W4A8-g32-e4-kv8").steps
     assert scheme_to_recipe("W4A8-g32-kv8").steps[1] == kv
+    assert scheme_to_recipe("bf16-kv4").steps[1].settings["precision"] == "int4"
     assert scheme_to_recipe("bf16-kv8").steps == (Step(technique="plain", settings={"dtype": "bf16"}), kv)
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", "W4", "W3A8-g32", "W4A8", "W8A8-g64", "W4A4-g32", "W4A8-g32-awq", "W4A8-g32-e3", "W8A8-kv4", "W8A8-asym",
+    ["", "W4", "W3A8-g32", "W4A8", "W8A8-g64", "W4A4-g32", "W4A8-g32-awq", "W4A8-g32-e3", "W8A8-kv5", "W8A8-asym",
      "W8A8+W4A8-g32"],
 )  # fmt: skip
 def test_unknown_schemes_are_answered_with_valid_ones(name):

@@ -41,7 +41,7 @@ def bench(
     ] = None,
     kv: Annotated[
         list[str] | None,
-        typer.Option("--kv", help="KV caches to measure, by comma or repeated: none (recompute), f32, bf16, int8."),
+        typer.Option("--kv", help="KV caches, by comma or repeated: none (recompute), f32, bf16, int8, int4."),
     ] = None,
     context: Annotated[
         list[str] | None,

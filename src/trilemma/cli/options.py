@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-Kv = Literal["none", "f32", "bf16", "int8"]
+Kv = Literal["none", "f32", "bf16", "int8", "int4"]
 Isa = Literal["scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "neon"]
 TableForm = Literal["md", "csv", "json", "jsonl"]
 

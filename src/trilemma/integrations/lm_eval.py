@@ -40,7 +40,7 @@ except ImportError:
 
 NAME = "trilemma"
 MAX_GENERATED_TOKENS = 256  # where a task does not say
-KvCache = Literal["none", "f32", "bf16", "int8"]
+KvCache = Literal["none", "f32", "bf16", "int8", "int4"]
 Isa = Literal["scalar", "avx2", "avxvnni", "avx512"]
 
 

@@ -20,6 +20,7 @@ FormatBytes = Callable[[str, tuple[int, int]], int]  # (format name, (out, in)) 
 ROLES: tuple[Role, ...] = ("embedding", "attention", "ffn", "head", "norms")
 _LENGTHS = (128, 512, 2048, 8192, 32768, 131072)
 _PLAIN_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
+_LLAMA_CPP_BLOCKS = {"q8_0": 34, "q4_0": 18}  # bytes of 32 values with their f16 scale
 
 
 class Inspection(Record):
@@ -128,7 +129,9 @@ def bytes_by_role(
 
 
 def kv_bytes_per_token(config: DecoderConfig, kv: str) -> int:
-    """Bytes that one position adds to the cache, all layers. int8 has an f32 scale for each head's key and value.
+    """Bytes that one position adds to the cache, all layers.
+
+    For each head's key and value int8 has an f32 scale, int4 a scale and a minimum in bf16.
 
     Raises:
         InputError: an unknown cache policy.
@@ -137,11 +140,13 @@ def kv_bytes_per_token(config: DecoderConfig, kv: str) -> int:
         return 0
     if kv == "int8":
         return sum(2 * spec.kv_heads * (spec.head_dim + 4) for spec in _attentions(config))
-    if kv == "q8_0":  # llama.cpp's: an f16 scale for every 32 values
-        return sum(2 * spec.kv_heads * spec.head_dim * 34 // 32 for spec in _attentions(config))
+    if kv == "int4":
+        return sum(2 * spec.kv_heads * (-(-spec.head_dim // 2) + 4) for spec in _attentions(config))
+    if kv in _LLAMA_CPP_BLOCKS:
+        return sum(2 * spec.kv_heads * spec.head_dim * _LLAMA_CPP_BLOCKS[kv] // 32 for spec in _attentions(config))
     if kv in _PLAIN_BYTES:
         return sum(2 * spec.kv_heads * spec.head_dim * _PLAIN_BYTES[kv] for spec in _attentions(config))
-    raise InputError(f"Unknown KV cache '{kv}'. Valid: none, f32, bf16, int8; f16 and q8_0 for llama.cpp.")
+    raise InputError(f"Unknown KV cache '{kv}'. Valid: none, f32, bf16, int8, int4; f16, q8_0 and q4_0 for llama.cpp.")
 
 
 def kv_bytes(config: DecoderConfig, kv: str, context: int) -> int:
@@ -221,7 +226,7 @@ def inspect_model(
     format_bytes = format_bytes or _stored_bytes(model)
     by_role = bytes_by_role(config, model.format_of, format_bytes)
     reads = {n: decode_bytes_per_token(config, model.format_of, "bf16", n, format_bytes) for n in lengths}
-    policies = ("f32", "bf16", "int8")
+    policies = ("f32", "bf16", "int8", "int4")
     return Inspection(
         architecture=describe(config),
         family=config.family,

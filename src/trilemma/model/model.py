@@ -68,7 +68,7 @@ class LinearRun(Record):
 class RunSettings(Record):
     """Choices of a model that are no weights: the precision of the KV cache."""
 
-    kv_cache: Literal["none", "f32", "bf16", "int8"] = "bf16"
+    kv_cache: Literal["none", "f32", "bf16", "int8", "int4"] = "bf16"
 
 
 class Model:

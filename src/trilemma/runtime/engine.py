@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trilemma.core.record import Record
 from trilemma.model.config import DecoderConfig
 
-KvCache = Literal["none", "f32", "bf16", "int8"]
+KvCache = Literal["none", "f32", "bf16", "int8", "int4"]
 LoadMode = Literal["map", "copy"]
 FinishReason = Literal["length", "stop", "context", "interrupted"]
 

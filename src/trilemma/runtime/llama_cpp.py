@@ -29,7 +29,7 @@ from trilemma.runtime.output import Output
 from trilemma.runtime.requests import checked_tokens, context_of
 from trilemma.runtime.sampling import check_sampling, choose
 
-GGML_TYPE = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}  # of the cache
+GGML_TYPE = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # of the cache
 QUANT_BLOCK = 32
 _ISAS = ("AMX_INT8", "AVX512", "AVX2", "AVX", "SVE", "NEON")
 
@@ -37,8 +37,8 @@ _ISAS = ("AMX_INT8", "AVX512", "AVX2", "AVX", "SVE", "NEON")
 class LlamaCppEngine:
     """The Engine protocol on llama.cpp.
 
-    The cache: 'f32'; 'bf16'; 'int8' asks for llama.cpp's 'q8_0'; where nobody asks it is its default, 'f16'.
-    'none' does not exist there. Flash attention is on, but for an f32 cache.
+    The cache: 'f32'; 'bf16'; 'int8' asks for llama.cpp's 'q8_0', 'int4' for 'q4_0'; where nobody asks it is its
+    default, 'f16'. 'none' does not exist there. Flash attention is on, but for an f32 cache.
 
     Args:
         model: of formats that GGUF holds without loss, or opened from a GGUF file.
@@ -176,16 +176,16 @@ class LlamaCppEngine:
 
 
 def _cache_of(model: Model, options: EngineOptions) -> str:
-    """What was asked for; the model's own int8; else f16, llama.cpp's default (bf16 is only ours)."""
+    """What was asked for; the model's own int8 or int4; else f16, llama.cpp's default (bf16 is only ours)."""
     asked: str = options.kv_cache or {"bf16": "f16", "none": "f16"}.get(model.run.kv_cache, model.run.kv_cache)
-    asked = "q8_0" if asked == "int8" else asked
+    asked = {"int8": "q8_0", "int4": "q4_0"}.get(asked, asked)
     if asked not in GGML_TYPE:
-        raise InputError(f"llama.cpp always keeps a cache; '{asked}' is not possible. Choose f32, bf16 or int8.")
+        raise InputError(f"llama.cpp always keeps a cache; '{asked}' is not possible. Choose f32, bf16, int8 or int4.")
     dims = {layer.attention.head_dim for layer in model.config.layers if layer.attention is not None}
-    if asked == "q8_0" and any(dim % QUANT_BLOCK for dim in dims):
+    if asked in ("q8_0", "q4_0") and any(dim % QUANT_BLOCK for dim in dims):
         raise InputError(
-            f"llama.cpp's q8_0 cache needs heads of a multiple of {QUANT_BLOCK} dimensions; these have {sorted(dims)}. "
-            "Choose f32 or bf16."
+            f"llama.cpp's {asked} cache needs heads of a multiple of {QUANT_BLOCK} dimensions; these "
+            f"have {sorted(dims)}. Choose f32 or bf16."
         )
     return asked
 

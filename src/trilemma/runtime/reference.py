@@ -205,6 +205,28 @@ def round_int8(x: Tensor) -> Tensor:
     return torch.round(x * inverse).clamp(-127, 127) * scale
 
 
+def round_int4_mixed(x: Tensor) -> Tensor:
+    """4-bit codes with a scale and a minimum in bf16 along the last dimension, of its Hadamard transform.
+
+    Dimensions are mixed in blocks of the largest power of two that divides their number. Half to even.
+    """
+    block = x.shape[-1] & -x.shape[-1]
+    signs = torch.ones(1, 1, dtype=x.dtype)
+    while len(signs) < block:
+        signs = torch.kron(torch.tensor([[1, 1], [1, -1]], dtype=x.dtype), signs)
+
+    def mix(values: Tensor) -> Tensor:
+        return (values.reshape(*values.shape[:-1], -1, block) @ signs).reshape(values.shape)
+
+    mixed = mix(x)
+    low = mixed.amin(-1, keepdim=True)
+    scale = round_bf16((mixed.amax(-1, keepdim=True) - low) / 15)
+    low = round_bf16(low)
+    inverse = torch.where(scale > 0, 1 / scale, torch.zeros_like(scale))
+    kept = torch.round((mixed - low) * inverse).clamp(0, 15) * scale + low
+    return mix(kept) / block
+
+
 def round_int8_groups(x: Tensor, group: int = ACTIVATION_GROUP) -> Tensor:
     """`round_int8` in groups of columns; the last group is short where `group` does not divide them."""
     columns = x.shape[-1]
@@ -230,7 +252,9 @@ def round_int8_shared(x: Tensor, group: int = ACTIVATION_GROUP) -> Tensor:
     return (torch.round(groups * inverse).clamp(-127, 127) * scale * row_scale).flatten(-2)[..., :columns]
 
 
-KV_ROUNDING: dict[str, Callable[[Tensor], Tensor]] = {"f32": lambda x: x, "bf16": round_bf16, "int8": round_int8}
+KV_ROUNDING: dict[str, Callable[[Tensor], Tensor]] = {
+    "f32": lambda x: x, "bf16": round_bf16, "int8": round_int8, "int4": round_int4_mixed,
+}  # fmt: skip
 ACTIVATION_ROUNDING: dict[Activation, Callable[[Tensor], Tensor]] = {
     "f32": lambda x: x,
     "bf16": round_bf16,

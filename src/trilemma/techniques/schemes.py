@@ -9,7 +9,7 @@ W{4,8}A{8,16}  weights and activations; A8 rounds activations to int8 in groups 
 -asym          4-bit weights with a minimum per group
 -gptq          choose codes with calibration text; without it round to nearest
 -e{4,8,16}     bits of the embedding (and tied head); by default 8
--kv{8,16,32}   precision of the KV cache; by default bf16
+-kv{4,8,16,32} precision of the KV cache; by default bf16
 f32, bf16, f16 floating point throughout
 """
 
@@ -26,7 +26,7 @@ from trilemma.formats import FORMATS
 
 _SUFFIX = re.compile(r"-(e|kv)(\d+)", re.IGNORECASE)
 _EMBEDDING = {"4": "int4-g32", "8": "int8-g32", "16": "bf16"}
-_KV = {"8": "int8", "16": "bf16", "32": "f32"}
+_KV = {"4": "int4", "8": "int8", "16": "bf16", "32": "f32"}
 _QUANTIZERS = ("rtn", "gptq")
 _ACTIVATIONS = {"8": "int8-g32", "16": "bf16"}
 

@@ -14,8 +14,8 @@ from trilemma.techniques.technique import Build, TechniqueSettings
 class KvCacheSettings(TechniqueSettings):
     """Settings of `kv-cache`."""
 
-    precision: Literal["none", "f32", "bf16", "int8"] = Field(
-        "int8", description="f32, bf16 or int8; none keeps no cache and recomputes every position"
+    precision: Literal["none", "f32", "bf16", "int8", "int4"] = Field(
+        "int8", description="f32, bf16, int8 or int4; none keeps no cache and recomputes every position"
     )
 
 
@@ -23,7 +23,7 @@ class KvCache:
     """Choose the KV cache's precision."""
 
     name: ClassVar[str] = "kv-cache"
-    what: ClassVar[str] = "keep keys and values in f32, bf16 or int8, or not at all"
+    what: ClassVar[str] = "keep keys and values in f32, bf16, int8 or int4, or not at all"
     Settings: ClassVar[type[KvCacheSettings]] = KvCacheSettings
 
     def supports(self, config: DecoderConfig) -> str | None:
