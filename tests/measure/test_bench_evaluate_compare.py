@@ -100,7 +100,9 @@ def test_compare_pairs_everything_to_the_first(hearth_path, texts_path):
     )
     assert CompareResult.model_validate_json(result.model_dump_json()) == result
     first, second = result.rows
-    assert first.relative["tpot_s"] == (1, 1, 1)
+    # one kept repetition (a busy host sets others aside) has no interval
+    kept = first.measurements["tpot_s"].n
+    assert first.relative["tpot_s"] == ((1, 1, 1) if kept > 1 else (1, None, None))
     assert second.relative["weights_bytes"] == (1, 1, 1)
     assert second.relative["tpot_s"][0] > 0
     assert second.measurements["top1_agreement"].value > 0.98

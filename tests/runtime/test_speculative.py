@@ -144,9 +144,15 @@ def test_the_shipped_model_with_its_4_bit_twin_and_with_its_own_words(hearth_pat
         plain = target.generate(prompt, settings)
         found = speculate(target, twin, prompt, settings, draft_tokens=4)
         assert found.tokens == plain.tokens
-        # greedy 4-bit twins agree nearly always; draws with shared numbers nearly as often
-        assert found.figures.acceptance_rate > 0.2
         assert speculate(target, None, prompt, settings).tokens == plain.tokens
+    # greedy 4-bit twins agree nearly always; draws with shared numbers less often, and one draw may be unlucky
+    assert (
+        speculate(target, twin, prompt, SamplingSettings(max_tokens=90), draft_tokens=4).figures.acceptance_rate > 0.8
+    )
+    draws = [SamplingSettings(max_tokens=60, temperature=0.8, seed=seed) for seed in range(4, 10)]
+    figures = [speculate(target, twin, prompt, one, draft_tokens=4).figures for one in draws]
+    accepted, refused = sum(f.accepted for f in figures), sum(f.refused for f in figures)
+    assert accepted > 0.3 * (accepted + refused)
 
 
 @pytest.mark.shared

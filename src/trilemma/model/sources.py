@@ -55,6 +55,12 @@ class CheckpointSource:
         Raises:
             CheckpointError: the tensor has NaN or infinite values, or its file can not be read.
         """
+        values = self.as_stored(name)
+        place = self._place(name)[1]
+        return values + np.float32(place.add) if isinstance(values, np.ndarray) and place.add else values
+
+    def as_stored(self, name: str) -> Float32 | StoredMatrix:
+        """`read` before a constant is added (1, to norms that are stored less 1): f32 can not hold 1 + a tiny w."""
         file, place = self._place(name)
         raw = file.read(place.name)
         _refuse_not_finite(raw, place.name, file.path)
@@ -62,8 +68,7 @@ class CheckpointSource:
         dtype = PLAIN_OF[file.entries[place.name].dtype]
         if raw.ndim == 2 and dtype != "f32":
             return PlainMatrix(dtype, raw)
-        values = bf16_to_f32(raw) if dtype == "bf16" else raw.astype(np.float32, copy=False)
-        return values + np.float32(place.add) if place.add else values
+        return bf16_to_f32(raw) if dtype == "bf16" else raw.astype(np.float32, copy=False)
 
     def locate(self, name: str) -> Located | None:
         """Whole matrices of f32, f16 and bf16 lie in the file as they are."""

@@ -20,6 +20,7 @@ from trilemma.model.families.place import Place
 from trilemma.model.model import Model
 from trilemma.model.plain import PlainDtype, PlainMatrix, f32_to_bf16
 from trilemma.model.safetensors import Planned, write_safetensors
+from trilemma.model.sources import CheckpointSource
 from trilemma.model.tokenizer import tokenizer_files
 
 TOKENIZER_FILES = (
@@ -112,14 +113,21 @@ def _values(model: Model, name: str, place: Place, dtype: PlainDtype) -> NDArray
     stored = model.stored(name)
     if isinstance(stored, PlainMatrix) and stored.dtype == dtype:
         return stored.bits
-    values = model.tensor(name)
-    if place.add:
-        values = values - np.float32(place.add)
+    values = _less(model, name, place.add) if place.add else model.tensor(name)
     if dtype == "bf16":
         return f32_to_bf16(values)
     if dtype == "f16" and np.abs(values).max(initial=0) > np.finfo(np.float16).max:
         raise CheckpointError(f"Tensor '{name}' has values beyond the range of f16. Write bf16 or f32 instead.")
     return values.astype(np.float16) if dtype == "f16" else values
+
+
+def _less(model: Model, name: str, added: float) -> NDArray[np.float32]:
+    """A vector less the constant that reading added; what nobody changed comes from the file, without loss."""
+    if name not in model.replaced and isinstance(model.source, CheckpointSource):
+        found = model.source.as_stored(name)
+        if isinstance(found, np.ndarray):
+            return found
+    return model.tensor(name) - np.float32(added)
 
 
 def _plain_dtype(model: Model, name: str) -> PlainDtype:
