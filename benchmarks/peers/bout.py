@@ -166,9 +166,7 @@ class Bout:
     def probe(self, program: str | None, context: int = 0) -> None:
         """The machine's limits, by a fresh process, over as many bytes as a step at this context reads."""
         size = self.step_bytes(context)
-        known = self.storage in ("bf16", "f32", "f16") or self.storage.startswith("int")
-        task = {"threads": self.setup.threads, "bytes": size, "program": program,
-                "format": self.storage if known else "int4-g32"}  # fmt: skip
+        task = {"threads": self.setup.threads, "bytes": size, "program": program, "model": str(self.files.artifact)}
         try:
             self.book.add("ceilings", **self.about, bytes=size, **run_worker(sys.executable, "ceilings", task))
         except EngineFailedError as error:

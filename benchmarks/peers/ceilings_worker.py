@@ -1,24 +1,43 @@
 """The machine's limits in a fresh process: read bandwidth over the model's bytes, and multiply-accumulates a second.
 
-    python ceilings_worker.py '{"threads": 2, "bytes": 763000000, "program": "peak_rates", "format": "int4-g32"}'
+    python ceilings_worker.py '{"threads": 2, "bytes": 763000000, "program": "peak_rates", "model": ARTIFACT}'
 
 `program` is peak_rates.cpp, compiled; None where that is not possible: then our kernels' own best rates, which are
-lower than what the instructions could do, stand for the processor. Prints one JSON object on its last line.
+lower than what the instructions could do, stand for the processor. `kernel_macs_per_s` is what the products of the
+model alone reach: those of all layers for 512 tokens, one after the other, their inputs' rounding included. Prints one
+JSON object on its last line.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from typing import Any
 
+from trilemma import _native
+from trilemma.formats.artifact import load_any
 from trilemma.measure.device.ceilings import read_bandwidth
 from trilemma.measure.device.compute_ceiling import compute_rate
+from trilemma.measure.device.step_time import product_jobs
+from trilemma.runtime.native_weights import load_weights
 
+TOKENS, PASSES = 512, 5
 PRODUCTS: dict[str, tuple[str, Any]] = {
     "int8_macs_per_s": ("int8-g128", "int8-g32"), "bf16_macs_per_s": ("bf16", "bf16"), "f32_macs_per_s": ("f32", "f32"),
 }  # fmt: skip
+
+
+def product_rate(path: str, threads: int) -> float:
+    """Multiply-accumulates a second of a dense model's layers: the median of some walks over them, after a first."""
+    model = load_any(path)
+    jobs = [list(job.names) for job in product_jobs(model.config, TOKENS, head=False)]
+    shapes = model.config.tensor_shapes()
+    macs = TOKENS * sum(math.prod(shapes[name]) for names in jobs for name in names)
+    weights = load_weights(model, threads=threads)
+    walks = _native.time_products(weights, jobs, tokens=TOKENS, threads=threads, passes=PASSES)
+    return macs / sorted(walks[1:])[(PASSES - 1) // 2]
 
 
 def main() -> None:
@@ -30,13 +49,10 @@ def main() -> None:
         found = json.loads(subprocess.run(words, capture_output=True, text=True, check=True).stdout)
     python = read_bandwidth(threads, task["bytes"]).bytes_per_s
     kernels = {name: compute_rate(*product, threads).macs_per_s for name, product in PRODUCTS.items()}
-    name = task["format"]
-    plain = {"bf16": "bf16_macs_per_s", "f16": "f32_macs_per_s", "f32": "f32_macs_per_s"}.get(name)
-    own = kernels[plain] if plain else compute_rate(name, "int8-g32", threads).macs_per_s
     print(json.dumps({
         "read_bytes_per_s": max(python, found.get("read_bytes_per_s", 0.0)),
         **{key: max(kernels[key], found.get(key, 0.0)) for key in PRODUCTS},
-        "kernel_macs_per_s": own, "instructions": sorted(found),
+        "kernel_macs_per_s": product_rate(task["model"], threads), "instructions": sorted(found),
     }))  # fmt: skip
 
 

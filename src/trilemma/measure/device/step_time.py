@@ -158,7 +158,7 @@ class StepTimes:
     def step(self, form: Form, tokens: int, depth: int, working_set: float, *, head: bool) -> StepTime:
         """Seconds of `tokens` new tokens behind `depth` cached ones."""
         cached = streamed = attention = 0.0
-        for job in _jobs(form.config, tokens, head):
+        for job in product_jobs(form.config, tokens, head):
             near, far = (self._job(form, job, size) for size in (1.0, working_set))
             cached += near
             streamed += far - near
@@ -212,7 +212,8 @@ class Job:
     times: float = 1.0
 
 
-def _jobs(config: DecoderConfig, tokens: int, head: bool) -> Iterator[Job]:
+def product_jobs(config: DecoderConfig, tokens: int, head: bool) -> Iterator[Job]:
+    """The matrix products of a step of so many tokens; with `head` the logits of one of them."""
     for index, layer in enumerate(config.layers):
         yield from _layer_jobs(f"layers.{index}.", layer, tokens)
     if head:
