@@ -8,6 +8,7 @@ little memory; a real model is quantized to nearest. Embedding and head are stor
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -23,8 +24,11 @@ from trilemma.techniques.technique import Build
 
 
 def build(source: Path, storage: str, folder: Path, setup: Setup) -> Files:
-    """Write into `folder` what the present engines need; what is there already is kept."""
+    """Write into `folder` what the present engines need; what is there already is kept, if it has room enough."""
     name = f"{source.name}-{storage}"
+    if not _roomy(folder / name, source):
+        for old in folder.glob(f"{name}*"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
     artifact, gguf, dump = folder / name, folder / f"{name}.gguf", folder / f"{name}.dump"
     if storage in GGUF_TYPES:
         if not gguf.exists():
@@ -48,6 +52,13 @@ def build(source: Path, storage: str, folder: Path, setup: Setup) -> Files:
         task = {"do": "build", "dump": str(dump), "model": str(path), "weights": label.partition("-")[2]}
         run_worker(setup.pythons[engine], engine, task)
     return Files(artifact, gguf, dump, built)
+
+
+def _roomy(artifact: Path, source: Path) -> bool:
+    """Whether a model made earlier holds as many positions as its source does now (see `stretched`)."""
+    if not (artifact / "model.safetensors").exists():
+        return True
+    return load_any(artifact).config.max_context >= load_any(source).config.max_context
 
 
 def quantized(source: Path, target: Path, kind: str, setup: Setup) -> None:

@@ -32,7 +32,7 @@ PRODUCTS: dict[str, tuple[str, Any]] = {
 def product_rate(path: str, threads: int) -> float:
     """Multiply-accumulates a second of a dense model's layers: the median of some walks over them, after a first."""
     model = load_any(path)
-    jobs = [list(job.names) for job in product_jobs(model.config, TOKENS, head=False)]
+    jobs = [list(job.names) for job in product_jobs(model.config, 1, head=True)][:-1]  # all layers, whole
     shapes = model.config.tensor_shapes()
     macs = TOKENS * sum(math.prod(shapes[name]) for names in jobs for name in names)
     weights = load_weights(model, threads=threads)

@@ -12,8 +12,6 @@ through the head. Prints one JSON object on its last line.
 from __future__ import annotations
 
 import json
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import TensorProto, helper
+from worker_loop import answer
 
 F32 = np.float32
 MS = "com.microsoft"
@@ -209,48 +208,8 @@ class Session:
         self.session.run_with_iobinding(binding)
         return self.logits.numpy()
 
-
-def prefill(session: Session, cell: dict[str, Any]) -> list[float]:
-    ids = np.random.default_rng(0).integers(3, session.vocab, (1, cell["tokens"]))
-    seconds = []
-    for _ in range(cell["repeats"] + 1):
-        session.start(1, cell["tokens"])
-        began = time.perf_counter()
-        session.forward(ids)
-        seconds.append(time.perf_counter() - began)
-    return [cell["tokens"] / each for each in seconds[1:]]
-
-
-def decode(session: Session, cell: dict[str, Any]) -> list[float]:
-    """Tokens a second of all sequences together, one figure a repeat."""
-    batch, depth, tokens = cell["batch"], cell["depth"], cell["tokens"]
-    ids = np.random.default_rng(0).integers(3, session.vocab, (batch, 1))
-    rates = []
-    for turn in range(cell["repeats"] + 1):
-        session.start(batch, depth + tokens + 1, depth)
-        session.forward(ids)
-        steps = tokens if turn else min(4, tokens)
-        began = time.perf_counter()
-        for _ in range(steps):
-            session.forward(ids)
-        rates.append(batch * steps / (time.perf_counter() - began))
-    return rates[1:]
-
-
-def bench(task: dict[str, Any]) -> dict[str, Any]:
-    began = time.perf_counter()
-    session = Session(task)
-    opened = time.perf_counter() - began
-    work = {"prefill": prefill, "decode": decode}
-    rates = [work[cell["kind"]](session, cell) for cell in task["cells"]]
-    return {"rates": rates, "open_s": opened, "peak_bytes": peak_bytes(), "version": ort.__version__}
-
-
-def logits(task: dict[str, Any]) -> dict[str, Any]:
-    """Logits after each call of tokens appended to one sequence."""
-    session = Session(task)
-    session.start(1, sum(map(len, task["calls"])))
-    return {"logits": [session.forward(np.asarray([call]))[0, -1].tolist() for call in task["calls"]]}
+    def about(self) -> dict[str, Any]:
+        return {"version": ort.__version__}
 
 
 def build(task: dict[str, Any]) -> dict[str, Any]:
@@ -260,12 +219,5 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
     return {"bytes": path.with_suffix(".bin").stat().st_size}
 
 
-def peak_bytes() -> int:
-    """High-water resident set of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
-
-
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(json.dumps({"build": build, "bench": bench, "logits": logits}[asked["do"]](asked)))
+    answer(Session, build)

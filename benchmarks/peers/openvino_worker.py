@@ -11,14 +11,13 @@ goes through the head. Prints one JSON object on its last line.
 from __future__ import annotations
 
 import json
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import openvino as ov
 from openvino import opset6, opset8, opset13
+from worker_loop import answer
 
 Node = Any
 F32 = np.float32
@@ -201,9 +200,12 @@ class Session:
         self.request = self.compiled.create_infer_request()
         self.length = 0
 
-    def start(self) -> None:
+    def start(self, batch: int, room: int, filled: int = 0) -> None:
+        """Empty caches, or `filled` random positions in them; they grow by themselves."""
         self.request.reset_state()
         self.length = 0
+        if filled:
+            self._fill(batch, filled)
 
     def forward(self, ids: np.ndarray) -> np.ndarray:
         """Append ids (batch, time); logits (batch, 1, vocab) of the last position, valid until the next call."""
@@ -216,9 +218,7 @@ class Session:
         self.length += count
         return self.request.get_tensor("logits").data
 
-    def fill(self, batch: int, depth: int) -> None:
-        """A cache of `depth` random positions."""
-        self.start()
+    def _fill(self, batch: int, depth: int) -> None:
         self.forward(np.ones((batch, 1), np.int64))
         rng = np.random.default_rng(0)
         for state in self.request.query_state():
@@ -227,48 +227,11 @@ class Session:
             state.state = ov.Tensor(rng.standard_normal(shape, F32))
         self.length = depth
 
+    def about(self) -> dict[str, Any]:
+        return {"version": ov.__version__.split("-")[0], "kernels": kernels(self.compiled)}
+
     def _set(self, name: str, values: np.ndarray) -> None:
         self.request.set_tensor(name, ov.Tensor(values))
-
-
-def prefill(session: Session, cell: dict[str, Any]) -> list[float]:
-    ids = np.random.default_rng(0).integers(3, session.vocab, (1, cell["tokens"]))
-    seconds = []
-    for _ in range(cell["repeats"] + 1):
-        session.start()
-        began = time.perf_counter()
-        session.forward(ids)
-        seconds.append(time.perf_counter() - began)
-    return [cell["tokens"] / each for each in seconds[1:]]
-
-
-def decode(session: Session, cell: dict[str, Any]) -> list[float]:
-    """Tokens a second of all sequences together, one figure a repeat."""
-    batch, depth = cell["batch"], cell["depth"]
-    ids = np.random.default_rng(0).integers(3, session.vocab, (batch, 1))
-    rates = []
-    for turn in range(cell["repeats"] + 1):
-        if depth:
-            session.fill(batch, depth)
-        else:
-            session.start()
-        session.forward(ids)
-        steps = cell["tokens"] if turn else 4
-        began = time.perf_counter()
-        for _ in range(steps):
-            session.forward(ids)
-        rates.append(batch * steps / (time.perf_counter() - began))
-    return rates[1:]
-
-
-def bench(task: dict[str, Any]) -> dict[str, Any]:
-    began = time.perf_counter()
-    session = Session(task)
-    opened = time.perf_counter() - began
-    work = {"prefill": prefill, "decode": decode}
-    rates = [work[cell["kind"]](session, cell) for cell in task["cells"]]
-    return {"rates": rates, "open_s": opened, "peak_bytes": peak_bytes(), "version": ov.__version__.split("-")[0],
-            "kernels": kernels(session.compiled)}  # fmt: skip
 
 
 def kernels(compiled: ov.CompiledModel) -> dict[str, int]:
@@ -284,25 +247,10 @@ def kernels(compiled: ov.CompiledModel) -> dict[str, int]:
     return found
 
 
-def logits(task: dict[str, Any]) -> dict[str, Any]:
-    """Logits after each call of tokens appended to one sequence."""
-    session = Session(task)
-    session.start()
-    rows = [session.forward(np.asarray([call]))[0, -1].tolist() for call in task["calls"]]
-    return {"logits": rows, "kernels": kernels(session.compiled)}
-
-
 def build(task: dict[str, Any]) -> dict[str, Any]:
     ov.save_model(Graph(Path(task["dump"]), task.get("weights", "i4")).model(), task["model"], compress_to_fp16=False)
     return {"bytes": Path(task["model"]).with_suffix(".bin").stat().st_size}
 
 
-def peak_bytes() -> int:
-    """High-water resident set of this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
-
-
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[1])
-    print(json.dumps({"build": build, "bench": bench, "logits": logits}[asked["do"]](asked)))
+    answer(Session, build)

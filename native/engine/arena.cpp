@@ -2,23 +2,18 @@
 
 #include <algorithm>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+#include "huge_pages.h"
 
 namespace trilemma {
 namespace {
 
-constexpr std::size_t kHugePage = 2 << 20;
 // Small models stay on small pages: rounding up to huge ones would show in their memory.
 constexpr std::size_t kFirstRegion = 8 << 20;
 constexpr std::size_t kRegion = 64 << 20;
 
 AlignedBuffer new_region(std::size_t bytes, bool first) {
   AlignedBuffer region(bytes, first ? 64 : kHugePage);
-#if defined(__linux__)
-  if (!first) madvise(region.data(), region.bytes(), MADV_HUGEPAGE);  // only advice: a refusal costs time alone
-#endif
+  if (!first) advise_huge(region.data(), region.bytes());
   return region;
 }
 

@@ -13,25 +13,6 @@ constexpr int kAttentionRows = 32;
 
 }  // namespace
 
-void Context::attention(const Pass& pass, int layer, int first, int count, float* out) {
-  const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
-  const LayerWeights& weights = model_->layers()[size_t(layer)];
-  const AttentionWeights& w = weights.attention;
-  const size_t q_dim = size_t(spec.q_dim()), kv_dim = size_t(spec.kv_dim());
-  Scratch& s = scratch_;
-  InputForms forms;
-  for (const Linear* l : {&w.q, &w.k, &w.v}) forms.add(*l);
-  norm(forms, weights.attention_norm, first, count);
-  multiply(kernels_, threads_, s.input,
-           {{&w.q, s.q.as<float>(), q_dim}, {&w.k, s.k.as<float>(), kv_dim}, {&w.v, s.v.as<float>(), kv_dim}});
-  attend(pass, layer, first, count);
-  InputForms out_forms;
-  out_forms.add(w.o);
-  s.input.begin(out_forms, s.attended.as<float>(), int(q_dim), count);
-  each_token(count, double(q_dim), [&](int i) { s.input.prepare(kernels_, i); });
-  multiply(kernels_, threads_, s.input, {{&w.o, out, size_t(model_->config().dim), true}});
-}
-
 // What each segment inside [first, first + count) attends to, and the work items that it is cut into: heads of the cache,
 // blocks of rows, and where few heads meet many positions, chunks of those.
 struct Context::AttentionPlan {
@@ -54,6 +35,39 @@ struct Context::AttentionPlan {
     return *std::find_if(parts.begin(), parts.end(), [&](const Part& p) { return row < p.row + p.count; });
   }
 };
+
+void Context::attention(const Pass& pass, int layer, int first, int count, AttentionPart part, float* out) {
+  const int q_dim = model_->config().layers[size_t(layer)].attention->q_dim();
+  const AttentionWeights& w = model_->layers()[size_t(layer)].attention;
+  Scratch& s = scratch_;
+  project(layer, first, count, part);
+  const AttentionPlan plan = plan_attention(pass, layer, first, count);
+  place(plan, layer, count, part);
+  if (part == AttentionPart::kKeys) return;
+  attend(plan, layer);
+  InputForms forms;
+  forms.add(w.o);
+  s.input.begin(forms, s.attended.as<float>(), q_dim, count);
+  each_token(count, double(q_dim), [&](int i) { s.input.prepare(kernels_, i); });
+  multiply(kernels_, threads_, s.input, {{&w.o, out, size_t(model_->config().dim), true}});
+}
+
+// Rows' queries, keys and values, or what of them is asked for.
+void Context::project(int layer, int first, int count, AttentionPart part) {
+  const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
+  const LayerWeights& weights = model_->layers()[size_t(layer)];
+  const AttentionWeights& w = weights.attention;
+  const Product all[] = {{&w.q, scratch_.q.as<float>(), size_t(spec.q_dim())},
+                         {&w.k, scratch_.k.as<float>(), size_t(spec.kv_dim())},
+                         {&w.v, scratch_.v.as<float>(), size_t(spec.kv_dim())}};
+  std::span<const Product> products(all);
+  if (part == AttentionPart::kKeys) products = products.subspan(1);
+  if (part == AttentionPart::kQueries) products = products.first(1);
+  InputForms forms;
+  for (const Product& p : products) forms.add(*p.linear);
+  norm(forms, weights.attention_norm, first, count);
+  multiply(kernels_, threads_, scratch_.input, products);
+}
 
 Context::AttentionPlan Context::plan_attention(const Pass& pass, int layer, int first, int count) const {
   const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
@@ -87,12 +101,9 @@ Context::AttentionPlan Context::plan_attention(const Pass& pass, int layer, int 
   return plan;
 }
 
-// Norms (where asked) and rotates q and k, stores k and v, and mixes values: for the part of each segment inside
-// [first, first + count).
-void Context::attend(const Pass& pass, int layer, int first, int count) {
+// Mixes values for the part of each segment that the plan holds.
+void Context::attend(const AttentionPlan& plan, int layer) {
   const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
-  const AttentionPlan plan = plan_attention(pass, layer, first, count);
-  store_keys(plan, layer, count);
   const int group = spec.heads / spec.kv_heads;
   const size_t q_dim = size_t(spec.q_dim()), ld_out = round_up(q_dim, kBlock), partial = partial_floats(spec);
   const auto task_of = [&](const AttentionPlan::Part& part, int head, int block, int chunk) {
@@ -116,28 +127,34 @@ void Context::attend(const Pass& pass, int layer, int first, int count) {
       kernels_.attention_merge(part.kv, task_of(part, head, 0, 0), part.chunks, partial);
 }
 
-void Context::store_keys(const AttentionPlan& plan, int layer, int count) {
+// Norms (where the layer does) and rotates queries and keys, and stores keys and values.
+void Context::place(const AttentionPlan& plan, int layer, int count, AttentionPart part) {
   const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
   const AttentionWeights& w = model_->layers()[size_t(layer)].attention;
   const size_t q_dim = size_t(spec.q_dim()), kv_dim = size_t(spec.kv_dim());
   const int half = rope_.half(layer);
-  const auto norm_head = [&](const float* weight, float* head) {
-    kernels_.rms_norm(head, weight, nullptr, spec.head_dim, model_->config().norm_eps, head);
+  const auto norm_heads = [&](const float* weight, float* row, int heads) {
+    for (int h = 0; weight && h < heads; ++h) {
+      float* head = row + h * spec.head_dim;
+      kernels_.rms_norm(head, weight, nullptr, spec.head_dim, model_->config().norm_eps, head);
+    }
   };
   each_token(count, 2.0 * double(q_dim + 2 * kv_dim), [&](int i) {
-    const AttentionPlan::Part& part = plan.of_row(i);
-    const int position = part.position + i - part.row;
-    float* q = scratch_.q.as<float>() + size_t(i) * q_dim;
-    float* k = scratch_.k.as<float>() + size_t(i) * kv_dim;
-    if (w.q_norm)
-      for (int h = 0; h < spec.heads; ++h) norm_head(w.q_norm, q + h * spec.head_dim);
-    if (w.k_norm)
-      for (int h = 0; h < spec.kv_heads; ++h) norm_head(w.k_norm, k + h * spec.head_dim);
+    const AttentionPlan::Part& at = plan.of_row(i);
+    const int position = at.position + i - at.row;
     const float* cos = half ? rope_.cos(layer, position) : nullptr;
     const float* sin = half ? rope_.sin(layer, position) : nullptr;
-    kernels_.rope(q, spec.heads, spec.head_dim, half, cos, sin, spec.scale);
-    if (half) kernels_.rope(k, spec.kv_heads, spec.head_dim, half, cos, sin, 1.0f);
-    kernels_.kv_store(part.kv, k, scratch_.v.as<float>() + size_t(i) * kv_dim, spec.kv_heads, position);
+    if (part != AttentionPart::kKeys) {
+      float* q = scratch_.q.as<float>() + size_t(i) * q_dim;
+      norm_heads(w.q_norm, q, spec.heads);
+      kernels_.rope(q, spec.heads, spec.head_dim, half, cos, sin, spec.scale);
+    }
+    if (part != AttentionPart::kQueries) {
+      float* k = scratch_.k.as<float>() + size_t(i) * kv_dim;
+      norm_heads(w.k_norm, k, spec.kv_heads);
+      if (half) kernels_.rope(k, spec.kv_heads, spec.head_dim, half, cos, sin, 1.0f);
+      kernels_.kv_store(at.kv, k, scratch_.v.as<float>() + size_t(i) * kv_dim, spec.kv_heads, position);
+    }
   });
 }
 

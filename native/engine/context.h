@@ -4,6 +4,7 @@
 // instruction set, how tokens are split over calls and chunks, what else is in the batch.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <functional>
 #include <memory>
@@ -69,6 +70,8 @@ class Context {
     int rows = 0;  // of gate, up and the product input: a chunk, or the experts of one token
   };
   struct Pass;
+  // What of an attention is done: in a last layer all rows store keys and values, but only wanted ones ask.
+  enum class AttentionPart { kWhole, kKeys, kQueries };
 
   void reserve(const ScratchPlan& plan);
   void check(std::span<const Slice> slices) const;
@@ -77,22 +80,29 @@ class Context {
   void run_uncached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted);
   float* run_pass(Pass& pass, float* logits, const InterruptCheck& interrupted);
   void embed(const Pass& pass);
-  void run_layer(const Pass& pass, int layer, int first, int count);
+  void run_layer(const Pass& pass, int layer, int first, int count, AttentionPart part);
+  void run_last_layer(Pass& pass);
   // These add a part's output for rows [first, first + count) to `out`, (count, dim).
-  void attention(const Pass& pass, int layer, int first, int count, float* out);
+  void attention(const Pass& pass, int layer, int first, int count, AttentionPart part, float* out);
   void feed_forward(int layer, int first, int count, float* out);
   void dense(const FfnSpec& spec, const FfnWeights& w, int count, float* out);
   void experts(const ExpertsSpec& spec, const ExpertsWeights& w, int count, float* out);
   void run_experts(const ExpertsSpec& spec, const ExpertsWeights& w, int begin, int end, int count, float* out);
   void activate(const FfnSpec& spec, const InputForms& forms, std::span<const int> rows_of_parts);
-  void attend(const Pass& pass, int layer, int first, int count);
   struct AttentionPlan;
   AttentionPlan plan_attention(const Pass& pass, int layer, int first, int count) const;
-  void store_keys(const AttentionPlan& plan, int layer, int count);
+  void project(int layer, int first, int count, AttentionPart part);
+  void place(const AttentionPlan& plan, int layer, int count, AttentionPart part);
+  void attend(const AttentionPlan& plan, int layer);
   void add_part(const Norm& post_norm, float* rows, float* x, int count);
   float* write_logits(const Pass& pass, float* logits);
   void norm(const InputForms& forms, const Norm& norm, int first, int count);
   void norm_row(const Norm& norm, const float* x, float* out) const;
+  // run(first, count) for rows that go through a layer together.
+  template <class Run>
+  void each_chunk(int rows, const Run& run) const {
+    for (int first = 0; first < rows; first += scratch_.chunk) run(first, std::min(scratch_.chunk, rows - first));
+  }
   // Row-wise work, of about `floats` a row.
   template <class Task>
   void each_token(int count, double floats, const Task& task) const {

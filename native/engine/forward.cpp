@@ -50,20 +50,34 @@ void Context::run_uncached(std::span<const Slice> slices, float* logits, const I
 }
 
 float* Context::run_pass(Pass& pass, float* logits, const InterruptCheck& interrupted) {
-  const int total = int(pass.tokens.size());
+  const int total = int(pass.tokens.size()), layers = int(model_->layers().size());
+  const bool cut = int(pass.wanted.size()) < total;
   auto checked = Clock::now();
   embed(pass);
-  for (int layer = 0; layer < int(model_->layers().size()); ++layer) {
-    for (int first = 0; first < total; first += scratch_.chunk) {
-      const int count = std::min(scratch_.chunk, total - first);
-      run_layer(pass, layer, first, count);
-    }
+  for (int layer = 0; layer < layers - cut; ++layer) {
+    each_chunk(total, [&](int first, int count) { run_layer(pass, layer, first, count, AttentionPart::kWhole); });
     if (interrupted && Clock::now() - checked > kInterruptInterval) {
       if (interrupted()) throw Interrupted{};
       checked = Clock::now();
     }
   }
+  if (cut) run_last_layer(pass);
   return write_logits(pass, logits);
+}
+
+// Of rows whose logits nobody asked for, only keys and values are ever read again. Leaves the wanted rows in front.
+void Context::run_last_layer(Pass& pass) {
+  const int layer = int(model_->layers().size()) - 1;
+  if (model_->config().layers.back().attention)
+    each_chunk(int(pass.tokens.size()),
+               [&](int first, int count) { attention(pass, layer, first, count, AttentionPart::kKeys, nullptr); });
+  const size_t dim = size_t(model_->config().dim);
+  float* x = scratch_.x.as<float>();
+  for (size_t i = 0; i < pass.wanted.size(); ++i)
+    std::memmove(x + i * dim, x + size_t(pass.wanted[i]) * dim, dim * sizeof(float));
+  pass = pass.only_wanted();
+  each_chunk(int(pass.tokens.size()),
+             [&](int first, int count) { run_layer(pass, layer, first, count, AttentionPart::kQueries); });
 }
 
 void Context::embed(const Pass& pass) {
@@ -101,7 +115,7 @@ void Context::norm(const InputForms& forms, const Norm& norm, int first, int cou
 }
 
 // x + attention, then x + ffn of that; in a parallel layer the ffn reads x first and waits apart.
-void Context::run_layer(const Pass& pass, int layer, int first, int count) {
+void Context::run_layer(const Pass& pass, int layer, int first, int count, AttentionPart part) {
   const LayerConfig& spec = model_->config().layers[size_t(layer)];
   const LayerWeights& w = model_->layers()[size_t(layer)];
   const size_t size = size_t(count) * size_t(model_->config().dim);
@@ -115,7 +129,7 @@ void Context::run_layer(const Pass& pass, int layer, int first, int count) {
   if (ffn && spec.parallel) feed_forward(layer, first, count, late = destination(true, scratch_.part[0]));
   if (spec.attention) {
     float* out = destination(spec.post_norms, scratch_.part[late ? 1 : 0]);
-    attention(pass, layer, first, count, out);
+    attention(pass, layer, first, count, part, out);
     if (out != x) add_part(w.attention_post_norm, out, x, count);
   }
   if (ffn && !spec.parallel) {

@@ -4,6 +4,8 @@
 #include <cstring>
 #include <new>
 
+#include "huge_pages.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -11,8 +13,7 @@
 namespace trilemma {
 namespace {
 
-constexpr std::size_t kHugePage = 2 << 20;
-// Larger pages lie on huge ones: reading them then costs no address translation. Smaller ones would grow by that.
+// Larger pages lie on huge ones; smaller ones would grow by that.
 constexpr std::size_t kLargePage = 1 << 20;
 
 }  // namespace
@@ -25,7 +26,7 @@ Reservation::Reservation(std::size_t bytes, bool huge) {
   mapped_ = mmap(nullptr, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped_ == MAP_FAILED) throw std::bad_alloc();
   data_ = reinterpret_cast<std::uint8_t*>(round_up(reinterpret_cast<std::uintptr_t>(mapped_), alignment));
-  if (huge) madvise(data_, bytes, MADV_HUGEPAGE);  // only advice: a refusal costs time alone
+  if (huge) advise_huge(data_, bytes);
 #else
   buffer_ = AlignedBuffer(bytes);
   data_ = buffer_.as<std::uint8_t>();

@@ -166,11 +166,13 @@ def matrix_macs_per_token(config: DecoderConfig) -> int:
 
 def attention_macs_per_token(config: DecoderConfig, context: int) -> int:
     """Multiply-accumulates of scores and weighted values, for a token that sees `context` positions."""
-    total = 0
-    for spec in _attentions(config):
-        seen = context if spec.window is None else min(context, spec.window)
-        total += 2 * spec.heads * spec.head_dim * seen
-    return total
+    return sum(_attention_macs(layer.attention, context) for layer in config.layers)
+
+
+def _attention_macs(spec: Attention | None, context: int) -> int:
+    if spec is None:
+        return 0
+    return 2 * spec.heads * spec.head_dim * (context if spec.window is None else min(context, spec.window))
 
 
 def macs_per_token(config: DecoderConfig, context: int) -> int:
@@ -178,14 +180,41 @@ def macs_per_token(config: DecoderConfig, context: int) -> int:
     return matrix_macs_per_token(config) + attention_macs_per_token(config, context)
 
 
+def prompt_rows(config: DecoderConfig, name: str, tokens: int) -> int:
+    """Of `tokens` positions computed in one pass, those that a layer's matrix multiplies.
+
+    Only the last position's logits are asked for, so of all others the last layer makes keys and values alone.
+    """
+    if not name.startswith(f"layers.{len(config.layers) - 1}."):
+        return tokens
+    return tokens if name.endswith((".attention.k.weight", ".attention.v.weight")) else min(tokens, 1)
+
+
 def prompt_macs(config: DecoderConfig, tokens: int) -> int:
-    """Multiply-accumulates of computing `tokens` positions in one pass; only the last one goes through the head.
+    """Multiply-accumulates of computing `tokens` positions in one pass for the logits of the last one.
+
+    The last layer and the head see the last token, and of the others what `prompt_rows` says.
+    """
+    shapes, shares = config.tensor_shapes(), expert_shares(config)
+
+    def unread(name: str) -> int:
+        return (tokens - prompt_rows(config, name, tokens)) * int(
+            shapes[name][0] * shapes[name][1] * shares.get(name, 1)
+        )
+
+    head = config.vocab_size * config.dim
+    matrices = tokens * (matrix_macs_per_token(config) - head) + head - sum(map(unread, config.linear_names()))
+    return matrices + prompt_attention_macs(config, tokens)
+
+
+def prompt_attention_macs(config: DecoderConfig, tokens: int) -> int:
+    """Scores and weighted values of a whole prompt; in the last layer, of its last token.
 
     A token sees half of the others on average (all that a window holds, where it is shorter).
     """
-    head = config.vocab_size * config.dim
-    attention = tokens * attention_macs_per_token(config, max(1, (tokens + 1) // 2))
-    return tokens * (matrix_macs_per_token(config) - head) + head + attention
+    middle = max(1, (tokens + 1) // 2)
+    *earlier, last = (layer.attention for layer in config.layers)
+    return tokens * sum(_attention_macs(spec, middle) for spec in earlier) + _attention_macs(last, tokens)
 
 
 def decode_bytes_per_token(

@@ -22,6 +22,8 @@ from trilemma.model.cost import (
     decode_bytes_per_token,
     expert_shares,
     kv_bytes,
+    prompt_attention_macs,
+    prompt_rows,
     weights_bytes,
 )
 from trilemma.model.model import Activation, Model
@@ -109,32 +111,29 @@ def demand_of(model: Model, form: Form, prompt_tokens: int, output_tokens: int) 
     config = model.config
     length, middle = prompt_tokens + output_tokens, prompt_tokens + output_tokens // 2
     resident = weights_bytes(config, form.format_of, format_bytes)
-    products = _matrix_macs(model, form)
-    head: dict[Arithmetic, float] = {_head_precision(model, form): float(config.vocab_size * config.dim)}
-    layers = {p: count - head.get(p, 0.0) for p, count in products.items()}
-    seen = middle if form.kv_cache == "none" else 1  # without a cache every step does the whole history again
-    attention = attention_macs_per_token(config, max(1, middle // 2) if form.kv_cache == "none" else middle)
+    # without a cache every step does the whole history again
+    recomputed = form.kv_cache == "none"
+    seen = prompt_attention_macs(config, middle) if recomputed else attention_macs_per_token(config, middle)
     return Demand(
         prompt_tokens=prompt_tokens, output_tokens=output_tokens, weights_bytes=resident,
         kv_bytes=kv_bytes(config, form.kv_cache, length),
         read_bytes=decode_bytes_per_token(config, form.format_of, form.kv_cache, middle, format_bytes),
-        macs=_plus({p: seen * count for p, count in layers.items()}, head, {"f32": seen * attention}),
+        macs=_plus(_matrix_macs(model, form, middle if recomputed else 1), {"f32": float(seen)}),
         prefill_bytes=resident,
         prefill_macs=_plus(
-            {p: prompt_tokens * count for p, count in layers.items()}, head,
-            {"f32": prompt_tokens * attention_macs_per_token(config, max(1, prompt_tokens // 2))},
+            _matrix_macs(model, form, prompt_tokens), {"f32": float(prompt_attention_macs(config, prompt_tokens))}
         ),
     )  # fmt: skip
 
 
-def _matrix_macs(model: Model, form: Form) -> dict[Arithmetic, float]:
-    """Products of one token in all matrices by precision; of experts, the share of tokens that chooses each."""
+def _matrix_macs(model: Model, form: Form, tokens: int) -> dict[Arithmetic, float]:
+    """Products of a prompt's matrices by precision; of experts, the share of tokens that chooses each."""
     config = model.config
     shapes, shares = config.tensor_shapes(), expert_shares(config)
     counts: dict[Arithmetic, float] = {_head_precision(model, form): float(config.vocab_size * config.dim)}
     for name in config.linear_names():
-        one = {ARITHMETIC[form.activation_of(name)]: float(shapes[name][0] * shapes[name][1] * shares.get(name, 1))}
-        counts = _plus(counts, one)
+        size = float(shapes[name][0] * shapes[name][1] * shares.get(name, 1))
+        counts = _plus(counts, {ARITHMETIC[form.activation_of(name)]: size * prompt_rows(config, name, tokens)})
     return counts
 
 

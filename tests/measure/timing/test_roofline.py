@@ -30,14 +30,15 @@ def test_products_of_a_prompt_add_up(tiny_model, random_model, experts_config):
 
 
 def test_products_by_hand(tiny_model):
-    model = tiny_model(layers=1, dim=48, heads=4, kv_heads=2, head_dim=16, ffn=80, vocab=97)
-    model.linears["layers.0.ffn.down.weight"] = LinearRun(activation="bf16")
-    names = {name for name in model.config.linear_names() if "down" in name}
-    assert names == {"layers.0.ffn.down.weight"}
+    model = tiny_model(layers=2, dim=48, heads=4, kv_heads=2, head_dim=16, ffn=80, vocab=97)
+    downs = ["layers.0.ffn.down.weight", "layers.1.ffn.down.weight"]
+    model.linears.update(dict.fromkeys(downs, LinearRun(activation="bf16")))
+    assert [name for name in model.config.linear_names() if "down" in name] == downs
     found = prompt_products(model, 5)
-    assert found["f32", "bf16"] == 5 * 48 * 80
-    rest = 5 * (48 * 64 + 2 * 48 * 32 + 64 * 48 + 2 * 48 * 80) + 97 * 48
-    attention = 5 * 3 * 2 * 4 * 16  # a token sees three of five positions in the mean
+    assert found["f32", "bf16"] == (5 + 1) * 48 * 80  # the last layer computes one token through
+    keys, others = 2 * 48 * 32, 48 * 64 + 64 * 48 + 2 * 48 * 80
+    rest = 5 * (keys + others) + 5 * keys + others + 97 * 48
+    attention = (5 * 3 + 5) * 2 * 4 * 16  # a token sees three of five positions in the mean, the last one all
     assert found[ATTENTION] == rest + attention
 
 

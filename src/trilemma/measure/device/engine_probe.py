@@ -17,6 +17,7 @@ import numpy as np
 from trilemma import _native
 from trilemma.core.host_tables import AttentionTime, Overhead
 from trilemma.measure.device.small_models import Shape, open_shape, random_model
+from trilemma.measure.device.step_time import product_jobs
 from trilemma.measure.device.tries import Try, typical
 from trilemma.runtime.engine import KvCache, SamplingSettings
 from trilemma.runtime.native import Step, load_weights
@@ -62,7 +63,7 @@ class _Depths:
         steps = _STEPS if tokens == 1 else 1
         began = time.perf_counter()
         for _ in range(steps):
-            batch.forward([Step(sequence, self._tokens[:tokens], "none")])
+            batch.forward([Step(sequence, self._tokens[:tokens], "all")])  # else the last layer would only store keys
         return (time.perf_counter() - began) / steps
 
 
@@ -140,7 +141,6 @@ class _Stepped:
         self._engine = open_shape(shape, threads)
         self._weights = load_weights(random_model(shape.config(), "f32", "f32", "f32"))
         self._settings = SamplingSettings(max_tokens=_STEPS + 2, ignore_eos=True)
-        self._jobs = [job for layer in range(shape.layers) for job in _jobs(shape, layer)]
 
     def step(self, tokens: int) -> float:
         if tokens == 1:
@@ -150,10 +150,10 @@ class _Stepped:
         return [self._engine.generate([1] * tokens, once).token_times_s[0] for _ in range(2)][1]  # the first warms up
 
     def products(self, tokens: int) -> float:
-        head = [["embedding.weight"]]
-        if tokens == 1:
-            return typical(self._walks(self._jobs + head, 1, 1 + _STEPS)[1:])
-        return self._walks(self._jobs, tokens, 2)[1] + self._walks(head, 1, 2)[1]
+        jobs = list(product_jobs(self._shape.config(), tokens, head=True))
+        turns = 1 + _STEPS if tokens == 1 else 2
+        by_count = {count: [list(job.names) for job in jobs if job.tokens == count] for count in (tokens, 1)}
+        return sum(typical(self._walks(names, int(count), turns)[1:]) for count, names in by_count.items())
 
     def _walks(self, jobs: list[list[str]], tokens: int, passes: int) -> list[float]:
         return _native.time_products(self._weights, jobs, tokens=tokens, threads=self._threads, passes=passes)
@@ -189,7 +189,7 @@ def overheads(
                 continue
             products = seconds[StepKey(key.shape, threads, tokens, "products")]
             rest = max(whole - products - attention_s.get((key.shape, threads, tokens), 0.0), 0.0)
-            rows.append(np.asarray(_features(key.shape)) / whole)
+            rows.append(np.asarray(_features(key.shape, tokens)) / whole)
             left.append(rest / whole)
         scale = np.abs(rows).max(axis=0)
         scale[scale == 0] = 1.0
@@ -199,17 +199,9 @@ def overheads(
     return tuple(found)
 
 
-def _features(shape: Shape) -> tuple[float, ...]:
-    blocks = shape.layers * (bool(shape.heads) + bool(shape.hidden))
-    heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
-    return (1.0, shape.vocab, blocks, blocks * shape.dim, shape.layers * shape.hidden, shape.layers * heads)
-
-
-def _jobs(shape: Shape, layer: int) -> Iterator[list[str]]:
-    at = f"layers.{layer}."
-    if shape.heads:
-        yield [f"{at}attention.{role}.weight" for role in "qkv"]
-        yield [f"{at}attention.o.weight"]
-    if shape.hidden:
-        yield [f"{at}ffn.gate.weight", f"{at}ffn.up.weight"]
-        yield [f"{at}ffn.down.weight"]
+def _features(shape: Shape, tokens: int) -> tuple[float, ...]:
+    """As `StepTimes.overhead` counts them: after its keys, the last layer sees one token of a prompt."""
+    through = shape.layers - 1 + 1 / tokens
+    blocks = shape.layers * bool(shape.heads) + through * bool(shape.hidden)
+    heads = (through * shape.heads + shape.layers * 2 * shape.kv_heads) * shape.head_dim
+    return (1.0, shape.vocab, blocks, blocks * shape.dim, through * shape.hidden, heads)

@@ -28,7 +28,7 @@ from trilemma.measure.device.engine_probe import (
     step_probes,
 )
 from trilemma.measure.device.product_probe import ProductKey, product_probes, undisturbed
-from trilemma.measure.device.step_time import attention_seconds
+from trilemma.measure.device.step_time import step_attention_s
 from trilemma.measure.device.surroundings import battery_wh, cache_sizes, power_figures, storage_rate
 from trilemma.measure.device.tries import Try, method, take_turns, typical
 from trilemma.measure.energy.energy_model import DEVICES, device_class
@@ -145,10 +145,8 @@ def tables_of(samples: Mapping[Any, Sequence[float]], threads: int, noisy: str |
     steps = {key: found for key, found in seconds.items() if isinstance(key, StepKey)}
     attention = attention_times({key: found for key, found in seconds.items() if isinstance(key, AttentionKey)})
     attended = {
-        (key.shape, key.threads, key.tokens): sum(
-            attention_seconds(attention, layer.attention, "bf16", key.tokens, key.depth, key.threads)
-            for layer in key.shape.config().layers
-            if layer.attention is not None
+        (key.shape, key.threads, key.tokens): step_attention_s(
+            attention, key.shape.config(), "bf16", key.tokens, key.depth, key.threads, head=True
         )
         for key in steps
     }

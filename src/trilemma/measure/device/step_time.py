@@ -157,16 +157,12 @@ class StepTimes:
 
     def step(self, form: Form, tokens: int, depth: int, working_set: float, *, head: bool) -> StepTime:
         """Seconds of `tokens` new tokens behind `depth` cached ones."""
-        cached = streamed = attention = 0.0
+        cached = streamed = 0.0
         for job in product_jobs(form.config, tokens, head):
             near, far = (self._job(form, job, size) for size in (1.0, working_set))
             cached += near
             streamed += far - near
-        for layer in form.config.layers:
-            if layer.attention is not None:
-                attention += attention_seconds(
-                    self.tables.attention, layer.attention, form.kv, tokens, depth, self.threads
-                )
+        attention = step_attention_s(self.tables.attention, form.config, form.kv, tokens, depth, self.threads, head)
         if tokens == 1:  # a prompt's tokens share what they read
             nbytes = float(kv_bytes(form.config, form.kv, depth))
             attention += self.products.streamed_s(nbytes, self.threads, working_set)
@@ -213,21 +209,32 @@ class Job:
 
 
 def product_jobs(config: DecoderConfig, tokens: int, head: bool) -> Iterator[Job]:
-    """The matrix products of a step of so many tokens; with `head` the logits of one of them."""
+    """The matrix products of a step of so many tokens; with `head` the last one's logits are asked for, else none.
+
+    The last layer makes keys and values of all tokens, and the rest for those whose logits are asked for.
+    """
     for index, layer in enumerate(config.layers):
-        yield from _layer_jobs(f"layers.{index}.", layer, tokens)
+        asked = tokens if index + 1 < len(config.layers) else int(head)
+        yield from _layer_jobs(f"layers.{index}.", layer, tokens, asked)
     if head:
         yield Job(("embedding.weight" if config.tied else "head.weight",), 1)
 
 
-def _layer_jobs(at: str, layer: LayerSpec, tokens: int) -> Iterator[Job]:
-    if layer.attention is not None:
+def _layer_jobs(at: str, layer: LayerSpec, tokens: int, asked: int) -> Iterator[Job]:
+    if layer.attention is not None and asked == tokens:
         yield Job(tuple(f"{at}attention.{role}.weight" for role in "qkv"), tokens)
-        yield Job((f"{at}attention.o.weight",), tokens)
+    elif layer.attention is not None:
+        yield Job(tuple(f"{at}attention.{role}.weight" for role in "kv"), tokens)
+        if asked:
+            yield Job((f"{at}attention.q.weight",), asked)
+    if not asked:
+        return
+    if layer.attention is not None:
+        yield Job((f"{at}attention.o.weight",), asked)
     if isinstance(layer.ffn, Dense):
-        yield from _dense_jobs(f"{at}ffn.", layer.ffn.gated, tokens)
+        yield from _dense_jobs(f"{at}ffn.", layer.ffn.gated, asked)
     elif layer.ffn is not None:
-        yield from _expert_jobs(f"{at}ffn.", layer.ffn, tokens)
+        yield from _expert_jobs(f"{at}ffn.", layer.ffn, asked)
 
 
 def _dense_jobs(at: str, gated: bool, tokens: float, times: float = 1.0) -> Iterator[Job]:
@@ -242,6 +249,18 @@ def _expert_jobs(at: str, spec: Experts, tokens: int) -> Iterator[Job]:
         yield from _dense_jobs(f"{at}shared.", True, tokens)
     chosen = spec.count * (1 - (1 - spec.active / spec.count) ** tokens)
     yield from _dense_jobs(f"{at}experts.0.", True, max(1.0, tokens * spec.active / chosen), chosen)
+
+
+def step_attention_s(
+    timed: tuple[AttentionTime, ...], config: DecoderConfig, kv: str, tokens: int, depth: int, threads: int, head: bool
+) -> float:
+    """Seconds of all layers' attention of `tokens` new positions; in the last one only those ask whose logits are asked
+    for: with `head` the last one, else none."""
+    *earlier, last = (layer.attention for layer in config.layers)
+    total = sum(attention_seconds(timed, spec, kv, tokens, depth, threads) for spec in earlier if spec is not None)
+    if last is not None and head:
+        total += attention_seconds(timed, last, kv, 1, depth + tokens - 1, threads)
+    return total
 
 
 def attention_seconds(
@@ -278,16 +297,18 @@ def _dot(costs: Sequence[float], group: int, head_dim: int) -> float:
 
 def _overhead(row: Overhead, config: DecoderConfig, head: bool) -> float:
     total = row.step_s + row.vocab_s * config.vocab_size if head else 0.0
-    for layer in config.layers:
+    for index, layer in enumerate(config.layers):
+        # of the tokens, those that go on from the last layer's keys
+        asked = 1.0 if index + 1 < len(config.layers) else int(head) / row.tokens
         if layer.attention is not None:
             spec = layer.attention
-            heads = (spec.heads + 2 * spec.kv_heads) * spec.head_dim
+            heads = (asked * spec.heads + 2 * spec.kv_heads) * spec.head_dim
             total += row.block_s + row.dim_s * config.dim + row.heads_s * heads
         if layer.ffn is not None:
             hidden = layer.ffn.hidden
             if isinstance(layer.ffn, Experts):
                 hidden = hidden * layer.ffn.active + layer.ffn.shared_hidden
-            total += row.block_s + row.dim_s * config.dim + row.hidden_s * hidden
+            total += asked * (row.block_s + row.dim_s * config.dim + row.hidden_s * hidden)
     return total
 
 

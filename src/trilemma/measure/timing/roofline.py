@@ -22,8 +22,8 @@ from trilemma.model.cost import (
     decode_bytes_per_token,
     expert_shares,
     kv_bytes,
-    matrix_macs_per_token,
     prompt_macs,
+    prompt_rows,
 )
 from trilemma.model.model import Activation, Model
 
@@ -109,9 +109,10 @@ def weighted_ceiling(macs: Mapping[Product, int], rate: Callable[[Product], floa
 def prompt_products(model: Model, tokens: int) -> dict[Product, int]:
     """Multiply-accumulates of a prefill by kind of product; their sum is `prompt_macs`.
 
-    The head is computed for the last token alone; of experts, the share that is active counts.
+    Of experts, the share that is active counts.
     """
     config = model.config
+    matrices = 0
     shapes = config.tensor_shapes()
     shares = expert_shares(config)
     found: dict[Product, int] = {}
@@ -121,11 +122,12 @@ def prompt_products(model: Model, tokens: int) -> dict[Product, int]:
 
     for name in config.linear_names():
         size = shapes[name][0] * shapes[name][1]
-        add(_product(model, name), tokens * int(size * shares.get(name, 1)))
+        macs = prompt_rows(config, name, tokens) * int(size * shares.get(name, 1))
+        matrices += macs
+        add(_product(model, name), macs)
     head = config.vocab_size * config.dim
     add(_product(model, "embedding.weight" if config.tied else "head.weight"), head)
-    matrices = tokens * (matrix_macs_per_token(config) - head) + head
-    add(ATTENTION, prompt_macs(config, tokens) - matrices)
+    add(ATTENTION, prompt_macs(config, tokens) - matrices - head)
     return {product: macs for product, macs in found.items() if macs}
 
 
