@@ -72,10 +72,10 @@ format: install  ## format the code
 fuzz: install  ## damaged model files through the loader, 1,000 of each kind
 	$(BIN)/python tests/mutations/fuzz.py
 
-# Kernels take minutes to compile with a sanitizer. The thread sanitizer is a build of its own.
+# Each sanitizer is a build of its own: together, the kernels take far longer to compile.
 sanitize: install  ## the C++ tests under the sanitizers: address, undefined, thread
-	for kind in address,undefined thread; do \
-	  folder=build/sanitize-$${kind%%,*}; \
+	for kind in address undefined thread; do \
+	  folder=build/sanitize-$$kind; \
 	  $(BIN)/cmake -S native -B $$folder $(NATIVE_TESTS) -DTRILEMMA_SANITIZE=$$kind && \
 	  $(BIN)/cmake --build $$folder -j $(JOBS) && $(BIN)/ctest --test-dir $$folder --output-on-failure || exit 1; \
 	done
