@@ -60,7 +60,7 @@ def bars_of(rows: Sequence[Row]) -> Iterator[Bar]:
     figures = {(one.shape, one.format, one.kv, one.cell): one for one in figures_of(rows)}
     yield from _prefill(figures, rows)
     yield from _decode(figures, rows)
-    yield from _deep(figures)
+    yield from _deep(figures, rows)
     yield from _quantized_cache(figures)
     for batch in (8, 16):
         yield _against(figures, (LARGE, INT4, "16", f"decode x{batch} at 128"), "llama.cpp", 2.0)
@@ -90,7 +90,7 @@ def _prefill(figures: Mapping[Key, Figure], rows: Sequence[Row]) -> Iterator[Bar
 def _decode(figures: Mapping[Key, Figure], rows: Sequence[Row]) -> Iterator[Bar]:
     for storage in (INT4, INT8):
         key = (LARGE, storage, "16", "decode at 0")
-        yield _share(figures, key, 0.90, "share of the best read bandwidth of any probe")
+        yield _share(figures, key, 0.90, "share of the best read bandwidth of any probe", _beside(rows, key))
         yield _against(figures, key, "best", 1.0)
         yield _equal_bytes(rows, LARGE, storage)
     for shape in (SMALL, TINY):
@@ -98,7 +98,7 @@ def _decode(figures: Mapping[Key, Figure], rows: Sequence[Row]) -> Iterator[Bar]
             yield _against(figures, (shape, storage, "16", "decode at 0"), "best", 1.5)
 
 
-def _deep(figures: Mapping[Key, Figure]) -> Iterator[Bar]:
+def _deep(figures: Mapping[Key, Figure], rows: Sequence[Row]) -> Iterator[Bar]:
     """The share of what reading weights and cache allows; bars of the large model, others where they were measured."""
     for depth in (4096, 16384):
         cell = f"decode at {depth}"
@@ -106,8 +106,21 @@ def _deep(figures: Mapping[Key, Figure]) -> Iterator[Bar]:
         wanted += [key for key in figures if key[3] == cell and key[1] in (INT4, INT8) and key not in wanted]
         for key in wanted:
             ratio = figures[key].ratio("llama.cpp") if key in figures else None
-            words = "" if ratio is None else f"{ratio:.2f} times llama.cpp"
-            yield _share(figures, key, 0.80, "share of the byte roofline, weights and cache", words)
+            words = ["" if ratio is None else f"{ratio:.2f} times llama.cpp", _beside(rows, key)]
+            what = "share of the byte roofline, weights and cache"
+            yield _share(figures, key, 0.80, what, ", ".join(filter(None, words)))
+
+
+def _beside(rows: Sequence[Row], key: Key) -> str:
+    """The median share of what probes read just before and after: memory may have a fast and a slow state."""
+    shares = [
+        rate * row["bytes_per_token"] / read
+        for row in rows
+        if row["record"] == "run" and row["engine"] == "ours"
+        and (row["shape"], row["format"], row["kv"], row["cell"]) == key
+        for rate, read in zip(row["rates"], row.get("reads", []), strict=False)
+    ]  # fmt: skip
+    return f"{statistics.median(shares):.0%} of the probes beside it" if shares else ""
 
 
 def _quantized_cache(figures: Mapping[Key, Figure]) -> Iterator[Bar]:

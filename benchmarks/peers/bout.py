@@ -130,11 +130,12 @@ class Bout:
             tell(f"{engine} ({words_of(way)}) failed on {group.name}: {error}")
             return None
         rates: list[list[float]] = found.pop("rates")
+        reads: list[list[float]] = found.pop("reads", [[]] * len(rates))
         seconds = round(time.perf_counter() - began, 2)
-        for cell, values in zip(group.cells, rates, strict=True):
+        for cell, values, beside in zip(group.cells, rates, reads, strict=True):
             self.book.add(
                 "trial" if turn is None else "run", **self.about, engine=engine, way=way, round=turn, cell=cell.name,
-                rates=values, seconds=seconds, **self._cost(cell),
+                rates=values, seconds=seconds, **({"reads": beside} if beside else {}), **self._cost(cell),
                 **{name: value for name, value in found.items() if not isinstance(value, dict)},
             )  # fmt: skip
         what = ", ".join(f"{cell.name}: {max(own):.4g}" for cell, own in zip(group.cells, rates, strict=True))

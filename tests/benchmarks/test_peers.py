@@ -214,6 +214,13 @@ def test_bars_say_met_not_met_and_open():
     )
     assert found["Llama-3.2-1B int4-g32", "bytes of weights, apart from llama.cpp's"].met is False
     assert found["stories-15M int8-g32 decode at 0", "ours / best of the peers"].met is None
+    assert "beside" not in share.words
+    # a host in its slower state: 98% and 96% of what probes read just before and after
+    for row in rows:
+        if row.get("cell") == "decode at 0" and row["engine"] == "ours":
+            row["reads"] = [row["rates"][0] / (0.98 if row["round"] else 0.96)]
+    beside = {(bar.where, bar.what): bar for bar in bars.bars_of(rows)}[share.where, share.what]
+    assert beside.words == "96 tokens/s, 97% of the probes beside it"
     words = bars.bars_table(rows)
     assert "| NOT MET | Llama-3.2-1B int4-g32 prefill 512 | ours / llama.cpp's best | >= 2.00 | 1.96 |" in words
     assert "| open | stories-15M int8-g32 decode at 0 |" in words
