@@ -57,7 +57,7 @@ test-qemu: install  ## the C++ tests on emulated ARM and on x86 without AVX-512
 	$(BIN)/cmake --build build/arm && $(BIN)/ctest --test-dir build/arm --output-on-failure
 	$(BIN)/cmake -S native -B build/x86 $(NATIVE_TESTS)
 	$(BIN)/cmake --build build/x86
-	for test in test_kernels test_engine; do qemu-x86_64 -cpu max build/x86/tests/$$test || exit 1; done
+	for test in test_kernels test_inputs test_engine; do qemu-x86_64 -cpu max build/x86/tests/$$test || exit 1; done
 
 lint: install  ## style, types and the direction of imports
 	$(BIN)/ruff check .
