@@ -172,7 +172,10 @@ void test_pages(const std::shared_ptr<Model>& model, KvMode kv) {
     const int action = held.empty() ? 0 : check::between(0, 7);
     if (action <= 1 && held.size() < 4) {
       std::vector<std::int32_t> tokens = random_tokens(check::between(1, 200));
-      if (!held.empty()) std::copy_n(any()->second.begin(), std::min(any()->second.size(), tokens.size()) / 2, tokens.begin());
+      if (!held.empty()) {
+        const std::vector<std::int32_t>& other = any()->second;
+        std::copy_n(other.begin(), std::min(other.size(), tokens.size()) / 2, tokens.begin());
+      }
       const auto [sequence, there] = pool.create(tokens);
       CHECK(there < int(tokens.size()) && pool.length(sequence) == there, "the last token is left to do");
       held[sequence].assign(tokens.begin(), tokens.begin() + there);
