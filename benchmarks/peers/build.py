@@ -27,8 +27,8 @@ def build(source: Path, storage: str, folder: Path, setup: Setup) -> Files:
     """Write into `folder` what the present engines need; what is there already is kept, if it has room enough."""
     name = f"{source.name}-{storage}"
     if not _roomy(folder / name, source):
-        for old in folder.glob(f"{name}*"):
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        for old in _made(folder, name, storage):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
     artifact, gguf, dump = folder / name, folder / f"{name}.gguf", folder / f"{name}.dump"
     if storage in GGUF_TYPES:
         if not gguf.exists():
@@ -52,6 +52,13 @@ def build(source: Path, storage: str, folder: Path, setup: Setup) -> Files:
         task = {"do": "build", "dump": str(dump), "model": str(path), "weights": label.partition("-")[2]}
         run_worker(setup.pythons[engine], engine, task)
     return Files(artifact, gguf, dump, built)
+
+
+def _made(folder: Path, name: str, storage: str) -> list[Path]:
+    """All that `build` leaves of one model in one format."""
+    kinds = weight_kinds(storage) if storage.startswith("int") else []
+    ends = ["", ".gguf", ".dump", ".onnx", ".bin", *(f"-{kind}.{end}" for kind in kinds for end in ("xml", "bin"))]
+    return [folder / f"{name}{end}" for end in ends]
 
 
 def _roomy(artifact: Path, source: Path) -> bool:

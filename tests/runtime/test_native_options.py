@@ -193,15 +193,18 @@ def test_everything_at_once_in_every_cache(random_generator, kv):
 def test_experts_in_every_kind_of_format(random_generator, name, format_name, activation):
     model = stored_as(random_model(CASES[name], random_generator), format_name, activation)
     errors = []
-    for _ in range(2):
+    for _ in range(3):
         tokens = tokens_for(random_generator, 60)
         found = NativeEngine(model, EngineOptions(kv_cache="f32")).logits(tokens)
         wanted = ReferenceEngine(model, EngineOptions(kv_cache="f32")).logits(tokens)
         errors.append(np.abs(found - wanted).max(1) / np.abs(wanted).max())
     assert_one_answer(model, tokens, found, "f32")
     if activation == "f32":
-        # Two scores of a router that are equal but for rounding are rare enough not to meet in two texts.
-        assert min(error.max() for error in errors) <= 2e-5
+        # Scores of a router that are equal but for rounding let another expert in, at once and by far, in one text of
+        # three at most; a difference that grows from small ones is a fault in any.
+        swapped = [error for error in errors if error.max() > 2e-5]
+        assert len(swapped) <= 1
+        assert all(error[error > 2e-5][0] > 1e-3 for error in swapped)
     else:
         # Rounded activations may fall to either side of an edge, and then a close router chooses another expert.
         assert np.median(errors) <= 2e-2
