@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -39,7 +40,7 @@ from peers.cells import BATCHES, DECODED, DEPTHS, PREFILLS, Group, groups_of
 from peers.engines_of import ENGINES, HERE, KV, EngineFailedError, Setup
 from peers.summary import Figure, ceilings_of, figures_of, plot, table
 
-from trilemma.core.errors import InputError
+from trilemma.core.errors import InputError, TrilemmaError
 from trilemma.formats.artifact import load_any
 
 SHAPES = HERE.parent.parent / "examples" / "shapes"
@@ -181,6 +182,8 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.kv.split(",")) - set(KV):
         parser.error(f"--kv {','.join(sorted(unknown))} is no kind of cache; choose of {', '.join(KV)}")
+    if missing := [str(path) for path in options.merge if not path.is_file()]:
+        parser.error(f"--merge {' '.join(missing)}: no such file; give files that --json of earlier runs wrote")
     if options.merge or options.only_report or options.bars:
         rows = read_rows([*([options.json] if options.json and options.json.exists() else []), *options.merge])
     else:
@@ -242,4 +245,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except TrilemmaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped; a run with the same --json carries on", file=sys.stderr)
+        sys.exit(130)

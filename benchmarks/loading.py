@@ -182,4 +182,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except TrilemmaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
