@@ -172,18 +172,20 @@ def main() -> int:
     if options.worker:
         {"ours": ours, "llama_cpp": llama_cpp}[options.worker["do"]](options.worker)
         return 0
-    if options.folder:
-        options.folder.mkdir(parents=True, exist_ok=True)
-        run(options, options.folder)
-        return 0
-    with tempfile.TemporaryDirectory() as temporary:
-        run(options, Path(temporary))
+    from trilemma.core.errors import TrilemmaError  # not above: a peer's interpreter has no such package
+
+    try:
+        if options.folder:
+            options.folder.mkdir(parents=True, exist_ok=True)
+            run(options, options.folder)
+        else:
+            with tempfile.TemporaryDirectory() as temporary:
+                run(options, Path(temporary))
+    except TrilemmaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except TrilemmaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    sys.exit(main())
