@@ -115,3 +115,8 @@ def test_compare_pairs_everything_to_the_first(hearth_path, texts_path):
 def test_every_meter_exists_and_measures_a_known_metric(name):
     assert resolve_metric(name).name == name
     assert callable(METERS.get(name))
+
+
+def test_bench_names_lengths_that_do_not_fit(hearth_path):
+    with pytest.raises(InputError, match="600 prompt and 8 output tokens do not fit a context of 512"):
+        bench([hearth_path], prompt_tokens=600, output_tokens=8)

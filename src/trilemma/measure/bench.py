@@ -133,8 +133,13 @@ def _timed(
 ) -> list[SpeedRun]:
     """A run for each pair of lengths, all repetitions made."""
     named = {str(index): engine for index, engine in enumerate(engines)}
+    shortest = min(engine.max_context for engine in engines)
     runs = []
     for one in lengths:
+        if one.prompt + one.output > shortest:
+            raise InputError(
+                f"{one.prompt} prompt and {one.output} output tokens do not fit a context of {shortest}. Ask for fewer."
+            )
         runs.append(SpeedRun(named, prompt_tokens=one.prompt, output_tokens=one.output, seed=seed))
         stack.callback(runs[-1].close)
     for run in runs:
