@@ -118,5 +118,5 @@ def test_every_meter_exists_and_measures_a_known_metric(name):
 
 
 def test_bench_names_lengths_that_do_not_fit(hearth_path):
-    with pytest.raises(InputError, match="600 prompt and 8 output tokens do not fit a context of 512"):
+    with pytest.raises(InputError, match="600 prompt and 8 output tokens do not fit the context of 512"):
         bench([hearth_path], prompt_tokens=600, output_tokens=8)
