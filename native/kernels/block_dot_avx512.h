@@ -13,8 +13,9 @@ constexpr bool kBiased8 = true;  // 8-bit codes are multiplied as code + 128
 template <class C>
 struct BlockWeights {
   __m512i lines[8];
+  const uint8_t* packed;
 
-  explicit BlockWeights(const uint8_t* packed) { set<0>(packed); }
+  explicit BlockWeights(const uint8_t* codes) : packed(codes) { set<0>(codes); }
 
  private:
   template <int I>
@@ -33,8 +34,34 @@ inline __m512i broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
+// Four bits and few tokens: high nibbles stay where they are, sixteen times their value, in a chain of their own.
+template <int T>
+inline void nibble_dot(const uint8_t* packed, const int8_t* x, const int32_t* start, V16f* sum) {
+  const __m512i low_bits = _mm512_set1_epi8(0x0f), high_bits = _mm512_set1_epi8(char(0xf0));
+  __m512i low[T], high[T];
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t) {
+    low[t] = start ? _mm512_set1_epi32(start[t]) : _mm512_setzero_si512();
+    high[t] = _mm512_setzero_si512();
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i, packed += 64, x += 8) {
+    const __m512i line = _mm512_loadu_si512(packed);
+    const __m512i even = _mm512_and_si512(line, low_bits), odd = _mm512_and_si512(line, high_bits);
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) {
+      low[t] = _mm512_dpbusd_epi32(low[t], even, broadcast4(x + t * kBlock));
+      high[t] = _mm512_dpbusd_epi32(high[t], odd, broadcast4(x + t * kBlock + 4));
+    }
+  }
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t)
+    sum[t].v = _mm512_cvtepi32_ps(_mm512_add_epi32(low[t], _mm512_srai_epi32(high[t], 4)));
+}
+
 template <class C, int Part, int T>
 inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* start, V16f* sum) {
+  if constexpr (C::kBits == 4 && T <= 2) return nibble_dot<T>(w.packed, x, C::kSymmetric ? start : nullptr, sum);
   constexpr int kLines = 8 / C::kParts, kFirst = Part * kLines;
   // With few tokens the additions of one sum would wait for each other: two chains (or parts), exact all the same.
   constexpr int kChains = T <= 2 && C::kParts == 1 ? 2 : 1;
