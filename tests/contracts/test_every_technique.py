@@ -24,8 +24,10 @@ from trilemma.techniques.technique import read_settings
 EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "plain": [{"dtype": "bf16"}, {"dtype": "f16"}],
     "rtn": [{"weights": "int4-g32"}, {"weights": "int8-channel", "activations": "bf16"}],
+    "hqq": [{"weights": "int4-g32-asym"}, {"weights": "int4-g64", "fit": "minimum"}],
     "gptq": [{"weights": "int4-g32-asym"}, {"weights": "int4-g64", "embedding": "int4-g32"}],
     "tune-norms": [{"steps": 3}, {"steps": 2, "batch_size": 2}],
+    "tune-scales": [{"steps": 3}, {"steps": 2, "embedding": False}],
     "experts": [{"count": 4, "active": 2, "multiple": 4}, {"count": 3, "active": 1, "multiple": 4, "router": "glu"}],
     "smooth": [{}, {"strength": 0.75}],
     "heal": [{"steps": 3, "context": 16}, {"steps": 2, "keep_top": 8, "teacher_weight": 0.5}],

@@ -10,8 +10,10 @@ TECHNIQUES: Registry[type[Technique]] = Registry(
     {
         "plain": "trilemma.techniques.quantize.plain:Plain",
         "rtn": "trilemma.techniques.quantize.rtn:RoundToNearest",
+        "hqq": "trilemma.techniques.quantize.hqq:Hqq",
         "gptq": "trilemma.techniques.quantize.gptq:Gptq",
         "tune-norms": "trilemma.techniques.distill.tune_norms:TuneNorms",
+        "tune-scales": "trilemma.techniques.distill.tune_scales:TuneScales",
         "experts": "trilemma.techniques.restructure.experts:MakeExperts",
         "smooth": "trilemma.techniques.quantize.smooth:Smooth",
         "prune-width": "trilemma.techniques.prune.width:PruneWidth",

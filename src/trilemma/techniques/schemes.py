@@ -8,6 +8,7 @@ W{4,8}A{8,16}  weights and activations; A8 rounds activations to int8 in groups 
 -g{32,64,128}  weights that share a scale; 8-bit weights without it share one per row
 -asym          4-bit weights with a minimum per group
 -gptq          choose codes with calibration text; without it round to nearest
+-hqq           fit grids by a robust error, without text (HQQ)
 -e{4,8,16}     bits of the embedding (and tied head); by default 8
 -kv{4,8,16,32} precision of the KV cache; by default bf16
 f32, bf16, f16 floating point throughout
@@ -27,7 +28,7 @@ from trilemma.formats import FORMATS
 _SUFFIX = re.compile(r"-(e|kv)(\d+)", re.IGNORECASE)
 _EMBEDDING = {"4": "int4-g32", "8": "int8-g32", "16": "bf16"}
 _KV = {"4": "int4", "8": "int8", "16": "bf16", "32": "f32"}
-_QUANTIZERS = ("rtn", "gptq")
+_QUANTIZERS = ("rtn", "hqq", "gptq")
 _ACTIVATIONS = {"8": "int8-g32", "16": "bf16"}
 
 SCHEMES: dict[str, str] = {
@@ -106,7 +107,7 @@ def _quantize(match: re.Match[str]) -> list[Step]:
         "embedding": _embedding(match["rest"], weights),
         "activations": _pick("activation bits", match["activations"], _ACTIVATIONS),
     }
-    return [Step(technique="gptq" if match["gptq"] else "rtn", settings=settings), *_kv_steps(match["rest"])]
+    return [Step(technique=(match["how"] or "rtn").lower(), settings=settings), *_kv_steps(match["rest"])]
 
 
 def _experts(match: re.Match[str]) -> list[Step]:
@@ -122,6 +123,10 @@ def _smooth(match: re.Match[str]) -> list[Step]:
 
 def _tune(match: re.Match[str]) -> list[Step]:
     return [Step(technique="tune-norms", settings={"steps": int(match["steps"])})]
+
+
+def _tune_scales(match: re.Match[str]) -> list[Step]:
+    return [Step(technique="tune-scales", settings={"steps": int(match["steps"])})]
 
 
 def _heal(match: re.Match[str]) -> list[Step]:
@@ -210,7 +215,7 @@ _KV_HEADS = "merge key-value heads into 2 a layer: a smaller KV cache"
 PARTS: tuple[Part, ...] = (
     Part(r"(?P<dtype>f32|bf16|f16)(?P<rest>(?:-kv\d+)*)", _plain),
     Part(
-        r"W(?P<weights>\d+)A(?P<activations>\d+)(?:-g(?P<group>\d+))?(?P<asym>-asym)?(?P<gptq>-gptq)?"
+        r"W(?P<weights>\d+)A(?P<activations>\d+)(?:-g(?P<group>\d+))?(?P<asym>-asym)?(?:-(?P<how>gptq|hqq))?"
         r"(?P<rest>(?:-(?:e|kv)\d+)*)",
         _quantize,
     ),
@@ -230,6 +235,12 @@ PARTS: tuple[Part, ...] = (
         _tune,
         "W4A8-g32-gptq+tune100",
         "then train norms and biases alone for 100 steps to answer like the original",
+    ),
+    Part(
+        r"scales(?P<steps>\d+)",
+        _tune_scales,
+        "W4A8-g32-gptq+scales100",
+        "then train scales, norms and biases for 100 steps to answer like the original: same codes, same bytes",
     ),
     Part(
         r"heal(?P<steps>\d+)",

@@ -117,15 +117,20 @@ class Lesson:
         self.student, self.original, self.settings, self.build = student, original, settings, build
         self.batches = WindowBatches(pieces(build.calibration, settings.context), settings.batch_size, build.seed)
         self.decoder = Decoder.from_model(student)
-        for parameter in self.decoder.parameters():
-            parameter.requires_grad_(settings.trained == "all" or parameter.ndim == 1)
-        if settings.trained == "vectors":  # the matrices stay as they are, so they may run with rounded inputs
-            round_straight_through(self.decoder, student)
+        self._began_as = decoder_identity(self.decoder)
+        self.choose_trained()
         self._held_out = None if held_out is None else pieces(held_out, settings.context)
         self._teacher = teacher
         self.result: TrainingResult | None = None
         self._folder: Path | None = None
         self._scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def choose_trained(self) -> None:
+        """Let the parameters that learn require gradients, and no others."""
+        for parameter in self.decoder.parameters():
+            parameter.requires_grad_(self.settings.trained == "all" or parameter.ndim == 1)
+        if self.settings.trained == "vectors":  # the matrices stay as they are, so they may run with rounded inputs
+            round_straight_through(self.decoder, self.student)
 
     @property
     def training(self) -> TrainingSettings:
@@ -174,17 +179,20 @@ class Lesson:
         if result.finish != "steps":
             again = "The same command goes on from there." if self.build.work else "Nothing was kept."
             raise StoppedError(f"Stopped at step {result.step} of {self.settings.steps}. {again}")
-        learned: dict[str, Float32 | StoredMatrix] = {
+        return self.student.with_tensors(self.learned())
+
+    def learned(self) -> dict[str, Float32 | StoredMatrix]:
+        """What the decoder has learned, as the student keeps it."""
+        return {
             name: store_like(self.student, name, values)
             for name, values in canonical_tensors(self.decoder)
             if self.settings.trained == "all" or values.ndim == 1
         }
-        return self.student.with_tensors(learned)
 
     def folder(self, name: str) -> Path | None:
         """Where this lesson is kept: each settings, text and student has a folder of its own."""
         if self._folder is None and self.build.work is not None:
-            decides = f"{self.settings.model_dump_json()} {self.batches.identity} {decoder_identity(self.decoder)}"
+            decides = f"{self.settings.model_dump_json()} {self.batches.identity} {self._began_as}"
             self._folder = self.build.work / f"{name}-{hashlib.sha256(decides.encode()).hexdigest()[:12]}"
         return self._folder
 
