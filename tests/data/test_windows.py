@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from trilemma.core.errors import DataError
+from trilemma.data.calibration import sample_calibration
 from trilemma.data.documents import Document
 from trilemma.data.llama_cpp_windows import llama_cpp_windows
-from trilemma.data.windows import TokenSet, count_words, make_windows, sample_calibration
+from trilemma.data.windows import TokenSet, count_words, make_windows
 
 
 def encode(text):

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from trilemma.data.calibration import sample_calibration
 from trilemma.data.documents import read_documents
-from trilemma.data.windows import sample_calibration
 from trilemma.export.gguf import export_gguf
 from trilemma.formats.artifact import load_any
 from trilemma.model.decoder import Decoder

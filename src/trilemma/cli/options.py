@@ -32,7 +32,8 @@ Data = Annotated[
     list[Path] | None,
     typer.Option(
         "--data",
-        help="Text file (.txt, .json, .jsonl, also .xz, .gz); documents end with <|endoftext|>. May be repeated.",
+        help="Text (.txt, .json, .jsonl, also .xz, .gz; chat messages too); documents end with <|endoftext|>. "
+        "FILE#FIELD takes that field of its rows, FILE:WEIGHT gives it a share of the calibration. May be repeated.",
     ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Replace an output that is there already.")]

@@ -31,7 +31,7 @@ class Calibration(Record):
     """Which calibration text a recipe saw, so that the same files give the same tokens again.
 
     part: 'all' of the text, the 'calibrate' part of its split into three, or 'train', all but what `distill` held
-    out; sha256: of the tokens.
+    out; weights: of the files, in their order, None: they were read as one text; sha256: of the tokens.
     """
 
     part: Literal["all", "calibrate", "train"] = "all"
@@ -39,6 +39,7 @@ class Calibration(Record):
     context: int
     seed: int = 0
     prepare: Literal["none", "book"] = "none"
+    weights: tuple[float, ...] | None = None
     sha256: str
 
 

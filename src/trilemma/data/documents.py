@@ -1,21 +1,22 @@
 """Reads the user's texts into documents, the unit that is split, resampled and reported.
 
 An interval over documents needs many of them, so long books are cut into chapters or sections.
-Left out: cleaning, language detection and chat transcripts (`messages`).
+A conversation stays whole. Left out: cleaning and language detection.
 """
 
 from __future__ import annotations
 
 import gzip
-import json
 import lzma
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from trilemma.core.errors import DataError
+from trilemma.data.rows import Render, RowText, read_rows
+from trilemma.data.text_source import TextSource
 
 Prepare = Literal["none", "book"]
 
@@ -33,11 +34,17 @@ _HEADING = re.compile(
 
 @dataclass(frozen=True)
 class Document:
-    """One text. `source` says where it came from, precisely enough to find it again."""
+    """One text. `source` says where it came from, precisely enough to find it again.
+
+    file: which of the files read together; turns: where the messages of a conversation begin, in characters; its
+    text has the template's special tokens already. Empty for plain text.
+    """
 
     text: str
     domain: str
     source: str
+    file: int = 0
+    turns: tuple[int, ...] = ()
 
     @property
     def text_bytes(self) -> int:
@@ -45,33 +52,35 @@ class Document:
 
 
 def read_documents(
-    paths: str | Path | Sequence[str | Path],
+    paths: str | Path | Sequence[str | Path | TextSource],
     domain: str | None = None,
     *,
     prepare: Prepare = "none",
     cut: bool = True,
+    render: Render | None = None,
 ) -> list[Document]:
     """Read .txt, .json, .jsonl and their .xz or .gz forms; anything else is read as text.
 
     Args:
-        paths: files. Text is split at `<|endoftext|>`; .json is a list of strings or of {"text"};
-            .jsonl has one {"text"} a line.
+        paths: files, FILE#FIELD for a field of its rows. Text is split at `<|endoftext|>`; .json is a list and
+            .jsonl has one a line of a string, {"text"} or {"messages"} in the OpenAI form.
         domain: the domain's name; None takes each file's name without suffixes.
         prepare: 'book' makes hard line breaks inside a paragraph spaces, blank lines one line
-            break, and drops underscores; 'none' leaves the text as it is.
-        cut: cut long documents into chapters or sections.
+            break, and drops underscores; 'none' leaves the text as it is, and conversations are left alone.
+        cut: cut long documents into chapters or sections; conversations stay whole.
+        render: messages and tools to text, such as `Tokenizer.transcript`; None: conversations are refused.
 
     Raises:
         DataError: a file is missing, empty, binary, not UTF-8 or not of the form its name says.
     """
-    files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
-    if not files:
+    sources = [_unweighted(item) for item in ([paths] if isinstance(paths, str | Path) else paths)]
+    if not sources:
         raise DataError("No text files were given. Give at least one .txt, .json or .jsonl file.")
-    whole = [document for path in files for document in _read_file(path, domain)]
+    whole = [item for at, source in enumerate(sources) for item in _read_file(source, at, domain, render)]
     if cut:
         aim = section_aim(sum(len(document.text) for document in whole))
         whole = [section for document in whole for section in cut_document(document, aim)]
-    ready = [Document(prepare_text(item.text, prepare), item.domain, item.source) for item in whole]
+    ready = [item if item.turns else replace(item, text=prepare_text(item.text, prepare)) for item in whole]
     return [document for document in ready if document.text.strip()]
 
 
@@ -106,11 +115,11 @@ def section_aim(characters: int) -> int:
 
 def cut_document(document: Document, aim: int) -> list[Document]:
     """Cut at headings, else at blank lines, else at line ends or spaces; sections of aim/4 to 1.5 aim."""
-    if len(document.text) <= aim * 3 // 2:
+    if document.turns or len(document.text) <= aim * 3 // 2:
         return [document]
     sections = _sections(document.text, least=aim // 4, most=aim * 3 // 2)
     return [
-        Document(text, document.domain, f"{document.source}, section {number}")
+        replace(document, text=text, source=f"{document.source}, section {number}")
         for number, text in enumerate(sections, 1)
     ]
 
@@ -154,17 +163,30 @@ def _pieces(text: str, separator: re.Pattern[str]) -> Iterable[str]:
         yield text[start:]
 
 
-def _read_file(path: Path, domain: str | None) -> list[Document]:
+def _unweighted(item: str | Path | TextSource) -> TextSource:
+    if isinstance(item, TextSource):
+        return item
+    source = TextSource.parse(item)
+    if source.weight is not None:
+        raise DataError(f"'{item}' has a weight, which is for calibration text alone. Give '{source.path}'.")
+    return source
+
+
+def _read_file(source: TextSource, file: int, domain: str | None, render: Render | None) -> list[Document]:
+    path = source.path
     text = _decode(path, _read_bytes(path))
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() not in (".xz", ".gz")]
-    name = path.name.split(".")[0]
     kind = suffixes[-1] if suffixes else ".txt"
-    reader: Callable[[Path, str], list[str]] = {".json": _from_json, ".jsonl": _from_jsonl}.get(kind, _from_text)
-    texts = reader(path, text)
+    if kind in (".json", ".jsonl"):
+        rows = read_rows(path, text, source.field, render, lines=kind == ".jsonl")
+    elif source.field is not None:
+        raise DataError(f"'{path}#{source.field}' names a field, but '{path}' is plain text. Leave the field out.")
+    else:
+        rows = [RowText(part.strip("\n")) for part in text.split(END_OF_TEXT)]
     found = [
-        Document(part, domain or name, f"{path.name}, document {number}")
-        for number, part in enumerate(texts, 1)
-        if part.strip()
+        Document(row.text, domain or path.name.split(".")[0], f"{path.name}, document {number}", file, row.turns)
+        for number, row in enumerate(rows, 1)
+        if row.text.strip()
     ]
     if not found:
         raise DataError(f"'{path}' holds no text. Give a file with at least one document.")
@@ -173,7 +195,8 @@ def _read_file(path: Path, domain: str | None) -> list[Document]:
 
 def _read_bytes(path: Path) -> bytes:
     if not path.exists():
-        raise DataError(f"The text file '{path}' does not exist.")
+        hint = " A weight is a number, as in books.txt:0.7." if ":" in path.name else ""
+        raise DataError(f"The text file '{path}' does not exist.{hint}")
     if path.is_dir():
         raise DataError(f"'{path}' is a folder. Give the text files in it one by one.")
     unpackers: dict[str, Callable[[bytes], bytes]] = {".xz": lzma.decompress, ".gz": gzip.decompress}
@@ -199,38 +222,3 @@ def _decode(path: Path, data: bytes) -> str:
             f"'{path}' is not UTF-8: byte {error.start} is 0x{bad:02x}. Convert it, for example: "
             f"iconv -f latin1 -t utf-8 '{path.name}'."
         ) from None
-
-
-def _from_text(path: Path, text: str) -> list[str]:
-    return [part.strip("\n") for part in text.split(END_OF_TEXT)]
-
-
-def _from_json(path: Path, text: str) -> list[str]:
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"'{path}' is not JSON: {error}.") from None
-    if not isinstance(rows, list):
-        raise DataError(f"'{path}' holds a {type(rows).__name__}; expected a list of strings or of {{\"text\": ...}}.")
-    return [_row_text(path, f"item {number}", row) for number, row in enumerate(rows)]
-
-
-def _from_jsonl(path: Path, text: str) -> list[str]:
-    found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"'{path}' line {number} is not JSON: {error}.") from None
-        found.append(_row_text(path, f"line {number}", row))
-    return found
-
-
-def _row_text(path: Path, where: str, row: object) -> str:
-    value = row.get("text") if isinstance(row, dict) else row
-    if not isinstance(value, str):
-        keys = f" with keys {sorted(row)}" if isinstance(row, dict) else ""
-        raise DataError(f"'{path}' {where} is a {type(row).__name__}{keys}; expected a string or {{'text': string}}.")
-    return value

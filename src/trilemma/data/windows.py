@@ -1,7 +1,8 @@
-"""Documents as token windows: what quality is measured on and what calibration sees.
+"""Documents as token windows: what quality is measured on.
 
 Windows lie side by side, or overlap by a stride so that every scored token has context (the sliding window of
-https://huggingface.co/docs/transformers/perplexity). llama.cpp's way of cutting is in `llama_cpp_windows.py`.
+https://huggingface.co/docs/transformers/perplexity). llama.cpp's way of cutting is in `llama_cpp_windows.py`,
+calibration's in `calibration.py`.
 """
 
 from __future__ import annotations
@@ -187,46 +188,6 @@ def make_windows(
         np.asarray(leads, np.int64) if any(leads) else None, text_words, None if step == context else step,
     )  # fmt: skip
     return everything.take(np.arange(len(windows)))
-
-
-def sample_calibration(
-    documents: Sequence[Document], encode: Encode, context: int, count: int, seed: int = 0
-) -> NDArray[np.int32]:
-    """Full windows for calibration, from documents in shuffled order; short documents are joined.
-
-    Returns:
-        (n, context) int32, n = count or what the text gives.
-
-    Raises:
-        DataError: not enough text for one window.
-    """
-    rng = np.random.default_rng(seed)
-    windows: list[NDArray[np.int32]] = []
-    rest: list[int] = []
-    per_document = max(1, -(-count // max(1, len(documents))))
-    spare: list[NDArray[np.int32]] = []
-    for index in rng.permutation(len(documents)):
-        if len(windows) >= count:
-            break
-        ids = list(encode(documents[index].text))
-        if len(ids) < context:
-            rest += ids
-            if len(rest) >= context:
-                windows.append(np.asarray(rest[:context], np.int32))
-                rest = rest[context:]
-            continue
-        offset = int(rng.integers(0, len(ids) % context + 1))
-        found = np.asarray(ids[offset : offset + (len(ids) - offset) // context * context], np.int32)
-        shuffled = rng.permutation(found.reshape(-1, context), axis=0)
-        windows += list(shuffled[:per_document])
-        spare += list(shuffled[per_document:])
-    windows += spare[: max(0, count - len(windows))]
-    if not windows:
-        raise DataError(
-            f"The calibration text has fewer than {context} tokens, which is one window. Give more text, "
-            "or a shorter context."
-        )
-    return np.stack(windows[:count])
 
 
 def _encode_until(

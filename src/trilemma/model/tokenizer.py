@@ -11,13 +11,14 @@ import datetime
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from tokenizers import Tokenizer as FastTokenizer
 
 from trilemma.core.errors import CheckpointError, InputError
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+TRANSCRIPT_DAY = datetime.date(2024, 7, 26)  # the day that Llama 3's own template falls back to
 _BROKEN = "\ufffd"  # what decoders put for bytes that are no UTF-8 (yet)
 
 
@@ -109,22 +110,42 @@ class Tokenizer:
         """Decode ids as they come: what `push` returns, joined, is `decode(prompt + ids)` after `decode(prompt)`."""
         return TextStream(self, prompt)
 
-    def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True) -> str:
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        day: datetime.date | None = None,
+    ) -> str:
         """The prompt text of a conversation, by the model's own chat template (run in a sandbox).
 
         Args:
             messages: {"role": "user" | "assistant" | "system", "content": text} each.
+            tools: descriptions of functions, for templates that know them.
+            day: for templates that print the date; None: today.
 
         Raises:
             CheckpointError: the model has no chat template, or a broken one.
             InputError: the template refuses these messages.
         """
+        from trilemma.model.chat_template import render_chat
+
         if self._template is None:
             raise CheckpointError(
                 "This model has no chat template (chat_template.jinja, or 'chat_template' in tokenizer_config.json). "
-                "Use a plain prompt, or add the template of the model's chat version."
+                "Use plain text, or add the template of the model's chat version."
             )
-        return _render(self._template, list(messages), add_generation_prompt, self._special_tokens())
+        return render_chat(
+            self._template, messages, add_generation_prompt=add_generation_prompt, special=self._special_tokens(),
+            tools=tools, day=day,
+        )  # fmt: skip
+
+    def transcript(
+        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> str:
+        """A whole conversation as text to calibrate or measure on; the same on every day (see `chat`)."""
+        return self.chat(messages, add_generation_prompt=False, tools=tools, day=TRANSCRIPT_DAY)
 
     def _bos_prefix(self) -> list[int]:
         """BOS ids to put in front ourselves: asked for by the settings, and no post-processor to do it."""
@@ -216,23 +237,3 @@ def _read_template(path: Path, settings: Mapping[str, Any]) -> str | None:
         named = {item.get("name"): item.get("template") for item in found if isinstance(item, Mapping)}
         found = named.get("default")
     return found if isinstance(found, str) else None
-
-
-def _render(template: str, messages: list[Any], generate: bool, special: Mapping[str, str]) -> str:
-    from jinja2 import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def refuse(message: str) -> NoReturn:
-        raise InputError(f"The chat template refuses these messages: {message}")
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-    environment.globals["raise_exception"] = refuse
-    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    try:
-        return environment.from_string(template).render(
-            messages=messages, add_generation_prompt=generate, tools=None, documents=None, **special
-        )
-    except TemplateError as error:
-        raise CheckpointError(f"The chat template can not be used: {error}. Use a plain prompt.") from None

@@ -20,6 +20,7 @@ from trilemma.core.trial import Trial
 from trilemma.core.verdict import Verdict
 from trilemma.data.documents import read_documents
 from trilemma.data.split import split_documents
+from trilemma.data.text_source import read_sources
 from trilemma.data.windows import TokenSet, make_windows
 from trilemma.formats.artifact import load_any, read_artifact
 from trilemma.model.checkpoint import model_hash
@@ -157,7 +158,7 @@ def _token_set(
     tokenizer = Tokenizer.load(model.path)
     if data:
         paths = [data] if isinstance(data, str | Path) else list(data)
-        documents = read_documents([Path(item) for item in paths], prepare=conditions.prepare)
+        documents = read_documents(paths, prepare=conditions.prepare, render=tokenizer.transcript)
     else:
         stored = [Path(item.path) for item in report.data_files]
         try:
@@ -167,7 +168,8 @@ def _token_set(
         if not same:
             notes.append("the texts of the report are gone or have changed; give text with --data to measure quality")
             return None
-        documents = split_documents(read_documents(stored, prepare=conditions.prepare), conditions.seed).confirm
+        read = read_documents(read_sources(stored), prepare=conditions.prepare, render=tokenizer.transcript)
+        documents = split_documents(read, conditions.seed).confirm
     if not documents:
         raise DataError("The texts hold no documents.")
     return make_windows(

@@ -24,6 +24,7 @@ from trilemma.core.recipe import Calibration, Recipe, Step
 from trilemma.core.record import Record
 from trilemma.data.documents import Document, Prepare, read_documents
 from trilemma.data.split import hold_out
+from trilemma.data.text_source import read_sources
 from trilemma.data.windows import TokenSet, make_windows
 from trilemma.formats.artifact import check_output, load_any, read_artifact, weights_bytes, write_artifact
 from trilemma.measure.energy.build_cost import BuildMeter
@@ -173,11 +174,12 @@ def _read_texts(
 ) -> _Texts:
     assert model.path is not None
     tokenizer = Tokenizer.load(model.path)
-    documents = read_documents([Path(item) for item in data], prepare=prepare)
+    sources = read_sources(data)
+    documents = read_documents(sources, prepare=prepare, render=tokenizer.transcript)
     training, held_out = hold_out(documents, seed)
     context = min(settings.context, model.config.max_context)
     windows, record = calibration_windows(
-        training, tokenizer, context, seed=seed, part="train", prepare=prepare, windows=_MOST_WINDOWS
+        training, tokenizer, context, seed=seed, part="train", prepare=prepare, windows=_MOST_WINDOWS, sources=sources
     )
     validation = _validation_windows(held_out, tokenizer, context, seed)
     tokens = make_windows(

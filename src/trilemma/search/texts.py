@@ -14,6 +14,7 @@ from trilemma.core.recipe import Calibration
 from trilemma.core.results import DataFile, DataPart
 from trilemma.data.documents import Document, Prepare, read_documents
 from trilemma.data.split import Parts, describe_part, split_documents
+from trilemma.data.text_source import read_sources
 from trilemma.data.windows import TokenSet, make_windows
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.techniques.calibration_text import CALIBRATION_PART, calibration_windows
@@ -48,24 +49,26 @@ def read_texts(data: Sequence[str | Path], tokenizer: Tokenizer, context: int, s
     Raises:
         DataError: texts that can not be used, or too few documents for three parts.
     """
-    paths = [Path(item) for item in data]
-    documents = read_documents(paths, prepare=prepare)
+    sources = read_sources(data)
+    documents = read_documents(sources, prepare=prepare, render=tokenizer.transcript)
     parts = split_documents(documents, seed)
     windows, record = calibration_windows(
-        parts.calibrate, tokenizer, context, seed=seed, part=CALIBRATION_PART, prepare=prepare
+        parts.calibrate, tokenizer, context, seed=seed, part=CALIBRATION_PART, prepare=prepare, sources=sources
     )
-    return Texts(parts, tokenizer, context, windows, record, describe_files(paths))
+    return Texts(parts, tokenizer, context, windows, record, describe_files(data))
 
 
-def describe_files(paths: Sequence[Path]) -> tuple[DataFile, ...]:
-    return tuple(DataFile(path=str(path), sha256=hashlib.sha256(path.read_bytes()).hexdigest()[:16]) for path in paths)
+def describe_files(data: Sequence[str | Path]) -> tuple[DataFile, ...]:
+    """The files as they were named, and what is in them."""
+    digests = [hashlib.sha256(source.path.read_bytes()).hexdigest()[:16] for source in read_sources(data)]
+    return tuple(DataFile(path=str(item), sha256=digest) for item, digest in zip(data, digests, strict=True))
 
 
 def prompts_of(documents: Sequence[Document], tokenizer: Tokenizer, count: int, tokens: int) -> list[list[int]]:
     """The first tokens of different documents, as prompts; at most that many, and no word cut in two."""
     found = []
     for document in documents:
-        ids = tokenizer.encode(document.text[: 40 * tokens])
+        ids = tokenizer.encode(document.text[: 40 * tokens], special=not document.turns)
         if len(ids) > tokens:
             found.append(_whole_words(ids[: tokens + 1], tokenizer))
         if len(found) == count:

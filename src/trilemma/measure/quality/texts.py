@@ -55,9 +55,13 @@ def read_token_set(
             raise InputError("llama.cpp's protocol has windows side by side; leave the stride out.")
         return _llama_cpp_set(tokenizer, data, context, max_tokens, prepare)
     if isinstance(data, Mapping):
-        documents = [item for name, paths in data.items() for item in read_documents(paths, name, prepare=prepare)]
+        documents = [
+            item
+            for name, paths in data.items()
+            for item in read_documents(paths, name, prepare=prepare, render=tokenizer.transcript)
+        ]
     else:
-        documents = read_documents(data, prepare=prepare)
+        documents = read_documents(data, prepare=prepare, render=tokenizer.transcript)
     by_domain: dict[str, list[Document]] = {}
     for document in documents:
         by_domain.setdefault(document.domain, []).append(document)
