@@ -263,6 +263,8 @@ def compress(
     *,
     scheme: str | None = None,
     recipe: Recipe | str | Path | None = None,
+    bits: float | None = None,
+    formats: Sequence[str] = (),
     calibration: NDArray[np.int32] | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     prepare: Literal["none", "book"] = "none",
@@ -277,7 +279,10 @@ def compress(
     Args:
         model: a checkpoint, an artifact or a hub id; it stays as it is.
         output: folder for the artifact.
-        scheme, recipe: one of them: a short name, or a recipe (or its YAML file).
+        scheme, recipe, bits: one of them: a short name, a recipe (or its YAML file), or how many bits a matrix value
+            may take, scales included: each tensor then gets the format that lets the whole lose least (see
+            `search.mixed_bits`).
+        formats: with `bits`, names of formats to choose from.
         calibration, data: token windows, or text files to cut them from, for schemes that need them.
         prepare: 'book' joins hard line breaks and drops underscores.
         force: replace an artifact that is there already.
@@ -287,22 +292,36 @@ def compress(
         Bytes, seconds, `build` (`build_s`, `build_energy_j`) and, when asked for, `payback`.
 
     Raises:
-        RecipeError: neither or both of scheme and recipe, or one that can not be used.
+        RecipeError: not one of scheme, recipe and bits, or one that can not be used.
         OutputError: the output is taken or can not be written.
         DataError: the texts can not be used.
     """
-    from trilemma.formats.artifact import load_any, read_artifact
+    from trilemma.core.errors import RecipeError
+    from trilemma.formats.artifact import check_output, load_any, read_artifact
     from trilemma.measure.energy.build_cost import BuildMeter
+    from trilemma.search.mixed_bits import mix_bits_for
     from trilemma.search.payback import time_payback
     from trilemma.techniques.apply import compress as apply
 
     texts = [data] if isinstance(data, str | Path) else data
+    if bits is not None and (scheme is not None or recipe is not None or calibration is not None):
+        raise RecipeError("Bits are shared out on text: give `bits` with `data`, and no scheme, recipe or calibration.")
+    if formats and bits is None:
+        raise RecipeError("Formats to choose from belong to `bits`.")
+    found = None
     with BuildMeter() as meter:
+        if bits is not None:
+            check_output(output, force=force)
+            found = mix_bits_for(
+                model, output, bits, texts or (), formats=formats, prepare=prepare, seed=seed, threads=threads,
+                progress=progress,
+            )  # fmt: skip
+            recipe = found.recipe
         done = apply(
             model, output, scheme=scheme, recipe=recipe, calibration=calibration, data=texts, prepare=prepare,
             seed=seed, threads=threads, force=force, progress=progress,
         )  # fmt: skip
-    done = done.model_copy(update={"build": meter.results()})
+    done = done.model_copy(update={"build": meter.results(), "notes": () if found is None else (str(found),)})
     if not payback:
         return done
     original = load_any(model) if isinstance(model, str | Path) else model

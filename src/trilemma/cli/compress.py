@@ -17,6 +17,14 @@ def compress(
         str | None, typer.Option("--scheme", help="Short name such as W4A8-g32-gptq; see `trilemma list schemes`.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option("--recipe", help="recipe.yaml, as an artifact carries it.")] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option("--bits", help="Bits a matrix value may take, scales included; each tensor gets its own format."),
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--formats", help="With --bits: formats to choose from; see `trilemma list formats`."),
+    ] = None,
     data: options.Data = None,
     prepare: options.PrepareText = "none",
     seed: options.Seed = 0,
@@ -27,22 +35,26 @@ def compress(
     ] = False,
     json: options.Json = False,
 ) -> None:
-    """Apply a scheme or a recipe and write the artifact."""
+    """Apply a scheme or a recipe, or share out bits by measured KL, and write the artifact."""
     from trilemma.api import compress as apply
     from trilemma.cli import console
     from trilemma.core.errors import RecipeError
 
-    if (scheme is None) == (recipe is None):
-        raise RecipeError("Give one of --scheme (for example W4A8-g32-gptq) and --recipe (a recipe.yaml).")
+    if sum(given is not None for given in (scheme, recipe, bits)) != 1:
+        raise RecipeError(
+            "Give one of --scheme (for example W4A8-g32-gptq), --recipe (a recipe.yaml) and --bits (for example 4.5)."
+        )
     with console.progress("compress") as update:
         result = apply(
-            model, output, scheme=scheme, recipe=recipe, data=data, prepare=prepare, seed=seed, threads=threads,
-            force=force, payback=payback, progress=update,
+            model, output, scheme=scheme, recipe=recipe, bits=bits, formats=options.split_names(formats), data=data,
+            prepare=prepare, seed=seed, threads=threads, force=force, payback=payback, progress=update,
         )  # fmt: skip
     if json:
         console.print_json(result)
     else:
         typer.echo(f"{output}: {result}")
+        for note in result.notes:
+            typer.echo(note)
         typer.echo(f"build energy {console.show(result.build['build_energy_j'])}")
         for found in result.payback:
             typer.echo(f"Payback: {found.text}.")

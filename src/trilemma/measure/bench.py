@@ -138,7 +138,8 @@ def _timed(
     for one in lengths:
         if one.prompt + one.output > shortest:
             raise InputError(
-                f"{one.prompt} prompt and {one.output} output tokens do not fit the context of {shortest}. Ask for fewer."
+                f"{one.prompt} prompt and {one.output} output tokens do not fit the context of {shortest}. "
+                "Ask for fewer."
             )
         runs.append(SpeedRun(named, prompt_tokens=one.prompt, output_tokens=one.output, seed=seed))
         stack.callback(runs[-1].close)

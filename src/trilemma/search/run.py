@@ -18,17 +18,15 @@ from pathlib import Path
 
 from trilemma.core.device import load_device
 from trilemma.core.duty import DutyCycle
-from trilemma.core.environment import cpu_name, total_memory_bytes
+from trilemma.core.environment import cpu_name
 from trilemma.core.errors import DataError, InputError
 from trilemma.core.limit import Limit
 from trilemma.core.results import OptimizeReport
 from trilemma.data.documents import Prepare
 from trilemma.formats.artifact import (
     check_output,
-    load_any,
     read_artifact,
     replace_folder,
-    weights_bytes,
     write_artifact,
 )
 from trilemma.measure.energy.build_cost import BuildMeter
@@ -44,11 +42,11 @@ from trilemma.search.plan import MEASURED, plan_lengths, plan_text, prefill_rate
 from trilemma.search.progress import Progress, ProgressCallback, silent
 from trilemma.search.result import OptimizeResult
 from trilemma.search.run_off import plan_run_off, run_off
+from trilemma.search.searchable import load_searchable
 from trilemma.search.texts import read_texts
 from trilemma.search.workbench import Workbench
 
 Paths = str | Path | Sequence[str | Path]
-_MEMORY_SHARE = 0.8  # of the machine, for baseline and candidate side by side
 
 
 def optimize(
@@ -102,7 +100,7 @@ def optimize(
     require_measurable(every, objective, MEASURED | ({"battery_h"} if elsewhere is not None else set()))
     deadline = Deadline(parse_time(time))
     target = None if output is None else check_output(output, force=force)
-    loaded = _load(model)
+    loaded = load_searchable(model)
     key = model_hash(loaded)
     tell = progress or silent
     tell(Progress("texts", 0, 1, "reading and splitting the texts", deadline.left_s))
@@ -153,25 +151,6 @@ def _duty(device: str | Path | None, duty_cycle: str | None) -> DutyCycle | None
     if device is None:
         raise InputError("A duty cycle is for battery hours of a device: give one with --device (or `device=`).")
     return DutyCycle.parse(duty_cycle)
-
-
-def _load(model: Model | str | Path) -> Model:
-    """Raises InputError for models that can not be searched: no weights, no folder, larger than memory."""
-    loaded = model if isinstance(model, Model) else load_any(model)
-    if getattr(loaded.source, "random", False):
-        raise InputError(
-            "This is a bare config.json: its weights are random, so there is no quality to keep. "
-            "`trilemma bench` and `trilemma inspect` say what its shape costs."
-        )
-    if loaded.path is None:
-        raise InputError("The model came from no folder, so it has no tokenizer. Save it, or give its folder.")
-    needed, there = 2 * weights_bytes(loaded), total_memory_bytes()
-    if there and needed > _MEMORY_SHARE * there:
-        raise InputError(
-            f"The unmodified model and a candidate need up to {needed / 1e9:.1f} GB side by side; this machine has "
-            f"{there / 1e9:.1f} GB. Use a machine with more memory, or `trilemma compress` with a scheme."
-        )
-    return loaded
 
 
 def _paths(data: Paths | None) -> list[str | Path]:

@@ -32,7 +32,7 @@ class CompressResult(Record):
     """What `compress` left behind.
 
     build: `build_s` and `build_energy_j`; payback: after how many output tokens they are repaid, when that was
-    asked for. Both are filled in above this room, where things are measured.
+    asked for; notes: how the recipe was found. They are filled in above this room, where things are measured.
     """
 
     path: str
@@ -42,6 +42,7 @@ class CompressResult(Record):
     seconds: float
     build: dict[str, Measurement] = {}
     payback: tuple[Payback, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         share = self.weights_bytes / max(1, self.original_weights_bytes)

@@ -1,0 +1,268 @@
+"""Bits for each tensor, embedding and head included, so that the whole loses least within its bytes.
+
+    every tensor in every format -> the KL of the model in which it alone has that format -> the exact choice under the
+    limits (`levels.py`) -> evolution by the true KL of whole models -> a recipe with a format for each tensor
+
+Candidates are put together from matrices that were quantized once for each format, in uniform models, so that one costs
+no more than its measurement. The recipe quantizes anew, each matrix on what those before it produce.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trilemma.core.errors import DataError, RecipeError
+from trilemma.core.recipe import Recipe, Step
+from trilemma.core.record import Record
+from trilemma.data.documents import Prepare
+from trilemma.formats import FORMATS
+from trilemma.formats.pack import format_bytes
+from trilemma.model.checkpoint import model_hash
+from trilemma.model.model import Model
+from trilemma.model.tokenizer import Tokenizer
+from trilemma.search.levels import Levels, LevelTable, choose, evolve
+from trilemma.search.plan import plan_lengths
+from trilemma.search.searchable import load_searchable
+from trilemma.search.texts import Texts, read_texts
+from trilemma.search.workbench import Lengths, Workbench
+from trilemma.techniques.apply import apply_recipe
+from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs
+from trilemma.techniques.technique import Build
+
+Progress = Callable[[int, int, str], None]
+FLOOR = "int8-g32"  # what all other tensors have while one is judged: as good as lossless, and fast to run
+DEFAULT_LEVELS = ("int4-g128-asym", "int4-g32", "int4-g32-asym", "int5-g32", FLOOR)
+GENERATIONS, OFFSPRING = 20, 8
+TABLE_TOKENS = 8192
+
+
+class MixedBits(Record):
+    """What was found.
+
+    recipe: with a format for each tensor; bits: a matrix value takes in it, scales included; kl_mean: nats a token of
+    the model put together, on text that calibrated nothing; added_kl: of the exact choice before evolution, as a sum
+    over tensors; exact_kl_mean: what that choice really lost; formats: tensor -> format.
+    """
+
+    recipe: Recipe
+    bits: float
+    kl_mean: float
+    exact_kl_mean: float
+    added_kl: float
+    formats: dict[str, str]
+    product_s: float | None = None
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} x {name}" for name, count in sorted(Counter(self.formats.values()).items()))
+        return f"{self.bits:.2f} bits a value ({counts}), KL {self.kl_mean:.2e} nats a token on text held back"
+
+
+@dataclass(frozen=True)
+class Kit:
+    """Every tensor in every format that it can have, and the runs that go with it.
+
+    names: of the tensors; levels: formats, one for each entry of `models`, which are uniform.
+    """
+
+    names: tuple[str, ...]
+    levels: tuple[str, ...]
+    models: tuple[Model, ...]
+
+    def has(self, item: int, level: int) -> bool:
+        return self.models[level].format_of(self.names[item]) == self.levels[level]
+
+    def assemble(self, base: Model, chosen: Mapping[int, int]) -> Model:
+        """`base` with some tensors (item -> level) in other formats."""
+        tensors = {self.names[item]: self.models[level].stored(self.names[item]) for item, level in chosen.items()}
+        formats = {self.names[item]: FORMATS.get(self.levels[level]) for item, level in chosen.items()}
+        return base.with_tensors(tensors, assign_runs(base.config, formats, "int8-g32"))
+
+
+def mix_bits_for(
+    model: Model | str | Path,
+    output: str | Path,
+    bits: float,
+    data: Sequence[str | Path],
+    *,
+    formats: Sequence[str] = (),
+    prepare: Prepare = "none",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> MixedBits:
+    """`mix_bits` of a model in a folder, on texts; what it caches lies in `<output>.work` while it works.
+
+    Raises:
+        InputError: a model without weights or tokenizer, or a number of bits that is none.
+        DataError: texts that can not be used.
+        RecipeError: as `mix_bits`.
+    """
+    if not 0 < bits <= 32:
+        raise RecipeError(f"A matrix value can not take {bits:g} bits. Give a number such as 4.5.")
+    if not data:
+        raise DataError(
+            "Bits are shared out by what they lose on text like that of your task. Give it with --data FILE."
+        )
+    known = [FORMATS.get(name).name for name in formats]
+    loaded = load_searchable(model)
+    assert loaded.path is not None
+    lengths = plan_lengths(loaded.config, None)
+    texts = read_texts(data, Tokenizer.load(loaded.path), lengths.context, seed, prepare)
+    folder = Path(output).with_name(Path(output).name + ".work")
+    try:
+        return mix_bits(
+            loaded, texts, bits, folder=folder, key=model_hash(loaded), levels=known or DEFAULT_LEVELS, seed=seed,
+            threads=threads, progress=progress,
+        )  # fmt: skip
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def mix_bits(
+    model: Model,
+    texts: Texts,
+    bits: float,
+    *,
+    folder: Path,
+    key: str,
+    levels: Sequence[str] = DEFAULT_LEVELS,
+    method: str = "gptq",
+    generations: int = GENERATIONS,
+    tokens: int = TABLE_TOKENS,
+    product_time: tuple[Callable[[tuple[int, int], str], float], float] | None = None,
+    runtime: str = "native",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> MixedBits:
+    """The recipe of least KL in which matrix values take at most `bits` each, scales and padding included.
+
+    Args:
+        folder: for the reference's log-probabilities; key: identity of `model`, under which they are found again.
+        levels: names of formats to choose from.
+        method: the quantizer, `gptq` or another technique with the same settings.
+        generations: of the evolution; 0 stops at the exact choice.
+        tokens: of select text on which KL is measured.
+        product_time: seconds of one token's product with a matrix (shape, format), and the most that all may take.
+
+    Raises:
+        RecipeError: fewer than two formats, or no choice that fits.
+    """
+    tell = progress or (lambda *_: None)
+    lengths = Lengths(context=texts.context, prompt_tokens=8, output_tokens=2, repetitions=1)
+    bench = Workbench(model, lengths, folder, key, runtime, threads)
+    with bench:
+        bench.refer("select", texts.token_set("select", tokens))
+
+        def kl_of(candidate: Model) -> float:
+            engine = bench.open(candidate)
+            try:
+                return bench.quality(engine, "select")["kl_mean"].value or 0.0
+            finally:
+                engine.close()
+
+        kit = make_kit(model, texts, levels, method, seed=seed, threads=threads, progress=tell)
+        floor = kit.models[kit.levels.index(FLOOR)] if FLOOR in kit.levels else kit.models[-1]
+        table = measure_table(kit, floor, kl_of, product_time and product_time[0], tell)
+        shapes = model.config.tensor_shapes()
+        values = sum(shapes[name][0] * shapes[name][1] for name in kit.names)
+        limits = [bits * values / 8, *([product_time[1]] if product_time else [])]
+        exact = choose(table, limits)
+        if exact is None:
+            raise RecipeError(_nothing_fits(table, bits, values, limits))
+        known: list[float] = []
+
+        def loss_of(chosen: Levels) -> float:
+            tell(len(known), generations * OFFSPRING + 1, "KL of whole models")
+            known.append(kl_of(kit.assemble(floor, dict(enumerate(chosen)))))
+            return known[-1]
+
+        best, loss = evolve(table, exact, limits, loss_of, generations=generations, offspring=OFFSPRING, seed=seed)
+    total = table.total(best)
+    formats = {name: kit.levels[level] for name, level in zip(kit.names, best, strict=True)}
+    recipe = recipe_of(formats, method, f"mix{8 * total[0] / values:.2f}-{method}", seed)
+    return MixedBits(
+        recipe=recipe.model_copy(update={"calibration": texts.calibration_record}),
+        bits=float(8 * total[0] / values), kl_mean=loss, exact_kl_mean=known[0], added_kl=table.sum_of_losses(exact),
+        formats=formats, product_s=float(total[1]) if product_time else None,
+    )  # fmt: skip
+
+
+def make_kit(
+    model: Model, texts: Texts, levels: Sequence[str], method: str, *, seed: int, threads: int | None,
+    progress: Progress,
+) -> Kit:  # fmt: skip
+    """A uniform model for each format.
+
+    Raises:
+        RecipeError: fewer than two formats, or one that is not known.
+    """
+    wanted = tuple(dict.fromkeys(levels))
+    if len(wanted) < 2:
+        raise RecipeError(f"Choosing bits needs two formats or more, not {', '.join(wanted) or 'none'}.")
+    models = []
+    for number, level in enumerate(wanted):
+
+        def step(done: int, total: int, _: str, number: int = number, level: str = level) -> None:
+            progress(number * total + done, len(wanted) * total, f"all tensors as {level}")
+
+        build = Build(texts.calibration, seed, threads, progress=step)
+        models.append(apply_recipe(model, recipe_of({}, method, level, seed, weights=level), build))
+    names = tuple(assign_formats(model.config, WeightSettings(weights=wanted[0])))
+    kept = {name for name, spec in assign_formats(model.config, WeightSettings(weights=wanted[0])).items()
+            if spec.floating and not FORMATS.get(wanted[0]).floating}  # fmt: skip
+    return Kit(tuple(name for name in names if name not in kept), wanted, tuple(models))
+
+
+def measure_table(
+    kit: Kit,
+    floor: Model,
+    kl_of: Callable[[Model], float],
+    seconds_of: Callable[[tuple[int, int], str], float] | None,
+    tell: Progress,
+) -> LevelTable:
+    """KL, bytes (and seconds) of each tensor alone in each format, all others as in `floor`."""
+    items, levels = len(kit.names), len(kit.levels)
+    loss = np.zeros((items, levels))
+    takes = np.full((items, levels, 1 if seconds_of is None else 2), np.inf)
+    shapes = floor.config.tensor_shapes()
+    least = kl_of(floor)
+    for item, name in enumerate(kit.names):
+        shape = (shapes[name][0], shapes[name][1])
+        for level, format_name in enumerate(kit.levels):
+            tell(item * levels + level, items * levels, "KL of each tensor in each format")
+            if not kit.has(item, level):
+                continue
+            takes[item, level, 0] = format_bytes(format_name, shape)
+            if seconds_of is not None:
+                takes[item, level, 1] = seconds_of(shape, format_name)
+            if floor.format_of(name) != format_name:
+                loss[item, level] = max(0.0, kl_of(kit.assemble(floor, {item: level})) - least)
+    return LevelTable(loss, takes)
+
+
+def recipe_of(formats: Mapping[str, str], method: str, name: str, seed: int, *, weights: str | None = None) -> Recipe:
+    """A recipe that gives each tensor its format: the commonest as `weights`, the others by name."""
+    inside = Counter(value for tensor, value in formats.items() if tensor.startswith("layers."))
+    common = weights or inside.most_common(1)[0][0]
+    settings = {
+        "weights": common, "embedding": formats.get("embedding.weight", common), "activations": "int8-g32",
+        "overrides": {tensor: value for tensor, value in formats.items()
+                      if tensor.startswith("layers.") and value != common},
+    }  # fmt: skip
+    settings["head"] = formats.get("head.weight", settings["embedding"])
+    return Recipe(name=name, seed=seed, steps=(Step(technique=method, settings=settings),))
+
+
+def _nothing_fits(table: LevelTable, bits: float, values: int, limits: Sequence[float]) -> str:
+    least = table.takes.min(axis=1).sum(axis=0)
+    text = f"No choice fits {bits:g} bits a value: the smallest formats take {8 * least[0] / values:.2f}"
+    if len(limits) > 1:
+        text += f", the fastest {1e3 * least[1]:.3g} ms of {1e3 * limits[1]:.3g}"
+    return text + ". Allow more, or give smaller formats."
