@@ -40,6 +40,7 @@ FLOOR = "int8-g32"  # what all other tensors have while one is judged: as good a
 DEFAULT_LEVELS = ("int4-g128-asym", "int4-g32", "int4-g32-asym", "int5-g32", FLOOR)
 GENERATIONS, OFFSPRING = 20, 8
 TABLE_TOKENS = 8192
+_ENDS = ("embedding.weight", "head.weight")
 
 
 class MixedBits(Record):
@@ -214,10 +215,9 @@ def make_kit(
 
         build = Build(texts.calibration, seed, threads, progress=step)
         models.append(apply_recipe(model, recipe_of({}, method, level, seed, weights=level), build))
-    names = tuple(assign_formats(model.config, WeightSettings(weights=wanted[0])))
-    kept = {name for name, spec in assign_formats(model.config, WeightSettings(weights=wanted[0])).items()
-            if spec.floating and not FORMATS.get(wanted[0]).floating}  # fmt: skip
-    return Kit(tuple(name for name in names if name not in kept), wanted, tuple(models))
+    sorts = assign_formats(model.config, WeightSettings.model_validate({"weights": wanted[0]}))
+    names = tuple(name for name, spec in sorts.items() if spec.name == wanted[0] or name in _ENDS)
+    return Kit(names, wanted, tuple(models))
 
 
 def measure_table(
