@@ -12,6 +12,7 @@ TECHNIQUES: Registry[type[Technique]] = Registry(
         "rtn": "trilemma.techniques.quantize.rtn:RoundToNearest",
         "hqq": "trilemma.techniques.quantize.hqq:Hqq",
         "gptq": "trilemma.techniques.quantize.gptq:Gptq",
+        "gptaq": "trilemma.techniques.quantize.gptaq:Gptaq",
         "tune-norms": "trilemma.techniques.distill.tune_norms:TuneNorms",
         "tune-scales": "trilemma.techniques.distill.tune_scales:TuneScales",
         "experts": "trilemma.techniques.restructure.experts:MakeExperts",

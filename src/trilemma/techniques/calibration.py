@@ -30,7 +30,7 @@ from trilemma.techniques.technique import Build, report
 
 _BATCH_TOKENS = 512  # a layer's activations then stay in cache; larger batches were 3 times slower
 _MOST_SHARES = 4  # each has statistics of its own, so more would cost memory
-_MOST_GRAM_BYTES = 2 << 30  # of all shares together: a layer with many experts has many matrices of statistics
+MOST_GRAM_BYTES = 2 << 30  # of all shares together: a layer with many experts has many matrices of statistics
 ACTIVATION_GROUP = 32
 _INPUTS = {**dict.fromkeys(("q", "k", "v", "gate", "up", "router"), "in"), "o": "o", "down": "down"}
 
@@ -127,7 +127,7 @@ def walk_layers(
         RecipeError: as `calibrate_layers`.
     """
     runs = runs or {}
-    hidden = _embed(model, calibration_tokens(model, build)).to(build.device)  # (windows, context, dim)
+    hidden = embed(model, calibration_tokens(model, build)).to(build.device)  # (windows, context, dim)
     every = max(1, hidden.shape[0] * hidden.shape[1] // sample) if sample else 0
     total = len(model.config.layers)
     for index in range(total):
@@ -215,7 +215,7 @@ def calibration_tokens(model: Model, build: Build) -> Tensor:
     return torch.from_numpy(windows.astype(np.int64))
 
 
-def _embed(model: Model, windows: Tensor) -> Tensor:
+def embed(model: Model, windows: Tensor) -> Tensor:
     """What enters the first layer (windows, context, dim), as `Decoder.embed`; only the rows in use are kept."""
     used, places = torch.unique(windows, return_inverse=True)
     rows = model.tensor("embedding.weight")[used.numpy()]
@@ -225,7 +225,7 @@ def _embed(model: Model, windows: Tensor) -> Tensor:
     return hidden + torch.from_numpy(model.tensor("position.weight")[: windows.shape[1]])
 
 
-def _shares(hidden: Tensor, build: Build, most: int = _MOST_SHARES) -> list[list[slice]]:
+def shares(hidden: Tensor, build: Build, most: int = _MOST_SHARES) -> list[list[slice]]:
     """Slices of windows that go through a layer together, shared out evenly."""
     step = max(1, _BATCH_TOKENS // hidden.shape[1])
     batches = [slice(first, first + step) for first in range(0, hidden.shape[0], step)]
@@ -251,8 +251,8 @@ def _gather(
     ]
     if not groups:
         return {}
-    hooks = _rounding_hooks(layer, index, runs)
-    linears = {group: _linear(layer, group[-1]) for group in groups}  # the first may be a router, never rounded
+    hooks = rounding_hooks(layer, index, runs)
+    linears = {group: linear_of(layer, group[-1]) for group in groups}  # the first may be a router, never rounded
     mine = threading.local()
     for group, linear in linears.items():
         hooks.append(linear.register_forward_pre_hook(lambda _, args, group=group: mine.grams[group].update(args[0])))
@@ -264,7 +264,7 @@ def _gather(
         return dict(mine.grams)
 
     gram_bytes = sum(4 * linear.in_features**2 for linear in linears.values())
-    first, *others = side_by_side(gather, _shares(hidden, build, _MOST_GRAM_BYTES // gram_bytes), build.threads)
+    first, *others = side_by_side(gather, shares(hidden, build, MOST_GRAM_BYTES // gram_bytes), build.threads)
     for hook in hooks:
         hook.remove()
     for group, gram in first.items():
@@ -277,16 +277,16 @@ def _gather(
 
 def _advance(layer: DecoderLayer, index: int, hidden: Tensor, runs: Mapping[str, LinearRun], build: Build) -> None:
     """Replace the hidden states by the layer's output, in place."""
-    _rounding_hooks(layer, index, runs)
+    rounding_hooks(layer, index, runs)
 
     def advance(share: list[slice]) -> None:
         for batch in share:
             hidden[batch] = layer(hidden[batch])
 
-    side_by_side(advance, _shares(hidden, build), build.threads)
+    side_by_side(advance, shares(hidden, build), build.threads)
 
 
-def _rounding_hooks(
+def rounding_hooks(
     layer: DecoderLayer, index: int, runs: Mapping[str, LinearRun]
 ) -> list[torch.utils.hooks.RemovableHandle]:
     """Let every product whose activations will be int8 see them rounded."""
@@ -305,7 +305,7 @@ def _rounding_hooks(
     return hooks
 
 
-def _linear(layer: DecoderLayer, name: str) -> nn.Linear:
+def linear_of(layer: DecoderLayer, name: str) -> nn.Linear:
     _, _, path = name.removesuffix(".weight").split(".", 2)
     found = layer.get_submodule(path)
     assert isinstance(found, nn.Linear)

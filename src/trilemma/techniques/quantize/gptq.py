@@ -175,19 +175,23 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     Raises:
         RecipeError: no damping up to 10^5 times the given one is enough.
     """
-    diagonal = hessian.diagonal()
-    alive = diagonal > 0
-    mean = diagonal[alive].mean() if alive.any() else torch.ones((), dtype=hessian.dtype, device=hessian.device)
-    damped = hessian.clone()
-    damped.diagonal()[~alive] = mean  # an input never seen: no error is passed on from it
     for dtype in (hessian.dtype, torch.float64):
         for step in range(1 if dtype != torch.float64 else _DAMPING_STEPS):
-            trial = damped.to(dtype, copy=True)
-            trial.diagonal().add_(mean.to(dtype) * damping * 10**step)
-            factor = _factor(trial)
+            factor = _factor(damped(hessian.to(dtype), damping * 10**step))
             if factor is not None:
                 return factor.to(hessian.dtype)
     raise RecipeError("The calibration statistics can not be inverted. Use other calibration text or more of it.")
+
+
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H + damping mean(diag H) I; an input never seen has the mean there, so no error is passed on from it."""
+    diagonal = hessian.diagonal()
+    alive = diagonal > 0
+    mean = diagonal[alive].mean() if alive.any() else torch.ones((), dtype=hessian.dtype, device=hessian.device)
+    made = hessian.clone()
+    made.diagonal()[~alive] = mean
+    made.diagonal().add_(mean * damping)
+    return made
 
 
 def _factor(positive: Tensor) -> Tensor | None:

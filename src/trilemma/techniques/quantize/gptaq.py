@@ -1,0 +1,177 @@
+"""GPTAQ: choose codes so that the compressed layers give what the unchanged model gives, not what its weights would.
+
+Li et al., "GPTAQ: Efficient Finetuning-Free Quantization for Asymmetric Calibration", 2025 (arXiv:2504.02692). With X~
+what a matrix sees behind the compressed layers and X what it saw in the unchanged model, codes are chosen for least
+|Q X~ - W X|^2. That is |(Q - W') X~|^2 and a constant, with W' = W X X~^T (X~ X~^T)^-1: so W' is solved for and GPTQ
+does the rest. Qronos (arXiv:2505.11695) differs from this in the first column alone. A matrix that adds to the residual
+stream makes up for what that has drifted by, too.
+
+With `guided`, output errors are weighed by what the model's answers make of them (`output_guide.py`, `two_sided.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from trilemma.core.errors import RecipeError
+from trilemma.formats.grid import Format, QuantizedMatrix
+from trilemma.formats.pack import pack
+from trilemma.formats.quantize import fit_grid
+from trilemma.model.config import DecoderConfig
+from trilemma.model.model import Float32, Model, StoredMatrix
+from trilemma.techniques.calibration import side_by_side
+from trilemma.techniques.output_guide import output_moments
+from trilemma.techniques.quantize.assignment import assign_formats, assign_runs, named
+from trilemma.techniques.quantize.gptq import GptqSettings, damped, gptq_codes
+from trilemma.techniques.quantize.refit import refit_scales
+from trilemma.techniques.quantize.rtn import round_matrix, scale_rule
+from trilemma.techniques.quantize.two_sided import two_sided_codes
+from trilemma.techniques.technique import Build, report
+from trilemma.techniques.two_paths import Pair, calibrate_beside
+
+
+class GptaqSettings(GptqSettings):
+    """Settings of `gptaq`."""
+
+    pull: float = Field(1.0, ge=0, le=1, description="how far outputs are pulled to the unchanged model's; 0 as gptq")
+    drift: float = Field(
+        1.0, ge=0, le=1, description="share of the residual stream's drift that the matrices adding to it make up for"
+    )
+    refits: int = Field(2, ge=0, le=8, description="times that scales are fitted to the codes and codes chosen anew")
+    guided: bool = Field(
+        False, description="weigh output errors by the gradients of the model's answers: lower KL, a backward pass"
+    )
+    rows: int = Field(1024, ge=1, description="most outputs whose errors may cancel each other, where guided")
+
+
+class Gptaq:
+    """Quantize stage by stage towards the outputs of the unchanged model."""
+
+    name: ClassVar[str] = "gptaq"
+    what: ClassVar[str] = "choose codes as gptq, to give what the unchanged model gives behind the compressed layers"
+    Settings: ClassVar[type[GptaqSettings]] = GptaqSettings
+
+    def supports(self, config: DecoderConfig) -> str | None:
+        return None
+
+    def needs_calibration(self, settings: GptaqSettings) -> bool:
+        return True
+
+    def apply(self, model: Model, settings: GptaqSettings, build: Build) -> Model:
+        formats = assign_formats(model.config, settings)
+        runs = assign_runs(model.config, formats, settings.activations)
+        ends = {}
+        for name in (name for name in formats if not name.startswith("layers.")):
+            report(build, 0, len(model.config.layers), f"rtn {name}")
+            ends[name] = round_matrix(name, model.tensor(name), formats[name])
+        moments = output_moments(model, build, settings.rows) if settings.guided else {}
+
+        def choose(found: tuple[str, Pair]) -> StoredMatrix:
+            name, pair = found
+            return _choose(name, model.tensor(name), pair, moments.get(name), formats[name], settings)
+
+        def replace(pairs: Mapping[str, Pair]) -> dict[str, Float32 | StoredMatrix]:
+            return dict(zip(pairs, side_by_side(choose, pairs.items(), build.threads), strict=True))
+
+        return calibrate_beside(model.with_tensors(ends, runs), model, build, runs, replace)
+
+
+def _choose(
+    name: str, weight: Float32, pair: Pair, moments: Tensor | None, spec: Format, settings: GptaqSettings
+) -> StoredMatrix:
+    if spec.floating or not pair.tokens:  # an expert that no calibration token chose is rounded to nearest
+        return round_matrix(name, weight, spec, settings.scale)
+    try:
+        target = wanted_weight(torch.from_numpy(weight), pair, settings).cpu().numpy()
+        return pack(quantize_gptaq(target, pair.hessian(), moments, spec, settings))
+    except RecipeError as error:
+        raise named(name, error) from None
+
+
+def wanted_weight(weight: Tensor, pair: Pair, settings: GptaqSettings) -> Tensor:
+    """W' (out, in) of least |W' X~ - W X - drift (R - R~)|^2, damped towards W as H is in GPTQ."""
+    hessian = pair.matrix.double()
+    alive = hessian.diagonal() > 0
+    damping = settings.damping * float(hessian.diagonal()[alive].mean()) if alive.any() else 1.0
+    missing = settings.pull * (weight.to(hessian) @ (pair.cross.double() - hessian))
+    if pair.drift is not None:
+        missing += settings.drift * pair.drift.double()
+    hessian.diagonal().add_(damping)
+    moved: Tensor = torch.linalg.solve(hessian, missing, left=False)
+    return (weight.to(moved) + moved).float()
+
+
+def quantize_gptaq(
+    target: Float32, hessian: Tensor, moments: Tensor | None, spec: Format, settings: GptaqSettings
+) -> QuantizedMatrix:
+    """One matrix (out, in) on its grid: codes, then scales for them, `refits` times over.
+
+    moments: blocks of E[g g^T] along the outputs, as `output_moments` gives them, or None where all outputs are equal.
+
+    Raises:
+        RecipeError: as `quantize_gptq`.
+    """
+    importance = hessian.diagonal().to("cpu", torch.float32).numpy()
+    scales, minima = fit_grid(target, spec, scale=scale_rule(spec, settings.scale), importance=importance)
+    both = [scales] if minima is None else [scales, minima]
+    factors = torch.from_numpy(np.stack(both).astype(np.float32)).to(hessian)
+    weight = torch.from_numpy(target).to(hessian)
+    found = [
+        _solve(weight[rows], hessian, moment, factors[:, rows], spec, settings)
+        for rows, moment in _blocks(len(target), moments)
+    ]
+    codes = torch.cat([codes for codes, _ in found]).cpu().numpy()
+    fitted = torch.cat([factors for _, factors in found], dim=1).cpu().numpy().astype(np.float16)
+    return QuantizedMatrix(spec, codes, fitted[0], None if minima is None else fitted[1])
+
+
+def _blocks(rows: int, moments: Tensor | None) -> list[tuple[slice, Tensor | None]]:
+    """Rows whose errors may cancel each other, and their moment: all of them and none where nothing guides."""
+    if moments is None:
+        return [(slice(0, rows), None)]
+    size = moments.shape[1]
+    found: list[tuple[slice, Tensor | None]] = []
+    for at, moment in enumerate(moments):
+        held = min(size, rows - at * size)
+        found.append((slice(at * size, at * size + held), moment[:held, :held]))
+    return found
+
+
+def _solve(
+    target: Tensor, hessian: Tensor, moment: Tensor | None, factors: Tensor, spec: Format, settings: GptaqSettings
+) -> tuple[Tensor, Tensor]:
+    """Codes (rows, in) and factors (scales and perhaps minima, rows, groups) in f16's values."""
+    codes = _codes(target, hessian, moment, factors, spec, settings)
+    heavy = damped(hessian, settings.damping)
+    weights = None if moment is None else damped(moment.to(hessian), settings.damping)
+    for again in range(settings.refits):
+        if again:
+            codes = _codes(target, hessian, moment, factors, spec, settings)
+        basis = [codes.to(hessian)] if spec.symmetric else [codes.to(hessian), torch.ones_like(target)]
+        fitted = (
+            refit_scales(target, basis, heavy, weights, factors, spec.group_size(target.shape[1])).half().to(hessian)
+        )
+        lost = ~torch.isfinite(fitted).all(0) | (fitted[0] == 0)
+        factors = torch.where(lost, factors, fitted)
+    return codes, factors
+
+
+def _codes(
+    target: Tensor, hessian: Tensor, moment: Tensor | None, factors: Tensor, spec: Format, settings: GptaqSettings
+) -> Tensor:
+    scale, shift = factors[0], None if spec.symmetric else factors[1]
+    if moment is None:
+        return gptq_codes(
+            target, hessian, scale, shift, spec,
+            damping=settings.damping, block=settings.block, activation_order=settings.activation_order,
+        )  # fmt: skip
+    return two_sided_codes(
+        target, hessian, moment.to(hessian), scale, shift, spec,
+        damping=settings.damping, activation_order=settings.activation_order,
+    )  # fmt: skip
