@@ -218,17 +218,19 @@ def test_a_matrix_of_several_blocks_of_rows(rows, minima, random_generator):
     weight = random_generator.standard_normal((50, 70)).astype(np.float32)
     hessian, moment = second_moment(random_generator, 70), second_moment(random_generator, 50)
     size = -(-50 // -(-50 // rows))
-    blocks = np.zeros((-(-50 // size), size, size))
+    blocks, within = np.zeros((-(-50 // size), size, size)), np.zeros((50, 50))
     for at in range(len(blocks)):
-        own = moment[at * size : (at + 1) * size, at * size : (at + 1) * size]
+        part = slice(at * size, min(50, (at + 1) * size))
+        own = moment[part, part]
         blocks[at, : len(own), : len(own)] = own
+        within[part, part] = damped(own, 0.01)
     args = torch.from_numpy(hessian.astype(np.float32)), torch.from_numpy(blocks.astype(np.float32)), spec
     first, last = (
         weighed_error(
             quantize_gptaq(weight, *args, GptaqSettings(weights=spec.name, refits=refits)).dequantize() - weight,
-            hessian, np.kron(np.eye(len(blocks)), np.ones((size, size)))[:50, :50] * moment,
+            damped(hessian, 0.01), within,
         )
-        for refits in (0, 2)
+        for refits in (0, 3)
     )  # fmt: skip
     assert last < first
 
@@ -250,8 +252,8 @@ def test_answers_come_closer_to_the_unchanged_model(tiny_model, windows):
             settings = {"weights": "int4-g32", "embedding": "bf16", **more}
             recipe = Recipe(name="x", steps=(Step(technique="gptq" if kind == "gptq" else "gptaq", settings=settings),))
             apart[kind] += answers_apart(model, apply_recipe(model, recipe, Build(calibration=shown)), tokens)
-    assert apart["gptaq"] < 0.95 * apart["gptq"]
-    assert apart["guided"] < 0.97 * apart["gptaq"]
+    assert apart["gptaq"] < 0.92 * apart["gptq"]
+    assert apart["guided"] < apart["gptaq"]
 
 
 def test_experts_and_parallel_layers(random_model, experts_config, tiny_model, windows):

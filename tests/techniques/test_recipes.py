@@ -22,7 +22,9 @@ def test_every_recommended_scheme_is_a_recipe_that_passes_the_checks(tiny_model)
         recipe = scheme_to_recipe(name, seed=4)
         assert (recipe.name, recipe.seed) == (name, 4)
         check_recipe(recipe, config)
-        assert needs_calibration(recipe, config) or not any(word in name for word in ("gptq", "prune", "wanda", "heal"))
+        assert needs_calibration(recipe, config) or not any(
+            word in name for word in ("gptq", "gptaq", "guided", "prune", "wanda", "heal")
+        )
         assert Recipe.from_yaml(recipe.to_yaml()) == recipe
         assert line
 
@@ -36,6 +38,9 @@ def test_every_recommended_scheme_is_a_recipe_that_passes_the_checks(tiny_model)
         ("W4A8-g32", "rtn", {"weights": "int4-g32", "embedding": "int8-g32", "activations": "int8-g32"}),
         ("W4A16-g128-gptq", "gptq", {"weights": "int4-g128", "embedding": "int8-g32", "activations": "bf16"}),
         ("W8A16-g32-gptq-e4", "gptq", {"weights": "int8-g32", "embedding": "int4-g32", "activations": "bf16"}),
+        ("W4A8-g64-gptaq", "gptaq", {"weights": "int4-g64", "embedding": "int8-g32", "activations": "int8-g32"}),
+        ("W4A8-g32-guided", "gptaq",
+         {"weights": "int4-g32", "embedding": "int8-g32", "activations": "int8-g32", "guided": True}),
         ("W4A8-g32-e16", "rtn", {"weights": "int4-g32", "embedding": "bf16", "activations": "int8-g32"}),
     ],
 )  # fmt: skip

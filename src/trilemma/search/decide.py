@@ -24,8 +24,10 @@ DEFAULT_QUALITY_LIMIT = "ppl_increase<=1%"
 SELECT_MARGIN = 2.0
 # Speeds that differ by less than this are one speed when their intervals overlap; quality then decides.
 SPEED_TIE = 0.03
-_CODE_CHOOSERS = frozenset({"rtn", "gptq"})
-_CODE_SETTINGS = frozenset({"scale", "damping", "block", "activation_order"})
+_CODE_CHOOSERS = frozenset({"rtn", "gptq", "gptaq"})
+_CODE_SETTINGS = frozenset(
+    {"scale", "damping", "block", "activation_order", "pull", "drift", "refits", "guided", "rows"}
+)
 
 
 @dataclass(frozen=True)

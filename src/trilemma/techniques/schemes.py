@@ -8,6 +8,8 @@ W{4,8}A{8,16}  weights and activations; A8 rounds activations to int8 in groups 
 -g{32,64,128}  weights that share a scale; 8-bit weights without it share one per row
 -asym          4-bit weights with a minimum per group
 -gptq          choose codes with calibration text; without it round to nearest
+-gptaq         the same, to give what the unchanged model gives behind the compressed layers
+-guided        the same, with output errors weighed by gradients of the model's answers
 -hqq           fit grids by a robust error, without text (HQQ)
 -e{4,8,16}     bits of the embedding (and tied head); by default 8
 -kv{4,8,16,32} precision of the KV cache; by default bf16
@@ -28,7 +30,7 @@ from trilemma.formats import FORMATS
 _SUFFIX = re.compile(r"-(e|kv)(\d+)", re.IGNORECASE)
 _EMBEDDING = {"4": "int4-g32", "8": "int8-g32", "16": "bf16"}
 _KV = {"4": "int4", "8": "int8", "16": "bf16", "32": "f32"}
-_QUANTIZERS = ("rtn", "hqq", "gptq")
+_QUANTIZERS = ("rtn", "hqq", "gptq", "gptaq")
 _ACTIVATIONS = {"8": "int8-g32", "16": "bf16"}
 
 SCHEMES: dict[str, str] = {
@@ -41,6 +43,8 @@ SCHEMES: dict[str, str] = {
     "W8A16": "8-bit weights, 16-bit activations",
     "W4A8-g32": "4-bit weights in groups of 32 (GGUF Q4_0), rounded to nearest: needs no text",
     "W4A8-g32-gptq": "the same grid, codes chosen with calibration text",
+    "W4A8-g32-gptaq": "the same, to give what the unchanged model gives behind the compressed layers",
+    "W4A8-g32-guided": "the same, guided by gradients of the model's answers: least KL, needs a backward pass",
     "W4A8-g32-asym-gptq": "4-bit weights with minima (GGUF Q4_1), codes chosen with calibration text",
     "W4A8-g64-gptq": "4-bit weights in groups of 64",
     "W4A8-g64-asym-gptq": "4-bit weights with minima in groups of 64",
@@ -107,7 +111,10 @@ def _quantize(match: re.Match[str]) -> list[Step]:
         "embedding": _embedding(match["rest"], weights),
         "activations": _pick("activation bits", match["activations"], _ACTIVATIONS),
     }
-    return [Step(technique=(match["how"] or "rtn").lower(), settings=settings), *_kv_steps(match["rest"])]
+    how = (match["how"] or "rtn").lower()
+    if how == "guided":
+        how, settings["guided"] = "gptaq", True
+    return [Step(technique=how, settings=settings), *_kv_steps(match["rest"])]
 
 
 def _experts(match: re.Match[str]) -> list[Step]:
@@ -215,7 +222,7 @@ _KV_HEADS = "merge key-value heads into 2 a layer: a smaller KV cache"
 PARTS: tuple[Part, ...] = (
     Part(r"(?P<dtype>f32|bf16|f16)(?P<rest>(?:-kv\d+)*)", _plain),
     Part(
-        r"W(?P<weights>\d+)A(?P<activations>\d+)(?:-g(?P<group>\d+))?(?P<asym>-asym)?(?:-(?P<how>gptq|hqq))?"
+        r"W(?P<weights>\d+)A(?P<activations>\d+)(?:-g(?P<group>\d+))?(?P<asym>-asym)?(?:-(?P<how>gptq|gptaq|guided|hqq))?"
         r"(?P<rest>(?:-(?:e|kv)\d+)*)",
         _quantize,
     ),

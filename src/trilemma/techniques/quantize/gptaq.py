@@ -29,7 +29,7 @@ from trilemma.techniques.calibration import side_by_side
 from trilemma.techniques.output_guide import output_moments
 from trilemma.techniques.quantize.assignment import assign_formats, assign_runs, named
 from trilemma.techniques.quantize.gptq import GptqSettings, damped, gptq_codes
-from trilemma.techniques.quantize.refit import refit_scales
+from trilemma.techniques.quantize.refit import error_of, refit_scales
 from trilemma.techniques.quantize.rtn import round_matrix, scale_rule
 from trilemma.techniques.quantize.two_sided import two_sided_codes
 from trilemma.techniques.technique import Build, report
@@ -146,19 +146,23 @@ def _blocks(rows: int, moments: Tensor | None) -> list[tuple[slice, Tensor | Non
 def _solve(
     target: Tensor, hessian: Tensor, moment: Tensor | None, factors: Tensor, spec: Format, settings: GptaqSettings
 ) -> tuple[Tensor, Tensor]:
-    """Codes (rows, in) and factors (scales and perhaps minima, rows, groups) in f16's values."""
-    codes = _codes(target, hessian, moment, factors, spec, settings)
+    """Codes (rows, in) and factors (scales and perhaps minima, rows, groups) in f16: the best that were seen."""
+    size = spec.group_size(target.shape[1])
     heavy = damped(hessian, settings.damping)
     weights = None if moment is None else damped(moment.to(hessian), settings.damping)
+    codes = _codes(target, hessian, moment, factors, spec, settings)
+    if not settings.refits:
+        return codes, factors
+    seen = []
     for again in range(settings.refits):
         if again:
             codes = _codes(target, hessian, moment, factors, spec, settings)
         basis = [codes.to(hessian)] if spec.symmetric else [codes.to(hessian), torch.ones_like(target)]
-        fitted = (
-            refit_scales(target, basis, heavy, weights, factors, spec.group_size(target.shape[1])).half().to(hessian)
-        )
+        fitted = refit_scales(target, basis, heavy, weights, factors, size).half().to(hessian)
         lost = ~torch.isfinite(fitted).all(0) | (fitted[0] == 0)
         factors = torch.where(lost, factors, fitted)
+        seen.append((error_of(target, basis, heavy, weights, factors, size), codes, factors))
+    _, codes, factors = min(seen, key=lambda each: each[0])
     return codes, factors
 
 

@@ -57,6 +57,16 @@ def refit_scales(
     return x
 
 
+def error_of(
+    weight: Tensor, basis: Sequence[Tensor], hessian: Tensor, moment: Tensor | None, factors: Tensor, size: int
+) -> float:
+    """tr(G E H E^T) of E = sum of factors x basis - weight; arguments as `refit_scales`."""
+    members = torch.arange(weight.shape[1], device=weight.device) // size
+    error = torch.stack([part[:, members] * each for part, each in zip(factors, basis, strict=True)]).sum(0) - weight
+    inward = error @ hessian
+    return float(((inward if moment is None else moment @ inward) * error).sum())
+
+
 def _steepness(basis: Tensor, hessian: Tensor, moment: Tensor | None, members: Tensor, groups: int) -> Tensor:
     """The diagonal of the normal equations, (out, groups): b^T H b within each group, times G's diagonal."""
     inside = [members == at for at in range(groups)]
