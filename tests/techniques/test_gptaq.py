@@ -252,8 +252,8 @@ def test_answers_come_closer_to_the_unchanged_model(tiny_model, windows):
             settings = {"weights": "int4-g32", "embedding": "bf16", **more}
             recipe = Recipe(name="x", steps=(Step(technique="gptq" if kind == "gptq" else "gptaq", settings=settings),))
             apart[kind] += answers_apart(model, apply_recipe(model, recipe, Build(calibration=shown)), tokens)
-    assert apart["gptaq"] < 0.92 * apart["gptq"]
-    assert apart["guided"] < apart["gptaq"]
+    assert apart["gptaq"] < 0.95 * apart["gptq"]
+    assert apart["guided"] < 0.92 * apart["gptq"]
 
 
 def test_experts_and_parallel_layers(random_model, experts_config, tiny_model, windows):
