@@ -96,14 +96,13 @@ def _choose(
 
 def wanted_weight(weight: Tensor, pair: Pair, settings: GptaqSettings) -> Tensor:
     """W' (out, in) of least |W' X~ - W X - drift (R - R~)|^2, damped towards W as H is in GPTQ."""
-    hessian = pair.matrix.double()
-    alive = hessian.diagonal() > 0
-    damping = settings.damping * float(hessian.diagonal()[alive].mean()) if alive.any() else 1.0
-    missing = settings.pull * (weight.to(hessian) @ (pair.cross.double() - hessian))
+    missing = (settings.pull * (weight.to(pair.matrix) @ (pair.cross - pair.matrix))).double()
     if pair.drift is not None:
-        missing += settings.drift * pair.drift.double()
-    hessian.diagonal().add_(damping)
-    moved: Tensor = torch.linalg.solve(hessian, missing, left=False)
+        missing += settings.drift * pair.drift
+    lower, failed = torch.linalg.cholesky_ex(damped(pair.matrix, settings.damping).double())
+    if failed:
+        raise RecipeError(f"The calibration statistics can not be inverted. Use more than damping {settings.damping}.")
+    moved: Tensor = torch.cholesky_solve(missing.T, lower).T
     return (weight.to(moved) + moved).float()
 
 
