@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from trilemma.core.errors import OutputError, RecipeError, UnsupportedModelError
+from trilemma.core.recipe import Recipe, Step
 from trilemma.export import EXPORTERS
 from trilemma.export.gguf import export_gguf
 from trilemma.formats import FORMATS
 from trilemma.formats.artifact import load_any
+from trilemma.formats.pack import PackedMatrix, pack, unpack
 from trilemma.formats.random_weights import with_random_weights
 from trilemma.model.config import Experts
 from trilemma.model.gguf import gguf_name
@@ -79,6 +81,39 @@ def test_what_the_quantizers_make_goes_out_bit_for_bit(technique, tiny_model, tm
     assert fields["general.architecture"] == "qwen2"
     assert "blk.0.attn_q.bias" in values
     assert "output.weight" not in values  # tied
+
+
+def test_two_levels_of_scales_go_out_bit_for_bit_each_tensor_in_its_type(tiny_model, tmp_path, random_generator):
+    wide = {**WIDE, "dim": 256, "head_dim": 64, "ffn": 288}
+    overrides = {
+        "layers.0.attention.*": "int5-g32-k",
+        "layers.1.*.v.weight": "int6-g16-k",
+        "layers.1.*.o.weight": "bf16",
+    }
+    settings = {"weights": "int4-g32-k", "embedding": "int6-g16-k", "overrides": overrides}
+    recipe = Recipe(steps=(Step(technique="gptq", settings=settings),))
+    windows = random_generator.integers(0, 97, (4, 32)).astype(np.int32)
+    model = apply_recipe(tiny_model(**wide), recipe, Build(calibration=windows))
+    report = export_gguf(model, tmp_path / "model.gguf")
+    tensors, values, _ = read(tmp_path / "model.gguf")
+    assert report.lossless
+    assert_equal_values(model, values, permuted=True)
+    types = {name: tensors[name].tensor_type.name for name in tensors}
+    assert types["token_embd.weight"] == types["blk.1.attn_v.weight"] == "Q6_K"
+    assert types["blk.0.attn_q.weight"] == types["blk.0.attn_output.weight"] == "Q5_K"
+    assert types["blk.1.attn_k.weight"] == types["blk.0.ffn_up.weight"] == "Q4_K"
+    assert types["blk.1.ffn_down.weight"] == "Q4_1"  # rows of 288
+    assert types["blk.1.attn_output.weight"] == "BF16"
+    back = load_any(tmp_path / "model.gguf")
+    for name in model.names():
+        if isinstance(stored := model.stored(name), PackedMatrix):
+            ours, theirs = stored.parts(), pack(unpacked(back.stored(name))).parts()
+            assert ours.keys() == theirs.keys()
+            assert all(ours[part].tobytes() == theirs[part].tobytes() for part in ours), name
+
+
+def unpacked(stored):
+    return unpack(stored) if isinstance(stored, PackedMatrix) else stored
 
 
 def test_rows_that_are_no_multiple_of_32_go_out_as_f32_and_the_report_says_so(tiny_model, tmp_path):

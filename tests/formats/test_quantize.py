@@ -11,7 +11,6 @@ from trilemma.formats.plain import to_plain
 from trilemma.formats.quantize import codes_for, fit_grid, quantize_rtn
 
 INTEGER = [name for name in FORMATS.names() if name.startswith("int") and FORMATS.get(name).supergroup is None]
-TWO_LEVELS = [name for name in FORMATS.names() if FORMATS.get(name).supergroup is not None]
 SHAPES = [(1, 1), (17, 33), (5, 172), (16, 576), (3, 200)]
 
 
@@ -62,12 +61,6 @@ def test_searched_scales_are_never_worse_and_usually_better(name, random_generat
     assert error(searched, 1) <= error(plain, 1)
     # At 8 bits the best scale hardly depends on the weights, and the grid of the search is coarser than that.
     assert error(weighted, importance) < error(searched, importance) * (1 if spec.bits < 8 else 1.02)
-
-
-@pytest.mark.parametrize("name", TWO_LEVELS)
-def test_grids_that_only_come_from_files_are_refused(name):
-    with pytest.raises(RecipeError, match=f"'{name}' is read from GGUF files"):
-        quantize_rtn(np.ones((2, 256), np.float32), FORMATS.get(name))
 
 
 def test_the_search_comes_close_to_the_best_scale_there_is(random_generator):

@@ -9,7 +9,7 @@ import torch
 from trilemma.core.errors import RecipeError
 from trilemma.formats import FORMATS
 from trilemma.formats.pack import unpack
-from trilemma.formats.quantize import fit_grid, quantize_rtn
+from trilemma.formats.quantize import find_grid, quantize_rtn
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.calibration import Gram, calibrate_layers, input_groups, round_activations
@@ -18,7 +18,7 @@ from trilemma.techniques.schemes import scheme_to_recipe
 
 # (out, in): several groups, a ragged last one, several blocks
 SHAPES = [(7, 70), (5, 96), (3, 200)]
-FORMATS_TESTED = ["int4-g32", "int4-g64", "int4-g32-asym", "int8-g32", "int8-channel"]
+FORMATS_TESTED = ["int4-g32", "int4-g64", "int4-g32-asym", "int8-g32", "int8-channel", "int4-g32-k", "int6-g16-k"]
 
 
 def inputs_with_structure(rng: np.random.Generator, tokens: int, columns: int) -> np.ndarray:
@@ -68,8 +68,8 @@ def problem(rng, shape, name):
     weight = rng.standard_normal(shape).astype(np.float32)
     x = inputs_with_structure(rng, 400, shape[1])
     hessian = 2 * x.T @ x / len(x)
-    scales, minima = fit_grid(weight, spec, scale="mse", importance=np.diag(hessian).astype(np.float32))
-    return spec, weight, x, hessian, scales, minima
+    grid = find_grid(weight, spec, scale="mse", importance=np.diag(hessian).astype(np.float32))
+    return spec, weight, x, hessian, grid.steps(), grid.offsets()
 
 
 def run(weight, hessian, scales, minima, spec, **settings):
@@ -106,7 +106,7 @@ def test_errors_are_not_counted_twice_where_blocks_meet(random_generator):
 
 
 @pytest.mark.parametrize("activation_order", [False, True])
-@pytest.mark.parametrize("name", ["int4-g32", "int4-g128", "int4-g64-asym", "int8-channel"])
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g128", "int4-g64-asym", "int8-channel", "int4-g32-k", "int5-g32-k"])
 def test_output_error_is_less_than_that_of_rounding(name, activation_order, random_generator):
     spec, weight, x, hessian, _, _ = problem(random_generator, (40, 200), name)
     settings = GptqSettings(weights=name, activation_order=activation_order)

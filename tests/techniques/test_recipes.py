@@ -42,6 +42,9 @@ def test_every_recommended_scheme_is_a_recipe_that_passes_the_checks(tiny_model)
         ("W4A8-g32-guided", "gptaq",
          {"weights": "int4-g32", "embedding": "int8-g32", "activations": "int8-g32", "guided": True}),
         ("W4A8-g32-e16", "rtn", {"weights": "int4-g32", "embedding": "bf16", "activations": "int8-g32"}),
+        ("W4A8-k-gptq", "gptq", {"weights": "int4-g32-k", "embedding": "int8-g32", "activations": "int8-g32"}),
+        ("W5A16-k-e6", "rtn", {"weights": "int5-g32-k", "embedding": "int6-g16-k", "activations": "bf16"}),
+        ("w6a8-k-e4", "rtn", {"weights": "int6-g16-k", "embedding": "int4-g32-k", "activations": "int8-g32"}),
     ],
 )  # fmt: skip
 def test_schemes_mean_what_they_say(name, technique, settings):
@@ -53,6 +56,7 @@ def test_suffixes_come_in_any_order_and_floating_schemes_too():
     kv = Step(technique="kv-cache", settings={"precision": "int8"})
     assert scheme_to_recipe("W4A8-g32-kv8-e4").steps == scheme_to_recipe("W4A8-g32-e4-kv8").steps
     assert scheme_to_recipe("W4A8-g32-kv8").steps[1] == kv
+    assert scheme_to_recipe("W4A8-k-kv8").steps[1] == kv
     assert scheme_to_recipe("bf16-kv4").steps[1].settings["precision"] == "int4"
     assert scheme_to_recipe("bf16-kv8").steps == (Step(technique="plain", settings={"dtype": "bf16"}), kv)
 
@@ -60,7 +64,7 @@ def test_suffixes_come_in_any_order_and_floating_schemes_too():
 @pytest.mark.parametrize(
     "name",
     ["", "W4", "W3A8-g32", "W4A8", "W8A8-g64", "W4A4-g32", "W4A8-g32-awq", "W4A8-g32-e3", "W8A8-kv5", "W8A8-asym",
-     "W8A8+W4A8-g32"],
+     "W8A8+W4A8-g32", "W8A8-k", "W4A8-k-asym", "W4A8-k-hqq", "W4A8-g32-k", "W4A8-g32-e6"],
 )  # fmt: skip
 def test_unknown_schemes_are_answered_with_valid_ones(name):
     with pytest.raises(RecipeError, match=r"Unknown scheme .*W4A8-g32-gptq"):
@@ -98,6 +102,28 @@ def test_an_override_that_matches_nothing_is_refused(tiny_model):
     )
     with pytest.raises(RecipeError, match=r"'layer\.0\.\*' matches no matrix"):
         apply_recipe(tiny_model(), recipe, Build())
+
+
+def test_rows_that_do_not_fit_two_levels_of_scales_get_one(tiny_model):
+    model, said = tiny_model(dim=256, head_dim=64, ffn=160, tied=False), []
+    settings = {"weights": "int4-g32-k", "embedding": "int6-g16-k"}
+    build = Build(progress=lambda done, total, what: said.append(what))
+    made = apply_recipe(model, Recipe(steps=(Step(technique="rtn", settings=settings),)), build)
+    assert made.format_of("layers.0.ffn.up.weight") == "int4-g32-k"
+    assert made.format_of("layers.0.ffn.down.weight") == "int4-g32-asym"
+    assert made.format_of("embedding.weight") == "int6-g16-k"
+    assert [line for line in said if "160 are no multiple of 256" in line and "int4-g32-asym" in line]
+    narrow = tiny_model(dim=64, head_dim=16, ffn=256).config
+    found = assign_formats(narrow, WeightSettings(weights="int5-g32-k", embedding="int6-g16-k"))
+    assert found["embedding.weight"].name == "int8-g32"
+    assert found["layers.0.ffn.down.weight"].name == "int5-g32-k"
+    assert found["layers.0.ffn.up.weight"].name == "int5-g32-asym"
+
+
+def test_an_override_that_does_not_fit_its_rows_is_refused_by_the_tensors_name(tiny_model):
+    settings = WeightSettings(weights="int4-g32", overrides={"*.down.weight": "int4-g32-k"})
+    with pytest.raises(RecipeError, match=r"layers\.0\.ffn\.down\.weight.* 160, .*256 .*int4-g32-asym"):
+        assign_formats(tiny_model(dim=256, head_dim=64, ffn=160).config, settings)
 
 
 class Untouchable:

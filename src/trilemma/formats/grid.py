@@ -52,10 +52,37 @@ class Format(Record):
         return self.bits <= 5
 
     @property
+    def factor_range(self) -> tuple[int, int]:
+        """Lowest and highest factor of a group where scales have two levels, as GGUF's blocks hold them."""
+        return {2: (0, 15), 3: (-32, 31), 4: (0, 63), 5: (0, 63), 6: (-128, 127)}[self.bits]
+
+    @property
     def code_range(self) -> tuple[int, int]:
         if self.symmetric:
             return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values that codes of one matrix can stand for: a QuantizedMatrix without its codes, as a fit leaves it."""
+
+    spec: Format
+    scales: NDArray[np.float16]
+    minima: NDArray[np.float16] | None = None
+    sub_scales: NDArray[np.int8] | None = None
+    sub_minima: NDArray[np.int8] | None = None
+
+    def steps(self) -> NDArray[np.float32]:
+        """(out, groups) f32: what each group's codes are multiplied with."""
+        return _of_groups(self.spec, self.scales, self.sub_scales)
+
+    def offsets(self) -> NDArray[np.float32] | None:
+        """(out, groups) f32: what is added to each group's codes; None where the grid is symmetric."""
+        return None if self.minima is None else _of_groups(self.spec, self.minima, self.sub_minima)
+
+    def with_codes(self, codes: NDArray[np.int8]) -> QuantizedMatrix:
+        return QuantizedMatrix(self.spec, codes, self.scales, self.minima, self.sub_scales, self.sub_minima)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,9 +136,14 @@ class QuantizedMatrix:
     def _of_inputs(self, values: NDArray[np.float16], factors: NDArray[np.int8] | None) -> NDArray[np.float32]:
         """(out, in) f32: what each code is multiplied with, or added to."""
         columns = self.shape[1]
-        group = self.spec.group_size(columns)
-        wide = values.astype(np.float32)
-        if factors is not None:
-            assert self.spec.supergroup is not None
-            wide = np.repeat(wide, self.spec.supergroup // group, axis=1)[:, : factors.shape[1]] * factors
-        return np.repeat(wide, group, axis=1)[:, :columns]
+        return np.repeat(_of_groups(self.spec, values, factors), self.spec.group_size(columns), axis=1)[:, :columns]
+
+
+def _of_groups(spec: Format, values: NDArray[np.float16], factors: NDArray[np.int8] | None) -> NDArray[np.float32]:
+    """(out, groups) f32 of each group's scale or minimum."""
+    wide = values.astype(np.float32)
+    if factors is None:
+        return wide
+    assert spec.supergroup is not None
+    assert spec.group is not None
+    return np.repeat(wide, spec.supergroup // spec.group, axis=1)[:, : factors.shape[1]] * factors

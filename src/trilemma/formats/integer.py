@@ -1,7 +1,6 @@
 """The integer grids of the table: int8 a row or a group, int5 and int4 symmetric and asymmetric in groups.
 
-Those that end in '-k' are GGUF's K-quants (Q4_K, Q5_K, Q6_K): scales of two levels in supergroups of 256. They and
-int5 come from GGUF files; of the quantizers here, only the plain int5 grids can be asked for.
+Those that end in '-k' are GGUF's K-quants (Q4_K, Q5_K, Q6_K): scales of two levels in supergroups of 256.
 How a weight finds its code is `quantize.py`; how codes lie in memory is `panel16.py`.
 """
 

@@ -3,7 +3,7 @@
 Scales and minima are rounded to f16 before codes are chosen, so what is optimized is what runs.
 Four-bit symmetric groups use the code -8: the scale's sign is chosen so that the value of largest
 magnitude gets it, as GGUF's Q4_0 does. Eight-bit codes stay within -127..127. Error feedback
-between columns is GPTQ's work (`techniques/quantize/gptq.py`).
+between columns is GPTQ's work (`techniques/quantize/gptq.py`). Scales of two levels are `two_level.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trilemma.core.errors import RecipeError
-from trilemma.formats.grid import Format, QuantizedMatrix
+from trilemma.formats.grid import Format, Grid, QuantizedMatrix
+from trilemma.formats.two_level import fit_two_level
 
 ScaleRule = Literal["absmax", "mse"]
 Float32 = NDArray[np.float32]
@@ -50,23 +51,30 @@ def quantize_rtn(
     Raises:
         RecipeError: a value is not finite, or so large that its scale overflows f16.
     """
-    scales, minima = fit_grid(w, spec, scale=scale, importance=importance)
-    return QuantizedMatrix(spec, codes_for(w, scales, minima, spec), scales, minima)
+    grid = find_grid(w, spec, scale=scale, importance=importance)
+    return grid.with_codes(codes_for(w, grid.steps(), grid.offsets(), spec))
+
+
+def find_grid(w: Float32, spec: Format, *, scale: ScaleRule = "absmax", importance: Float32 | None = None) -> Grid:
+    """The grid of a matrix (out, in) on any integer format; arguments and errors as `quantize_rtn`."""
+    if spec.supergroup is not None:
+        return fit_two_level(w, spec, search=scale == "mse", importance=importance)
+    return Grid(spec, *fit_grid(w, spec, scale=scale, importance=importance))
 
 
 def fit_grid(
     w: Float32, spec: Format, *, scale: ScaleRule = "absmax", importance: Float32 | None = None
 ) -> tuple[Float16, Float16 | None]:
-    """Scales (out, groups) and, for an asymmetric grid, minima (out, groups), rounded to f16.
+    """Scales (out, groups) and, for an asymmetric grid of one level, minima (out, groups), rounded to f16.
 
     Raises:
-        RecipeError: a grid with scales of two levels, or values that it can not hold.
+        RecipeError: a grid whose scales have two levels (see `find_grid`), or values that it can not hold.
     """
     rows, columns = w.shape
     if spec.supergroup is not None:
         raise RecipeError(
-            f"The format '{spec.name}' is read from GGUF files; nothing here quantizes to it. "
-            "Take int4-g32, int4-g32-asym, int5-g32 or int8-g32."
+            f"'{spec.name}' has scales of two levels, which this technique does not fit. "
+            "Take rtn or gptq, or a format such as int4-g32-asym."
         )
     groups = spec.groups(columns)
     scales = np.empty((rows, groups), dtype=np.float16)
@@ -84,8 +92,10 @@ def fit_grid(
     return scales, minima
 
 
-def codes_for(w: Float32, scales: Float16, minima: Float16 | None, spec: Format) -> NDArray[np.int8]:
-    """The nearest code of each value, (out, in) int8, for given scales and minima; 0 where the scale is 0."""
+def codes_for(
+    w: Float32, scales: Float16 | Float32, minima: Float16 | Float32 | None, spec: Format
+) -> NDArray[np.int8]:
+    """The nearest code of each value, (out, in) int8, for given scales and minima of groups; 0 where a scale is 0."""
     rows, columns = w.shape
     codes = np.empty((rows, columns), dtype=np.int8)
     step = max(1, _BLOCK_VALUES // max(1, columns))
@@ -144,12 +154,12 @@ def _to_f16(values: Float32) -> Float16:
     return np.where((rounded == 0) & (values != 0), np.copysign(_F16_TINY, values).astype(np.float16), rounded)
 
 
-def _inverse(scales: Float16) -> Float32:
+def _inverse(scales: Float16 | Float32) -> Float32:
     wide = scales.astype(np.float32)
     return np.divide(np.float32(1), wide, out=np.zeros_like(wide), where=wide != 0)
 
 
-def _codes(block: Float32, scales: Float16, minima: Float16 | None, spec: Format) -> Float32:
+def _codes(block: Float32, scales: Float16 | Float32, minima: Float16 | Float32 | None, spec: Format) -> Float32:
     """(rows, groups, group) -> nearest codes as f32."""
     low, high = usable_codes(spec)
     shifted = block if minima is None else block - minima.astype(np.float32)[:, :, None]

@@ -3,15 +3,16 @@
 A scheme is parts joined by '+', applied from left to right; `PARTS` lists them, one line each. The last
 part usually says how weights are stored:
 
-W{4,8}A{8,16}  weights and activations; A8 rounds activations to int8 in groups of 32,
+W{4,5,6,8}A{8,16}  weights and activations; A8 rounds activations to int8 in groups of 32,
                A16 really computes with bf16 activations
 -g{32,64,128}  weights that share a scale; 8-bit weights without it share one per row
 -asym          4-bit weights with a minimum per group
+-k             scales of two levels, as GGUF's Q4_K, Q5_K and Q6_K have them: W4, W5, W6
 -gptq          choose codes with calibration text; without it round to nearest
 -gptaq         the same, to give what the unchanged model gives behind the compressed layers
 -guided        the same, with output errors weighed by gradients of the model's answers
 -hqq           fit grids by a robust error, without text (HQQ)
--e{4,8,16}     bits of the embedding (and tied head); by default 8
+-e{4,8,16}     bits of the embedding (and tied head); by default 8; with -k also 5 and 6
 -kv{4,8,16,32} precision of the KV cache; by default bf16
 f32, bf16, f16 floating point throughout
 """
@@ -29,6 +30,8 @@ from trilemma.formats import FORMATS
 
 _SUFFIX = re.compile(r"-(e|kv)(\d+)", re.IGNORECASE)
 _EMBEDDING = {"4": "int4-g32", "8": "int8-g32", "16": "bf16"}
+_K_FORMATS = {"4": "int4-g32-k", "5": "int5-g32-k", "6": "int6-g16-k"}
+_EMBEDDING_K = _K_FORMATS | {"8": "int8-g32", "16": "bf16"}
 _KV = {"4": "int4", "8": "int8", "16": "bf16", "32": "f32"}
 _QUANTIZERS = ("rtn", "hqq", "gptq", "gptaq")
 _ACTIVATIONS = {"8": "int8-g32", "16": "bf16"}
@@ -51,6 +54,9 @@ SCHEMES: dict[str, str] = {
     "W4A8-g128-gptq": "4-bit weights in groups of 128: the smallest",
     "W4A16-g32-gptq": "4-bit weights, 16-bit activations",
     "W4A16-g128-gptq": "4-bit weights in groups of 128, 16-bit activations",
+    "W4A8-k-gptq": "4-bit weights with minima, scales of two levels (GGUF Q4_K), codes chosen with calibration text",
+    "W5A8-k-gptq": "5-bit weights on GGUF's Q5_K, codes chosen with calibration text",
+    "W6A8-k": "6-bit weights on GGUF's Q6_K: close to 8 bits, needs no text",
     "W4A8-g32-gptq-e4": "4 bits for the embedding and head too",
     "W4A8-g32-gptq-kv8": "8-bit KV cache too",
     "W8A8-g32-kv8": "8 bits throughout",
@@ -141,6 +147,10 @@ def _heal(match: re.Match[str]) -> list[Step]:
 
 
 def _weights_format(match: re.Match[str]) -> str:
+    if match["k"]:
+        if match["how"] and match["how"].lower() == "hqq":
+            raise ValueError("-hqq fits one level of scales, and -k has two")
+        return _pick("weight bits with -k", "asym" if match["asym"] else match["weights"], _K_FORMATS)
     group = f"g{match['group']}" if match["group"] else "channel"
     wanted = f"int{match['weights']}-{group}{'-asym' if match['asym'] else ''}"
     if wanted not in FORMATS:
@@ -153,7 +163,7 @@ def _embedding(rest: str, weights: str) -> str:
     bits = [value for kind, value in _SUFFIX.findall(rest) if kind.lower() == "e"]
     if not bits:
         return weights if FORMATS.get(weights).bits == 8 else "int8-g32"
-    return _pick("embedding bits", bits[-1], _EMBEDDING)
+    return _pick("embedding bits", bits[-1], _EMBEDDING_K if weights.endswith("-k") else _EMBEDDING)
 
 
 def _kv_steps(rest: str) -> list[Step]:
@@ -222,7 +232,8 @@ _KV_HEADS = "merge key-value heads into 2 a layer: a smaller KV cache"
 PARTS: tuple[Part, ...] = (
     Part(r"(?P<dtype>f32|bf16|f16)(?P<rest>(?:-kv\d+)*)", _plain),
     Part(
-        r"W(?P<weights>\d+)A(?P<activations>\d+)(?:-g(?P<group>\d+))?(?P<asym>-asym)?(?:-(?P<how>gptq|gptaq|guided|hqq))?"
+        r"W(?P<weights>\d+)A(?P<activations>\d+)(?:-g(?P<group>\d+)|(?P<k>-k))?(?P<asym>-asym)?"
+        r"(?:-(?P<how>gptq|gptaq|guided|hqq))?"
         r"(?P<rest>(?:-(?:e|kv)\d+)*)",
         _quantize,
     ),

@@ -14,11 +14,15 @@ from trilemma.model.config import DecoderConfig, is_router
 from trilemma.model.model import Activation, LinearRun
 from trilemma.techniques.technique import TechniqueSettings
 
+# What takes the place of scales of two levels where rows do not fit them: the same bits, or the next more.
+ONE_LEVEL = {"int4-g32-k": "int4-g32-asym", "int5-g32-k": "int5-g32-asym", "int6-g16-k": "int8-g32"}
+_SUPERGROUP = 256
+
 
 class WeightSettings(TechniqueSettings):
     """Formats of the matrices, and the precision of what they are multiplied with."""
 
-    weights: str = Field(description="format of the matrices inside layers, such as int4-g32")
+    weights: str = Field(description="format of the matrices inside layers, such as int4-g32 or int4-g32-k")
     embedding: str | None = Field(
         None,
         description="format of the embedding (and tied head); by default int8-g32 under 4-bit weights, else as weights",
@@ -54,15 +58,19 @@ def assign_formats(config: DecoderConfig, settings: WeightSettings) -> dict[str,
     Routers and learned positions are never put on a grid: they are small, and errors in them go far.
     They are bf16 beside quantized matrices.
 
+    Scales of two levels need rows that are a multiple of 256 long, as GGUF's blocks are. Shorter ones get the one-level
+    format of `ONE_LEVEL`, as llama.cpp does, but not where an override asks for two levels by name.
+
     Raises:
-        RecipeError: a pattern of `overrides` matches no matrix.
+        RecipeError: a pattern of `overrides` matches no matrix, or asks for a format that its rows do not fit.
     """
+    shapes = config.tensor_shapes()
     weights = FORMATS.get(settings.weights)
     small = "int8-g32" if weights.bits < 8 else weights.name
     embedding = settings.embedding or small
     ends = {"embedding.weight": embedding, "head.weight": settings.head or embedding}
-    matrices = [name for name, shape in config.tensor_shapes().items() if len(shape) == 2]
-    chosen = {name: ends.get(name, weights.name) for name in matrices}
+    matrices = [name for name, shape in shapes.items() if len(shape) == 2]
+    chosen = {name: _fitting(ends.get(name, weights.name), shapes[name][1]) for name in matrices}
     for pattern, format_name in settings.overrides.items():
         matched = [name for name in matrices if fnmatchcase(name, pattern)]
         if not matched:
@@ -70,10 +78,38 @@ def assign_formats(config: DecoderConfig, settings: WeightSettings) -> dict[str,
                 f"The override '{pattern}' matches no matrix. Names look like "
                 f"'{matrices[-1]}'; patterns like 'layers.0.*' or '*.ffn.down.weight'."
             )
+        for name in matched:
+            _check_fit(name, format_name, shapes[name][1])
         chosen |= dict.fromkeys(matched, format_name)
     formats = {name: FORMATS.get(format_name) for name, format_name in chosen.items()}
     bf16 = FORMATS.get("bf16")
     return {name: bf16 if _is_kept(name) and not spec.floating else spec for name, spec in formats.items()}
+
+
+def fallbacks(config: DecoderConfig, settings: WeightSettings, formats: Mapping[str, Format]) -> str:
+    """What `assign_formats` stored with one level of scales instead of two, in a line; empty when nothing."""
+    wanted = {one for one in (settings.weights, settings.embedding, settings.head) if one in ONE_LEVEL}
+    short = {
+        name: shape[1] for name, shape in config.tensor_shapes().items()
+        if len(shape) == 2 and shape[1] % _SUPERGROUP and formats[name].name in {ONE_LEVEL[one] for one in wanted}
+    }  # fmt: skip
+    if not short:
+        return ""
+    lengths = ", ".join(str(length) for length in sorted(set(short.values())))
+    names = ", ".join(sorted({formats[name].name for name in short}))
+    return f"{len(short)} matrices as {names}: rows of {lengths} are no multiple of {_SUPERGROUP}"
+
+
+def _fitting(format_name: str, columns: int) -> str:
+    return ONE_LEVEL[format_name] if format_name in ONE_LEVEL and columns % _SUPERGROUP else format_name
+
+
+def _check_fit(name: str, format_name: str, columns: int) -> None:
+    if _fitting(format_name, columns) != format_name:
+        raise RecipeError(
+            f"Tensor '{name}' has rows of {columns}, no multiple of the {_SUPERGROUP} that {format_name} needs. "
+            f"Override it with {ONE_LEVEL[format_name]}."
+        )
 
 
 def _is_kept(name: str) -> bool:

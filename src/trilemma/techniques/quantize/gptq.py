@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -19,11 +18,11 @@ from torch import Tensor
 from trilemma.core.errors import RecipeError
 from trilemma.formats.grid import Format, QuantizedMatrix
 from trilemma.formats.pack import pack
-from trilemma.formats.quantize import fit_grid, usable_codes
+from trilemma.formats.quantize import find_grid, usable_codes
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.techniques.calibration import Gram, calibrate_layers, side_by_side
-from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs, named
+from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs, fallbacks, named
 from trilemma.techniques.quantize.rtn import ScaleChoice, round_matrix, scale_rule
 from trilemma.techniques.technique import Build, report
 
@@ -55,6 +54,8 @@ class Gptq:
     def apply(self, model: Model, settings: GptqSettings, build: Build) -> Model:
         formats = assign_formats(model.config, settings)
         runs = assign_runs(model.config, formats, settings.activations)
+        if note := fallbacks(model.config, settings, formats):
+            report(build, 0, len(model.config.layers), note)
         ends = {}
         for name in (name for name in formats if not name.startswith("layers.")):
             report(build, 0, len(model.config.layers), f"rtn {name}")
@@ -89,13 +90,14 @@ def quantize_gptq(weight: Float32, hessian: Tensor, spec: Format, settings: Gptq
         RecipeError: values that the format can not hold, or a Hessian that no damping makes positive.
     """
     importance = hessian.diagonal().to("cpu", torch.float32).numpy()
-    scales, minima = fit_grid(weight, spec, scale=scale_rule(spec, settings.scale), importance=importance)
+    grid = find_grid(weight, spec, scale=scale_rule(spec, settings.scale), importance=importance)
+    offsets = grid.offsets()
     codes = gptq_codes(
-        torch.from_numpy(weight), hessian, torch.from_numpy(scales.astype(np.float32)),
-        None if minima is None else torch.from_numpy(minima.astype(np.float32)), spec,
+        torch.from_numpy(weight), hessian, torch.from_numpy(grid.steps()),
+        None if offsets is None else torch.from_numpy(offsets), spec,
         damping=settings.damping, block=settings.block, activation_order=settings.activation_order,
     )  # fmt: skip
-    return QuantizedMatrix(spec, codes.numpy(), scales, minima)
+    return grid.with_codes(codes.numpy())
 
 
 def gptq_codes(

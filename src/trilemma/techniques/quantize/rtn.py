@@ -14,7 +14,7 @@ from trilemma.formats.quantize import ScaleRule, quantize_rtn
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model
 from trilemma.model.plain import PlainDtype, PlainMatrix
-from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs, named
+from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs, fallbacks, named
 from trilemma.techniques.technique import Build, report
 
 ScaleChoice = Literal["auto", "absmax", "mse"]
@@ -43,6 +43,8 @@ class RoundToNearest:
 
     def apply(self, model: Model, settings: RtnSettings, build: Build) -> Model:
         formats = assign_formats(model.config, settings)
+        if note := fallbacks(model.config, settings, formats):
+            report(build, 0, len(formats), note)
         replaced = {}
         for done, (name, spec) in enumerate(formats.items()):
             report(build, done, len(formats), f"rtn {name}")
