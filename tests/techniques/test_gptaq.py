@@ -10,7 +10,7 @@ from torch import nn
 from trilemma.core.recipe import Recipe, Step
 from trilemma.formats import FORMATS
 from trilemma.formats.pack import unpack
-from trilemma.formats.quantize import fit_grid
+from trilemma.formats.quantize import fit_grid, quantize_rtn
 from trilemma.model.decoder import Decoder
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
@@ -239,6 +239,23 @@ def answers_apart(model, made, tokens) -> float:
     with torch.no_grad():
         p, q = (Decoder.from_model(each)(tokens).log_softmax(-1) for each in (model, made))
     return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("name", ["int4-g32-k", "int6-g16-k"])
+def test_scales_of_two_levels_stay_on_their_grid(name, guided, random_generator):
+    spec = FORMATS.get(name)
+    weight = random_generator.standard_normal((32, 256)).astype(np.float32)
+    hessian, moment = second_moment(random_generator, 256), second_moment(random_generator, 32)
+    found = quantize_gptaq(
+        weight, torch.from_numpy(hessian.astype(np.float32)), torch.from_numpy(moment)[None] if guided else None, spec,
+        GptaqSettings(weights=name),
+    )  # fmt: skip
+    rounded = quantize_rtn(weight, spec, scale="mse", importance=np.diag(hessian).astype(np.float32))
+    np.testing.assert_array_equal(found.sub_scales, rounded.sub_scales)
+    weigh = moment if guided else np.eye(32)
+    errors = [weighed_error(each.dequantize() - weight, hessian, weigh) for each in (found, rounded)]
+    assert errors[0] < 0.8 * errors[1]
 
 
 def test_answers_come_closer_to_the_unchanged_model(tiny_model, windows):

@@ -148,8 +148,8 @@ def _heal(match: re.Match[str]) -> list[Step]:
 
 def _weights_format(match: re.Match[str]) -> str:
     if match["k"]:
-        if match["how"] and match["how"].lower() != "gptq":
-            raise ValueError(f"-{match['how']} fits one level of scales, and -k has two: take -gptq or none")
+        if match["how"] and match["how"].lower() == "hqq":
+            raise ValueError("-hqq fits one level of scales, and -k has two")
         return _pick("weight bits with -k", "asym" if match["asym"] else match["weights"], _K_FORMATS)
     group = f"g{match['group']}" if match["group"] else "channel"
     wanted = f"int{match['weights']}-{group}{'-asym' if match['asym'] else ''}"

@@ -22,7 +22,7 @@ from torch import Tensor
 from trilemma.core.errors import RecipeError
 from trilemma.formats.grid import Format, QuantizedMatrix
 from trilemma.formats.pack import pack
-from trilemma.formats.quantize import fit_grid
+from trilemma.formats.quantize import find_grid
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.techniques.calibration import side_by_side
@@ -117,17 +117,22 @@ def quantize_gptaq(
         RecipeError: as `quantize_gptq`.
     """
     importance = hessian.diagonal().to("cpu", torch.float32).numpy()
-    scales, minima = fit_grid(target, spec, scale=scale_rule(spec, settings.scale), importance=importance)
-    both = [scales] if minima is None else [scales, minima]
-    factors = torch.from_numpy(np.stack(both).astype(np.float32)).to(hessian)
+    grid = find_grid(target, spec, scale=scale_rule(spec, settings.scale), importance=importance)
+    offsets = grid.offsets()
+    both = [grid.steps()] if offsets is None else [grid.steps(), offsets]
+    factors = torch.from_numpy(np.stack(both)).to(hessian)
+    if spec.supergroup is not None:  # a refit of each group's scale would leave such a grid
+        settings = settings.model_copy(update={"refits": 0})
     weight = torch.from_numpy(target).to(hessian)
     found = [
         _solve(weight[rows], hessian, moment, factors[:, rows], spec, settings)
         for rows, moment in _blocks(len(target), moments)
     ]
     codes = torch.cat([codes for codes, _ in found]).cpu().numpy()
+    if spec.supergroup is not None:
+        return grid.with_codes(codes)
     fitted = torch.cat([factors for _, factors in found], dim=1).cpu().numpy().astype(np.float16)
-    return QuantizedMatrix(spec, codes, fitted[0], None if minima is None else fitted[1])
+    return QuantizedMatrix(spec, codes, fitted[0], None if spec.symmetric else fitted[1])
 
 
 def _blocks(rows: int, moments: Tensor | None) -> list[tuple[slice, Tensor | None]]:
