@@ -335,10 +335,10 @@ def export_model(
     """Write a model in another runtime's form; what lies on the same grid goes out bit for bit.
 
     Args:
-        output: the file to write.
+        output: the file to write, or the folder for compressed-tensors.
         to: a name of `trilemma list exporters`.
         requantize: round again what the target has no grid for; the report states the relative error.
-        force: replace a file that is there already.
+        force: replace an export that is there already.
 
     Returns:
         What was written: bytes, storage types, whether every value is the same, and notes on what is not.

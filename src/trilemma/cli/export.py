@@ -12,7 +12,7 @@ from trilemma.cli import options
 
 def export(
     model: options.Model,
-    output: Annotated[Path, typer.Option("-o", "--output", help="File to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="File to write, or folder for compressed-tensors.")],
     to: Annotated[str, typer.Option("--to", help="Form; see `trilemma list exporters`.")] = "gguf",
     requantize: Annotated[
         bool, typer.Option("--requantize", help="Round again what the target has no grid for; the loss is stated.")

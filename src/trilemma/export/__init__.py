@@ -30,6 +30,7 @@ EXPORTERS: Registry[Callable[..., ExportReport]] = Registry(
     "exporter",
     {
         "gguf": "trilemma.export.gguf:export_gguf",
+        "compressed-tensors": "trilemma.export.compressed_tensors:export_compressed_tensors",
     },
 )
 

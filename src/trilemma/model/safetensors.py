@@ -30,6 +30,7 @@ _BITS = {
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4,
 }  # fmt: skip
 _NUMPY: dict[str, Any] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "F64": np.float64}
+_WRITTEN: dict[str, Any] = _NUMPY | {"I8": np.int8, "I32": np.int32, "I64": np.int64}
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the format itself
 _ALIGNMENT = 64
 _AGAIN = "The file is damaged or the download was cut off: fetch it again."
@@ -174,9 +175,13 @@ class Planned:
     """A tensor that will be written: `load` is called when its turn comes, and must fit dtype and shape."""
 
     name: str
-    dtype: str  # F32, F16 or BF16
+    dtype: str  # F32, F16, BF16, I8, I32 or I64
     shape: tuple[int, ...]
     load: Callable[[], NDArray[Any]]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _BITS[self.dtype] // 8
 
 
 def write_safetensors(path: Path, tensors: Iterable[Planned], metadata: Mapping[str, str]) -> None:
@@ -185,16 +190,16 @@ def write_safetensors(path: Path, tensors: Iterable[Planned], metadata: Mapping[
     The header is padded so that the data starts aligned; the format forbids gaps between tensors,
     so a tensor whose size is no multiple of 64 bytes moves those behind it. Odd ones go last.
     """
-    planned = sorted(tensors, key=lambda item: _nbytes(item) % _ALIGNMENT != 0)
+    planned = sorted(tensors, key=lambda item: item.nbytes % _ALIGNMENT != 0)
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
     for item in planned:
         header[item.name] = {
             "dtype": item.dtype,
             "shape": list(item.shape),
-            "data_offsets": [offset, offset + _nbytes(item)],
+            "data_offsets": [offset, offset + item.nbytes],
         }
-        offset += _nbytes(item)
+        offset += item.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     with path.open("wb") as file:
@@ -202,14 +207,10 @@ def write_safetensors(path: Path, tensors: Iterable[Planned], metadata: Mapping[
         file.write(text)
         for item in planned:
             values = item.load()
-            if values.dtype != _NUMPY[item.dtype] or values.shape != item.shape:
+            if values.dtype != _WRITTEN[item.dtype] or values.shape != item.shape:
                 raise AssertionError(
                     f"{item.name}: planned {item.dtype} {item.shape}, got {values.dtype} {values.shape}"
                 )
             file.write(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _nbytes(item: Planned) -> int:
-    return math.prod(item.shape) * _BITS[item.dtype] // 8

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,15 +46,26 @@ def write_checkpoint(
         OutputError: the folder has content, or can not be written (a full disk).
         UnsupportedModelError: the family's config.json can not say what this model is.
     """
-    target = Path(folder)
     config = FAMILIES.get(model.config.family).write_config(model.config)
     config["torch_dtype"] = _TORCH_DTYPE[dtype or _main_dtype(model)]
+    return write_folder(model, folder, config, plain_tensors(model, dtype), overwrite=overwrite)
+
+
+def write_folder(
+    model: Model, folder: str | Path, config: dict[str, Any], tensors: Iterable[Planned], *, overwrite: bool = False
+) -> Path:
+    """Write config.json, model.safetensors and copies of the tokenizer's files; `folder` is whole or absent.
+
+    Raises:
+        OutputError: the folder has content, or can not be written (a full disk).
+    """
+    target = Path(folder)
     if not overwrite and target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists and is not empty. Choose another folder or remove it first.")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
-        _fill(model, config, partial, dtype)
+        _fill(model, config, partial, tensors)
         _replace(target, partial)
     except OSError as error:
         what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
@@ -64,7 +75,7 @@ def write_checkpoint(
     return target
 
 
-def _fill(model: Model, config: dict[str, Any], folder: Path, dtype: PlainDtype | None) -> None:
+def _fill(model: Model, config: dict[str, Any], folder: Path, tensors: Iterable[Planned]) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     ends = list(model.config.eos_token_ids)
     generation: dict[str, Any] = {"eos_token_id": ends[0] if len(ends) == 1 else ends or None}
@@ -77,17 +88,30 @@ def _fill(model: Model, config: dict[str, Any], folder: Path, dtype: PlainDtype 
     for name in TOKENIZER_FILES:
         if model.path is not None and (model.path / name).is_file():
             shutil.copyfile(model.path / name, folder / name)
-    write_safetensors(folder / "model.safetensors", _plan(model, dtype), {"format": "pt"})
+    write_safetensors(folder / "model.safetensors", tensors, {"format": "pt"})
 
 
-def _plan(model: Model, dtype: PlainDtype | None) -> Iterator[Planned]:
-    """What to write: the parts of a fused tensor come together, in the widest of their dtypes."""
-    family, shapes = FAMILIES.get(model.config.family), model.config.tensor_shapes()
+def stored_together(model: Model) -> dict[str, dict[str, Place]]:
+    """Stored name -> canonical name -> its place, for every stored tensor: the parts of a fused one together."""
+    family = FAMILIES.get(model.config.family)
     together: dict[str, dict[str, Place]] = {}
-    for name in shapes:
+    for name in model.config.tensor_shapes():
         place = family.place(name, model.config)
         together.setdefault(place.name, {})[name] = place
-    for stored_name, places in together.items():
+    return together
+
+
+def plain_tensors(
+    model: Model, dtype: PlainDtype | None, only: Mapping[str, Mapping[str, Place]] | None = None
+) -> Iterator[Planned]:
+    """What to write as floating point: the parts of a fused tensor come together, in the widest of their dtypes.
+
+    Args:
+        dtype: None: each tensor's own, f32 for a quantized one.
+        only: some of `stored_together`, None: all.
+    """
+    shapes = model.config.tensor_shapes()
+    for stored_name, places in (stored_together(model) if only is None else only).items():
         found = {dtype or _plain_dtype(model, name) for name in places}
         chosen = found.pop() if len(found) == 1 else "f32"
         name, place = next(iter(places.items()))
