@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from trilemma.core.errors import RecipeError
 from trilemma.formats import FORMATS
 from trilemma.formats.grid import Format, QuantizedMatrix
 from trilemma.formats.pack import PackedMatrix, unpack
@@ -79,12 +80,21 @@ def nearest_scheme(columns: int) -> Scheme:
 
 
 def fitted(stored: Float32 | StoredMatrix, scheme: Scheme) -> QuantizedMatrix:
-    """The matrix on the grid of its scheme: as it is, or rounded again."""
+    """The matrix on the grid of its scheme: as it is, or rounded again.
+
+    Raises:
+        RecipeError: it stays as it is, but its values are not scale times code.
+    """
     if scheme.requantized is not None:
         values = stored if isinstance(stored, np.ndarray) else stored.dequantize()
         return quantize_rtn(values, FORMATS.get(scheme.requantized))
     assert isinstance(stored, PackedMatrix | QuantizedMatrix)
-    return unpack(stored) if isinstance(stored, PackedMatrix) else stored
+    matrix = unpack(stored) if isinstance(stored, PackedMatrix) else stored
+    some = matrix.rows(np.arange(min(16, matrix.shape[0])))
+    scales = np.repeat(some.scales.astype(np.float32), matrix.spec.group_size(matrix.shape[1]), axis=1)
+    if not np.array_equal(some.dequantize(), some.codes * scales[:, : matrix.shape[1]]):
+        raise RecipeError(f"'{matrix.format}' is no grid of scale times code, so compressed-tensors can not hold it.")
+    return matrix
 
 
 def stored_parts(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
