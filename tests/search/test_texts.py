@@ -1,8 +1,11 @@
 """Three disjoint parts in the model's tokens, found again from their files."""
 
+from pathlib import Path
+
 import pytest
 
 from trilemma.core.errors import DataError
+from trilemma.model.tokenizer import Tokenizer
 from trilemma.search.texts import describe_files, prompts_of, read_texts
 
 
@@ -49,3 +52,16 @@ def test_too_few_documents(tiny_checkpoint, tmp_path):
     (tmp_path / "short.txt").write_text("one two three")
     with pytest.raises(DataError):
         read_texts([tmp_path / "short.txt"], tiny_checkpoint.tokenizer, 32, 0, "none")
+
+
+def test_a_mixture_reaches_calibration_and_is_found_again(hearth_path, texts_path):
+    """`check` reads the files again from the report, as they were named."""
+    data = [f"{texts_path}:0.25", f"{texts_path.with_name('adults.txt')}:0.75"]
+    tokenizer = Tokenizer.load(hearth_path)
+    texts = read_texts(data, tokenizer, 256, 3, "none")
+    assert texts.calibration_record.weights == (0.25, 0.75)
+    assert [file.path for file in texts.files] == data
+    assert describe_files([Path(file.path) for file in texts.files]) == texts.files
+    plain = read_texts([texts_path, texts_path.with_name("adults.txt")], tokenizer, 256, 3, "none")
+    assert plain.calibration_record.weights is None
+    assert [item.source for item in plain.parts.confirm] == [item.source for item in texts.parts.confirm]
