@@ -27,6 +27,11 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "hqq": [{"weights": "int4-g32-asym"}, {"weights": "int4-g64", "fit": "minimum"}],
     "gptq": [{"weights": "int4-g32-asym"}, {"weights": "int4-g64", "embedding": "int4-g32"}],
     "gptaq": [{"weights": "int4-g32-asym", "guided": True, "rows": 20}, {"weights": "int4-g64", "refits": 0}],
+    "sign-rounding": [
+        {"weights": "int4-g32", "steps": 3},
+        {"weights": "int4-g32-asym", "steps": 2, "start": "nearest"},
+    ],
+    "awq": [{"weights": "int4-g32", "grid": 4}, {"weights": "int4-g64", "grid": 3, "duo": False}],
     "tune-norms": [{"steps": 3}, {"steps": 2, "batch_size": 2}],
     "tune-scales": [{"steps": 3}, {"steps": 2, "embedding": False}],
     "experts": [{"count": 4, "active": 2, "multiple": 4}, {"count": 3, "active": 1, "multiple": 4, "router": "glu"}],

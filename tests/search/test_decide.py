@@ -134,6 +134,9 @@ def test_equal_formats_cost_the_same_whatever_noise_says():
         update={"recipe": Recipe(steps=(Step(technique="gptq", settings=settings | {"damping": 0.02}),))}
     )
     assert best_of([plain, tuned, INT8], "tpot_s", BASELINE) == tuned
+    steps = (Step(technique="awq", settings=settings), *tuned.recipe.steps, Step(technique="tune-scales"))
+    longer = tuned.model_copy(update={"recipe": Recipe(steps=steps)})
+    assert best_of([plain, longer, INT8], "tpot_s", BASELINE) == longer
     other = tuned.model_copy(
         update={"recipe": Recipe(steps=(Step(technique="gptq", settings=settings | {"embedding": "bf16"}),))}
     )

@@ -143,7 +143,7 @@ class Untouchable:
         (Step(technique="rtn", settings={"weights": "int4-g32", "group": 32}), RecipeError, "group"),
         (Step(technique="rtn", settings={}), RecipeError, "weights"),
         (Step(technique="gptq", settings={"weights": "int4-g32", "damping": 0}), RecipeError, "damping"),
-        (Step(technique="awq", settings={}), UnknownNameError, "gptq"),
+        (Step(technique="nf4", settings={}), UnknownNameError, "gptq"),
         (Step(technique="gptq", settings={"weights": "int4-g32"}), RecipeError, "--data"),
     ],
 )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from trilemma.core.environment import usable_cores
 from trilemma.core.errors import InputError
-from trilemma.formats import FORMATS
+from trilemma.formats import FORMATS, Format
 from trilemma.model.config import Attention
 from trilemma.model.decoder import Decoder, KvSlot
 from trilemma.model.model import Activation, Model
@@ -276,7 +276,11 @@ def _round_inputs(decoder: Decoder, model: Model) -> None:
 
 def input_rounding(model: Model, name: str) -> Callable[[Tensor], Tensor]:
     """What the products with that matrix do to their inputs (..., in)."""
-    activation = model.linear(name).activation
-    if activation == "int8-g32" and FORMATS.get(model.format_of(name)).shares_input_scale:
+    return rounding_for(FORMATS.get(model.format_of(name)), model.linear(name).activation)
+
+
+def rounding_for(spec: Format, activation: Activation) -> Callable[[Tensor], Tensor]:
+    """What products with a matrix of this format do to their inputs (..., in)."""
+    if activation == "int8-g32" and spec.shares_input_scale:
         return round_int8_shared
     return ACTIVATION_ROUNDING[activation]

@@ -24,10 +24,12 @@ DEFAULT_QUALITY_LIMIT = "ppl_increase<=1%"
 SELECT_MARGIN = 2.0
 # Speeds that differ by less than this are one speed when their intervals overlap; quality then decides.
 SPEED_TIE = 0.03
-_CODE_CHOOSERS = frozenset({"rtn", "gptq", "gptaq"})
-_CODE_SETTINGS = frozenset(
-    {"scale", "damping", "block", "activation_order", "pull", "drift", "refits", "guided", "rows"}
-)
+_CODE_CHOOSERS = frozenset({"rtn", "hqq", "gptq", "gptaq", "sign-rounding"})
+_CODE_SETTINGS = frozenset({
+    "scale", "damping", "block", "activation_order", "pull", "drift", "refits", "guided", "rows", "power", "strength",
+    "growth", "steps", "fit", "batch_size", "learning_rate", "ranges", "start",
+})  # fmt: skip
+_COSTS_NOTHING = frozenset({"smooth", "awq", "tune-norms", "tune-scales"})  # other values in the same places
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def _form(trial: Trial) -> str:
     steps = [
         ("codes" if step.technique in _CODE_CHOOSERS else step.technique,
          {name: value for name, value in step.settings.items() if name not in _CODE_SETTINGS})
-        for step in trial.recipe.steps
+        for step in trial.recipe.steps if step.technique not in _COSTS_NOTHING
     ]  # fmt: skip
     return json.dumps(steps, sort_keys=True)
 

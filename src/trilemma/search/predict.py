@@ -89,7 +89,7 @@ def impossible(predicted: PredictedBytes, limits: Sequence[Limit], baseline: Map
 class BuildTimes:
     """Seconds that building takes, learned from what was built: per parameter, apart for each technique."""
 
-    _FIRST_GUESS_S_PER_PARAMETER = {"gptq": 3e-6, "rtn": 2e-7}
+    _FIRST_GUESS_S_PER_PARAMETER = {"gptq": 3e-6, "rtn": 2e-7, "hqq": 1e-6, "sign-rounding": 3e-5}
 
     def __init__(self, model: Model) -> None:
         self._parameters = parameter_count(model.config)

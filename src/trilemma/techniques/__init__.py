@@ -13,6 +13,8 @@ TECHNIQUES: Registry[type[Technique]] = Registry(
         "hqq": "trilemma.techniques.quantize.hqq:Hqq",
         "gptq": "trilemma.techniques.quantize.gptq:Gptq",
         "gptaq": "trilemma.techniques.quantize.gptaq:Gptaq",
+        "sign-rounding": "trilemma.techniques.quantize.sign_rounding:SignRounding",
+        "awq": "trilemma.techniques.quantize.awq:Awq",
         "tune-norms": "trilemma.techniques.distill.tune_norms:TuneNorms",
         "tune-scales": "trilemma.techniques.distill.tune_scales:TuneScales",
         "experts": "trilemma.techniques.restructure.experts:MakeExperts",

@@ -12,6 +12,7 @@ W{4,5,6,8}A{8,16}  weights and activations; A8 rounds activations to int8 in gro
 -gptaq         the same, to give what the unchanged model gives behind the compressed layers
 -guided        the same, with output errors weighed by gradients of the model's answers
 -hqq           fit grids by a robust error, without text (HQQ)
+-sign          learn which way to round, layer by layer, with calibration text (AutoRound)
 -e{4,8,16}     bits of the embedding (and tied head); by default 8; with -k also 5 and 6
 -kv{4,8,16,32} precision of the KV cache; by default bf16
 f32, bf16, f16 floating point throughout
@@ -33,7 +34,8 @@ _EMBEDDING = {"4": "int4-g32", "8": "int8-g32", "16": "bf16"}
 _K_FORMATS = {"4": "int4-g32-k", "5": "int5-g32-k", "6": "int6-g16-k"}
 _EMBEDDING_K = _K_FORMATS | {"8": "int8-g32", "16": "bf16"}
 _KV = {"4": "int4", "8": "int8", "16": "bf16", "32": "f32"}
-_QUANTIZERS = ("rtn", "hqq", "gptq", "gptaq")
+_QUANTIZERS = ("rtn", "hqq", "gptq", "gptaq", "sign-rounding")
+_OF_FORMATS = ("weights", "embedding", "activations")
 _ACTIVATIONS = {"8": "int8-g32", "16": "bf16"}
 
 SCHEMES: dict[str, str] = {
@@ -90,8 +92,15 @@ def scheme_to_recipe(name: str, *, seed: int = 0) -> Recipe:
     steps: list[Step] = []
     for part in name.split("+"):
         steps += _read_part(name, part)
-    if sum(step.technique in _QUANTIZERS for step in steps) > 1:
+    quantized = [step for step in steps if step.technique in _QUANTIZERS]
+    if len(quantized) > 1:
         raise _unknown(name, "its weights would be quantized twice; one W part is enough")
+    for place, step in enumerate(steps):
+        if step.technique == "awq":  # it looks ahead to the step that quantizes
+            if not quantized or steps.index(quantized[0]) < place:
+                raise _unknown(name, "awq prepares a W part that follows it: awq+W4A8-g32")
+            formats = {key: value for key, value in quantized[0].settings.items() if key in _OF_FORMATS}
+            steps[place] = step.model_copy(update={"settings": formats})
     return Recipe(name=name, seed=seed, steps=tuple(steps))
 
 
@@ -120,6 +129,8 @@ def _quantize(match: re.Match[str]) -> list[Step]:
     how = (match["how"] or "rtn").lower()
     if how == "guided":
         how, settings["guided"] = "gptaq", True
+    elif how == "sign":
+        how = "sign-rounding"
     return [Step(technique=how, settings=settings), *_kv_steps(match["rest"])]
 
 
@@ -132,6 +143,10 @@ def _experts(match: re.Match[str]) -> list[Step]:
 
 def _smooth(match: re.Match[str]) -> list[Step]:
     return [Step(technique="smooth")]
+
+
+def _awq(match: re.Match[str]) -> list[Step]:
+    return [Step(technique="awq")]
 
 
 def _tune(match: re.Match[str]) -> list[Step]:
@@ -233,7 +248,7 @@ PARTS: tuple[Part, ...] = (
     Part(r"(?P<dtype>f32|bf16|f16)(?P<rest>(?:-kv\d+)*)", _plain),
     Part(
         r"W(?P<weights>\d+)A(?P<activations>\d+)(?:-g(?P<group>\d+)|(?P<k>-k))?(?P<asym>-asym)?"
-        r"(?:-(?P<how>gptq|gptaq|guided|hqq))?"
+        r"(?:-(?P<how>gptq|gptaq|guided|hqq|sign))?"
         r"(?P<rest>(?:-(?:e|kv)\d+)*)",
         _quantize,
     ),
@@ -248,6 +263,7 @@ PARTS: tuple[Part, ...] = (
         "feed-forward blocks become 8 experts, of which 4 run for a token, and a shared quarter (-s25)",
     ),
     Part("smooth", _smooth, "smooth+W8A8-g32", "move activation outliers into the weights first (SmoothQuant)"),
+    Part("awq", _awq, "awq+W4A8-g128-gptq", "scale channels first so that those that matter round finer (AWQ)"),
     Part(
         r"tune(?P<steps>\d+)",
         _tune,

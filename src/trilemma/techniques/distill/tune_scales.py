@@ -7,7 +7,7 @@ as they will be, and so are scales; gradients pass straight through (Bengio et a
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -30,6 +30,7 @@ class TuneScalesSettings(TechniqueSettings):
     learning_rate: float = Field(
         1e-3, gt=0, description="peak learning rate of AdamW, relative: 0.001 moves a scale by 0.1% a step"
     )
+    precision: Literal["f32", "bf16"] = Field("f32", description="bf16: products in bf16 while training")
     norms: bool = Field(True, description="train norms and biases too")
     embedding: bool = Field(True, description="train the scales of embedding and head too")
 

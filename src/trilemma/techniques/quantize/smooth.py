@@ -5,8 +5,7 @@ takes all the steps of an int8 grid for itself. Dividing it by s and multiplying
 function. Here every s is a power of two, so that the weights stay exact in any binary float format and the
 f32 model gives bit-equal logits; that costs at most a factor of sqrt(2) in how well ranges are evened out.
 
-Pairs: attention norm -> q, k, v; v -> o; ffn norm -> gate, up (and router); up -> down of gated blocks.
-Left out: what a nonlinearity separates (plain blocks' up -> down), and the final norm of a tied head.
+Where scales can go is said in `folding.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +16,10 @@ from typing import ClassVar
 import numpy as np
 from pydantic import Field
 
-from trilemma.model.config import DecoderConfig, Experts
+from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.techniques.calibration import Gram, calibrate_layers
+from trilemma.techniques.quantize.folding import Folded, folds
 from trilemma.techniques.stored import refuse_packed, store_like
 from trilemma.techniques.technique import Build, TechniqueSettings
 
@@ -86,61 +86,12 @@ def smooth_layer(
     model: Model, index: int, largest: Mapping[str, Float32], settings: SmoothSettings
 ) -> dict[str, Float32 | StoredMatrix]:
     """New tensors of one layer, given the largest inputs of its matrices by name."""
-    shapes = model.config.tensor_shapes()
-    layer = model.config.layers[index]
-    values: dict[str, Float32] = {}
-
-    def get(name: str) -> Float32:
-        if name not in values:
-            values[name] = model.tensor(name).copy()
-        return values[name]
-
-    def move(writers: list[str], readers: list[str], scales: Float32, written: Float32 | None = None) -> None:
-        by = scales if written is None else written
-        for name in writers:
-            if name in shapes:
-                get(name)[...] /= by[:, None] if get(name).ndim == 2 else by
-        for name in readers:
-            get(name)[...] *= scales[None, :]
-
-    def widest(readers: list[str]) -> Float32:
-        found: Float32 = np.max([np.abs(get(name)).max(axis=0) for name in readers], axis=0)
-        return found
-
-    def even_out(writer: str, readers: list[str]) -> None:
-        seen = [largest[name] for name in readers if name in largest]
-        scales = channel_scales(np.max(seen, axis=0), widest(readers), settings.strength)
-        move([f"{writer}.weight", f"{writer}.bias"], readers, scales)
-
-    prefix = f"layers.{index}"
-    if layer.attention is not None:
-        spec = layer.attention
-        even_out(f"{prefix}.attention_norm", [f"{prefix}.attention.{role}.weight" for role in "qkv"])
-        o = f"{prefix}.attention.o.weight"
-        by_head = channel_scales_of_values(
-            largest[o], np.abs(get(o)).max(axis=0), spec.kv_heads, spec.head_dim, settings.strength
-        )
-        repeated = np.repeat(by_head, spec.heads // spec.kv_heads, axis=0).reshape(-1)
-        move([f"{prefix}.attention.v.weight", f"{prefix}.attention.v.bias"], [o], repeated, by_head.reshape(-1))
-    if layer.ffn is not None:
-        inner = [name for name in shapes if name.startswith(f"{prefix}.ffn.") and name.endswith(_READERS)]
-        even_out(f"{prefix}.ffn_norm", inner)
-        if isinstance(layer.ffn, Experts) or layer.ffn.gated:
-            for down in [n for n in shapes if n.startswith(f"{prefix}.ffn.") and n.endswith(".down.weight")]:
-                if down in largest:
-                    even_out(down.removesuffix(".down.weight") + ".up", [down])
-    return {name: store_like(model, name, array) for name, array in values.items()}  # exact: powers of two
-
-
-_READERS = (".gate.weight", ".up.weight", ".router.weight")
-
-
-def channel_scales_of_values(
-    largest: Float32, readers: Float32, kv_heads: int, head_dim: int, strength: float
-) -> Float32:
-    """Scales (kv_heads, head_dim) for values that several query heads share: their columns of `o` move together."""
-    shape = (kv_heads, -1, head_dim)
-    shared = channel_scales(
-        largest.reshape(shape).max(axis=1).reshape(-1), readers.reshape(shape).max(axis=1).reshape(-1), strength
-    )
-    return shared.reshape(kv_heads, head_dim)
+    folded = Folded(model)
+    for place in folds(model.config, index):
+        seen = [largest[name] for name in place.readers if name in largest]
+        if not seen:  # an expert without statistics
+            continue
+        widest = np.max([np.abs(folded.get(name)).max(axis=0) for name in place.readers], axis=0)
+        active = place.of_channels(np.max(seen, axis=0))
+        folded.fold(place, channel_scales(active, place.of_channels(widest), settings.strength))
+    return {name: store_like(model, name, array) for name, array in folded.values.items()}  # exact: powers of two

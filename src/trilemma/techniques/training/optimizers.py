@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -45,11 +46,28 @@ def make_optimizers(module: nn.Module, settings: TrainingSettings) -> list[torch
         optimizers.append(
             Muon(muon, settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay)
         )
+    if settings.optimizer == "sign":
+        return [SignDescent(rest, settings.learning_rate)]
     groups = [(decayed, settings.weight_decay), (plain, 0.0)]
     listed = [{"params": parameters, "weight_decay": decay} for parameters, decay in groups if parameters]
     if listed:
         optimizers.append(torch.optim.AdamW(listed, settings.learning_rate, betas=(settings.beta1, settings.beta2)))
     return optimizers
+
+
+class SignDescent(torch.optim.Optimizer):
+    """Steps of one length for every parameter, against the sign of its gradient; no state, no weight decay."""
+
+    def __init__(self, parameters: Iterable[Tensor], learning_rate: float) -> None:
+        super().__init__(parameters, {"lr": learning_rate})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Take one step; `closure` is not used."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(parameter.grad.sign(), alpha=group["lr"])
 
 
 def _is_inner_matrix(name: str, parameter: Tensor) -> bool:

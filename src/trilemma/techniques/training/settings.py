@@ -16,8 +16,8 @@ class TrainingSettings(TechniqueSettings):
     batch_size: int = Field(8, ge=1, description="windows in a batch")
     context: int = Field(512, ge=1, description="tokens in a window")
     accumulate: int = Field(1, ge=1, description="batches whose gradients are averaged in a step")
-    optimizer: Literal["adamw", "muon"] = Field(
-        "adamw", description="muon: Muon for matrices inside layers, AdamW for the rest"
+    optimizer: Literal["adamw", "muon", "sign"] = Field(
+        "adamw", description="muon: Muon for matrices inside layers, AdamW for the rest; sign: steps of one length"
     )
     learning_rate: float = Field(1e-3, gt=0, description="peak learning rate")
     schedule: Literal["cosine", "wsd", "constant"] = Field(
