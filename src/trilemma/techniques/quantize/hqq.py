@@ -23,7 +23,7 @@ from torch.nn import functional
 from trilemma.core.errors import RecipeError
 from trilemma.formats.grid import Format, QuantizedMatrix
 from trilemma.formats.pack import PackedMatrix, pack
-from trilemma.formats.quantize import Float16, codes_for, fit_grid, usable_codes
+from trilemma.formats.quantize import Float16, codes_for, fit_grid, quantize_rtn, usable_codes
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model
 from trilemma.model.plain import PlainMatrix
@@ -80,11 +80,13 @@ def _round(name: str, values: Float32, spec: Format, settings: HqqSettings, devi
 
 
 def quantize_hqq(w: Float32, spec: Format, settings: HqqSettings, device: str = "cpu") -> QuantizedMatrix:
-    """One matrix (out, in) on its grid, codes nearest to its values.
+    """One matrix (out, in) on its grid, codes nearest to its values; with scales of two levels, of least squared error.
 
     Raises:
         RecipeError: as `fit_grid`.
     """
+    if spec.supergroup is not None:
+        return quantize_rtn(w, spec, scale="mse")
     scales, minima = fit_grid(w, spec, scale="mse" if settings.fit == "line" else "absmax")
     rows = max(1, _BLOCK_VALUES // max(1, w.shape[1]))
     for first in range(0, len(w), rows):

@@ -7,13 +7,15 @@ and of scales to f16, passes gradients straight through.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import parametrize
 
-from trilemma.formats.grid import QuantizedMatrix
+from trilemma.formats.grid import Grid, QuantizedMatrix
 from trilemma.formats.quantize import usable_codes
 from trilemma.techniques.distill.grids import through_f16
 
@@ -25,7 +27,8 @@ class LearnedRounding(nn.Module):
     """Parametrization: (v (out, in), factors of scales or of both ends (out, groups)) -> weight (out, in).
 
     Args:
-        weight: (out, in), on the device where it will learn. start: grid and codes to begin with, one level of scales.
+        weight: (out, in), on the device where it will learn.
+        start: grid and codes to begin with. A grid with scales of two levels stays as it is, v alone is learned.
     """
 
     weight: Tensor
@@ -35,13 +38,14 @@ class LearnedRounding(nn.Module):
 
     def __init__(self, weight: Tensor, start: QuantizedMatrix) -> None:
         super().__init__()
-        self.spec, self.columns = start.spec, weight.shape[1]
+        self.spec, self.columns, self.start = start.spec, weight.shape[1], start
         self.levels = usable_codes(start.spec)
         device = weight.device
         self._keep("weight", self._grouped(weight.detach()))
-        self._keep("scales", torch.from_numpy(start.scales.astype(np.float32)).to(device))
-        minima = start.minima
-        self._keep("minima", None if minima is None else torch.from_numpy(minima.astype(np.float32)).to(device))
+        grid = Grid(start.spec, start.scales, start.minima, start.sub_scales, start.sub_minima)
+        minima = grid.offsets()
+        self._keep("scales", torch.from_numpy(grid.steps()).to(device))
+        self._keep("minima", None if minima is None else torch.from_numpy(minima).to(device))
         codes = self._grouped(torch.from_numpy(start.codes.astype(np.float32)).to(device))
         exact = self._in_steps(self.scales, self.minima)
         shift = codes + (exact - codes).clamp(-_INSIDE, _INSIDE) - exact
@@ -50,8 +54,8 @@ class LearnedRounding(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, ...]:
         """Nothing learned yet: zeros."""
-        ends = (self.scales,) if self.minima is None else (self.scales, self.minima)
-        return (torch.zeros_like(weight), *(torch.zeros_like(end) for end in ends))
+        ends = [] if self.spec.supergroup is not None else [self.scales, self.minima]
+        return (torch.zeros_like(weight), *(torch.zeros_like(end) for end in ends if end is not None))
 
     def forward(self, v: Tensor, *ends: Tensor) -> Tensor:
         """(out, in) f32."""
@@ -68,6 +72,8 @@ class LearnedRounding(nn.Module):
         return (exact + (exact.round() - exact).detach()).clamp(*self.levels), scales, minima
 
     def _grid(self, *factors: Tensor) -> tuple[Tensor, Tensor | None]:
+        if not factors:
+            return self.scales, self.minima
         if self.minima is None:
             return through_f16(self.scales * factors[0]), None
         top, bottom = (self.minima + self.levels[1] * self.scales) * factors[0], self.minima * factors[1]
@@ -109,5 +115,7 @@ def learned_matrix(module: nn.Module) -> QuantizedMatrix:
     with torch.no_grad():
         codes, scales, minima = rounding.on_grid(*chain.parameters())
     flat = codes.flatten(1)[:, : rounding.columns].to(torch.int8).cpu().numpy()
+    if rounding.spec.supergroup is not None:
+        return replace(rounding.start, codes=flat)
     wide = None if minima is None else minima.cpu().numpy().astype(np.float16)
-    return QuantizedMatrix(rounding.spec, flat, scales.cpu().numpy().astype(np.float16), wide)
+    return replace(rounding.start, codes=flat, scales=scales.cpu().numpy().astype(np.float16), minima=wide)

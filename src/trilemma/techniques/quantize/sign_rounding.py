@@ -22,7 +22,7 @@ from torch.nn import functional
 from trilemma.core.errors import RecipeError, StoppedError
 from trilemma.formats.grid import Format, QuantizedMatrix
 from trilemma.formats.pack import pack
-from trilemma.formats.quantize import codes_for, fit_grid
+from trilemma.formats.quantize import quantize_rtn
 from trilemma.model.config import DecoderConfig
 from trilemma.model.decoder import DecoderLayer, layer_from_model
 from trilemma.model.model import Activation, Float32, LinearRun, Model, StoredMatrix
@@ -125,10 +125,9 @@ class _Walk:
                 how = GptqSettings.model_validate({"weights": spec.name, "scale": settings.scale})
                 return quantize_gptq(weight, gram.hessian(), spec, how)
             importance = gram.hessian().diagonal().cpu().numpy() if seen else None
-            scales, minima = fit_grid(weight, spec, scale=scale_rule(spec, settings.scale), importance=importance)
+            return quantize_rtn(weight, spec, scale=scale_rule(spec, settings.scale), importance=importance)
         except RecipeError as error:
             raise named(name, error) from None
-        return QuantizedMatrix(spec, codes_for(weight, scales, minima, spec), scales, minima)
 
     def _learn(self, layer: DecoderLayer, index: int) -> None:
         settings, build = self.settings, self.build
