@@ -28,7 +28,7 @@ class TuneScalesSettings(TechniqueSettings):
     batch_size: int = Field(4, ge=1, description="calibration windows in a step")
     context: int = Field(256, ge=2, description="tokens of each window that are used")
     learning_rate: float = Field(
-        1e-3, gt=0, description="peak learning rate of AdamW, relative: 0.001 moves a scale by 0.1% a step"
+        2e-3, gt=0, description="peak learning rate of AdamW, relative: 0.002 moves a scale by 0.2% a step"
     )
     precision: Literal["f32", "bf16"] = Field("f32", description="bf16: products in bf16 while training")
     norms: bool = Field(True, description="train norms and biases too")
