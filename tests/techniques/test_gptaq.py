@@ -9,7 +9,7 @@ from torch import nn
 
 from trilemma.core.recipe import Recipe, Step
 from trilemma.formats import FORMATS
-from trilemma.formats.pack import unpack
+from trilemma.formats.pack import pack, unpack
 from trilemma.formats.quantize import fit_grid, quantize_rtn
 from trilemma.model.decoder import Decoder
 from trilemma.techniques import Build
@@ -233,6 +233,20 @@ def test_a_matrix_of_several_blocks_of_rows(rows, minima, random_generator):
         for refits in (0, 3)
     )  # fmt: skip
     assert last < first
+
+
+@pytest.mark.parametrize("name", ["int4-g32-k", "int5-g32-k", "int6-g16-k"])
+def test_scales_of_two_levels_are_fitted_too(name, random_generator):
+    spec = FORMATS.get(name)
+    weight = random_generator.standard_normal((9, 512)).astype(np.float32)
+    hessian, moment = second_moment(random_generator, 512), second_moment(random_generator, 9)
+    args = torch.from_numpy(hessian.astype(np.float32)), torch.from_numpy(moment.astype(np.float32))[None], spec
+    made = [quantize_gptaq(weight, *args, GptaqSettings(weights=name, refits=refits)) for refits in (0, 2)]
+    errors = [
+        weighed_error(each.dequantize() - weight, damped(hessian, 0.01), damped(moment, 0.01)) for each in made
+    ]  # fmt: skip
+    assert errors[1] < errors[0]
+    np.testing.assert_array_equal(unpack(pack(made[1])).dequantize(), made[1].dequantize())
 
 
 def answers_apart(model, made, tokens) -> float:

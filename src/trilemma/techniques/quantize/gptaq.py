@@ -12,6 +12,7 @@ With `guided`, output errors are weighed by what the model's answers make of the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
@@ -20,14 +21,14 @@ from pydantic import Field
 from torch import Tensor
 
 from trilemma.core.errors import RecipeError
-from trilemma.formats.grid import Format, QuantizedMatrix
+from trilemma.formats.grid import Format, Grid, QuantizedMatrix
 from trilemma.formats.pack import pack
 from trilemma.formats.quantize import find_grid
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.techniques.calibration import side_by_side
 from trilemma.techniques.output_guide import output_moments
-from trilemma.techniques.quantize.assignment import assign_formats, assign_runs, named
+from trilemma.techniques.quantize.assignment import assign_formats, assign_runs, fallbacks, named
 from trilemma.techniques.quantize.gptq import GptqSettings, damped, gptq_codes
 from trilemma.techniques.quantize.refit import error_of, refit_scales
 from trilemma.techniques.quantize.rtn import round_matrix, scale_rule
@@ -66,6 +67,8 @@ class Gptaq:
     def apply(self, model: Model, settings: GptaqSettings, build: Build) -> Model:
         formats = assign_formats(model.config, settings)
         runs = assign_runs(model.config, formats, settings.activations)
+        if note := fallbacks(model.config, settings, formats):
+            report(build, 0, len(model.config.layers), note)
         ends = {}
         for name in (name for name in formats if not name.startswith("layers.")):
             report(build, 0, len(model.config.layers), f"rtn {name}")
@@ -76,10 +79,10 @@ class Gptaq:
             name, pair = found
             return _choose(name, model.tensor(name), pair, moments.get(name), formats[name], settings)
 
-        def replace(pairs: Mapping[str, Pair]) -> dict[str, Float32 | StoredMatrix]:
+        def quantized(pairs: Mapping[str, Pair]) -> dict[str, Float32 | StoredMatrix]:
             return dict(zip(pairs, side_by_side(choose, pairs.items(), build.threads), strict=True))
 
-        return calibrate_beside(model.with_tensors(ends, runs), model, build, runs, replace)
+        return calibrate_beside(model.with_tensors(ends, runs), model, build, runs, quantized)
 
 
 def _choose(
@@ -118,21 +121,25 @@ def quantize_gptaq(
     """
     importance = hessian.diagonal().to("cpu", torch.float32).numpy()
     grid = find_grid(target, spec, scale=scale_rule(spec, settings.scale), importance=importance)
-    offsets = grid.offsets()
-    both = [grid.steps()] if offsets is None else [grid.steps(), offsets]
-    factors = torch.from_numpy(np.stack(both)).to(hessian)
-    if spec.supergroup is not None:  # a refit of each group's scale would leave such a grid
-        settings = settings.model_copy(update={"refits": 0})
+    factors, units = (torch.from_numpy(each).to(hessian) for each in _levels(grid))
     weight = torch.from_numpy(target).to(hessian)
     found = [
-        _solve(weight[rows], hessian, moment, factors[:, rows], spec, settings)
+        _solve(weight[rows], hessian, moment, factors[:, rows], units[:, rows], spec, settings)
         for rows, moment in _blocks(len(target), moments)
     ]
     codes = torch.cat([codes for codes, _ in found]).cpu().numpy()
-    if spec.supergroup is not None:
-        return grid.with_codes(codes)
     fitted = torch.cat([factors for _, factors in found], dim=1).cpu().numpy().astype(np.float16)
-    return QuantizedMatrix(spec, codes, fitted[0], None if spec.symmetric else fitted[1])
+    fitted_grid = replace(grid, scales=fitted[0], minima=None if grid.minima is None else fitted[1])
+    return fitted_grid.with_codes(codes)
+
+
+def _levels(grid: Grid) -> tuple[Float32, Float32]:
+    """Scales and minima (1 or 2, out, f16 groups), and what each group has of them (1 or 2, out, groups)."""
+    both = [(grid.scales, grid.sub_scales)]
+    if grid.minima is not None:
+        both.append((grid.minima, grid.sub_minima))
+    units = [np.ones_like(scales) if part is None else part for scales, part in both]
+    return np.stack([scales for scales, _ in both]).astype(np.float32), np.stack(units).astype(np.float32)
 
 
 def _blocks(rows: int, moments: Tensor | None) -> list[tuple[slice, Tensor | None]]:
@@ -148,32 +155,47 @@ def _blocks(rows: int, moments: Tensor | None) -> list[tuple[slice, Tensor | Non
 
 
 def _solve(
-    target: Tensor, hessian: Tensor, moment: Tensor | None, factors: Tensor, spec: Format, settings: GptaqSettings
+    target: Tensor,
+    hessian: Tensor,
+    moment: Tensor | None,
+    factors: Tensor,
+    units: Tensor,
+    spec: Format,
+    settings: GptaqSettings,
 ) -> tuple[Tensor, Tensor]:
-    """Codes (rows, in) and factors (scales and perhaps minima, rows, groups) in f16: the best that were seen."""
+    """Codes (rows, in) and factors (scales and perhaps minima, rows, f16 groups) in f16: the best that were seen."""
     size = spec.group_size(target.shape[1])
+    members = torch.arange(target.shape[1], device=target.device) // size
     heavy = damped(hessian, settings.damping)
     weights = None if moment is None else damped(moment.to(hessian), settings.damping)
-    codes = _codes(target, hessian, moment, factors, spec, settings)
+
+    per = 1 if spec.supergroup is None else spec.supergroup // size
+
+    def chosen(factors: Tensor) -> Tensor:
+        steps = factors.repeat_interleave(per, 2)[..., : units.shape[2]] * units
+        return _codes(target, hessian, moment, steps, spec, settings)
+
+    codes = chosen(factors)
     if not settings.refits:
         return codes, factors
     seen = []
     for again in range(settings.refits):
         if again:
-            codes = _codes(target, hessian, moment, factors, spec, settings)
-        basis = [codes.to(hessian)] if spec.symmetric else [codes.to(hessian), torch.ones_like(target)]
-        fitted = refit_scales(target, basis, heavy, weights, factors, size).half().to(hessian)
+            codes = chosen(factors)
+        basis = [codes.to(hessian) * units[0][:, members], *(part[:, members] for part in units[1:])]
+        fitted = refit_scales(target, basis, heavy, weights, factors, size * per).half().to(hessian)
         lost = ~torch.isfinite(fitted).all(0) | (fitted[0] == 0)
         factors = torch.where(lost, factors, fitted)
-        seen.append((error_of(target, basis, heavy, weights, factors, size), codes, factors))
+        seen.append((error_of(target, basis, heavy, weights, factors, size * per), codes, factors))
     _, codes, factors = min(seen, key=lambda each: each[0])
     return codes, factors
 
 
 def _codes(
-    target: Tensor, hessian: Tensor, moment: Tensor | None, factors: Tensor, spec: Format, settings: GptaqSettings
+    target: Tensor, hessian: Tensor, moment: Tensor | None, steps: Tensor, spec: Format, settings: GptaqSettings
 ) -> Tensor:
-    scale, shift = factors[0], None if spec.symmetric else factors[1]
+    """steps: scales and perhaps minima (1 or 2, rows, groups)."""
+    scale, shift = steps[0], None if spec.symmetric else steps[1]
     if moment is None:
         return gptq_codes(
             target, hessian, scale, shift, spec,
