@@ -38,6 +38,8 @@ def test_every_recommended_scheme_is_a_recipe_that_passes_the_checks(tiny_model)
         ("W4A8-g32", "rtn", {"weights": "int4-g32", "embedding": "int8-g32", "activations": "int8-g32"}),
         ("W4A16-g128-gptq", "gptq", {"weights": "int4-g128", "embedding": "int8-g32", "activations": "bf16"}),
         ("W8A16-g32-gptq-e4", "gptq", {"weights": "int8-g32", "embedding": "int4-g32", "activations": "bf16"}),
+        ("W5A8-k-guided", "gptaq",
+         {"weights": "int5-g32-k", "embedding": "int8-g32", "activations": "int8-g32", "guided": True}),
         ("W4A8-g64-gptaq", "gptaq", {"weights": "int4-g64", "embedding": "int8-g32", "activations": "int8-g32"}),
         ("W4A8-g32-guided", "gptaq",
          {"weights": "int4-g32", "embedding": "int8-g32", "activations": "int8-g32", "guided": True}),

@@ -57,6 +57,7 @@ SCHEMES: dict[str, str] = {
     "W4A16-g32-gptq": "4-bit weights, 16-bit activations",
     "W4A16-g128-gptq": "4-bit weights in groups of 128, 16-bit activations",
     "W4A8-k-gptq": "4-bit weights with minima, scales of two levels (GGUF Q4_K), codes chosen with calibration text",
+    "W4A8-k-guided": "the same grid; codes give what the unchanged model gives, guided by gradients of its answers",
     "W5A8-k-gptq": "5-bit weights on GGUF's Q5_K, codes chosen with calibration text",
     "W6A8-k": "6-bit weights on GGUF's Q6_K: close to 8 bits, needs no text",
     "W4A8-g32-gptq-e4": "4 bits for the embedding and head too",
@@ -164,7 +165,7 @@ def _heal(match: re.Match[str]) -> list[Step]:
 def _weights_format(match: re.Match[str]) -> str:
     if match["k"]:
         if match["how"] and match["how"].lower() == "hqq":
-            raise ValueError("-hqq fits one level of scales, and -k has two")
+            raise ValueError("-hqq fits one level of scales, and -k has two: take -gptq, -gptaq, -guided or none")
         return _pick("weight bits with -k", "asym" if match["asym"] else match["weights"], _K_FORMATS)
     group = f"g{match['group']}" if match["group"] else "channel"
     wanted = f"int{match['weights']}-{group}{'-asym' if match['asym'] else ''}"

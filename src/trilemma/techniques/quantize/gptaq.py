@@ -44,7 +44,9 @@ class GptaqSettings(GptqSettings):
     drift: float = Field(
         1.0, ge=0, le=1, description="share of the residual stream's drift that the matrices adding to it make up for"
     )
-    refits: int = Field(2, ge=0, le=8, description="times that scales are fitted to the codes and codes chosen anew")
+    refits: int = Field(
+        0, ge=0, le=8, description="times that scales are fitted to the codes, and codes chosen again before the next"
+    )
     guided: bool = Field(
         False, description="weigh output errors by the gradients of the model's answers: lower KL, a backward pass"
     )
