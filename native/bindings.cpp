@@ -266,16 +266,17 @@ void release_free_memory() {
 #endif
 }
 
-// (KV cache, scratch) in bytes; `products` are (activation, bits, symmetric) of the matrices, bits 0 for those in rows.
-nb::tuple plan(const nb::dict& config, const std::vector<std::tuple<std::string, int, bool>>& products,
+// (KV cache, scratch) in bytes; `products` are (activation, bits, symmetric, group, codebook) of the matrices, bits 0 for
+// those in rows; the group is the smallest that has a scale or a factor.
+nb::tuple plan(const nb::dict& config, const std::vector<std::tuple<std::string, int, bool, int, bool>>& products,
                const std::string& isa, const std::string& kv_cache, int max_context, int max_sequences,
                int kv_positions) {
   InputForms forms;
-  for (const auto& [activation, bits, symmetric] : products) {
+  for (const auto& [activation, bits, symmetric, group, codebook] : products) {
     const auto layout = bits == 0    ? Matrix::Layout::kRows
                         : bits == 16 ? Matrix::Layout::kPairs
                                      : Matrix::Layout::kPanels;
-    forms.add(activation_of(activation), layout, {bits, symmetric, 0});
+    forms.add(activation_of(activation), layout, {bits, symmetric, group, 0, codebook});
   }
   const MemoryUse use =
       plan_memory(read_config(config), forms,
@@ -300,16 +301,16 @@ void bind_model(nb::module_& m) {
           [](Model& self, const std::string& name, int bits, bool symmetric, int group, int rows, int cols,
              const std::string& activation, const ByteArray& codes, const ByteArray& scales,
              const std::optional<ByteArray>& minima, int sub_group, const std::optional<ByteArray>& sub_scales,
-             const std::optional<ByteArray>& sub_minima) {
+             const std::optional<ByteArray>& sub_minima, bool codebook) {
             const auto given = [](const std::optional<ByteArray>& part) { return part ? bytes_of(*part) : Bytes{}; };
-            self.add_matrix(name, Matrix::packed(self.arena(), name, {bits, symmetric, group, sub_group}, rows, cols,
-                                                 activation_of(activation),
+            self.add_matrix(name, Matrix::packed(self.arena(), name, {bits, symmetric, group, sub_group, codebook},
+                                                 rows, cols, activation_of(activation),
                                                  {bytes_of(codes), bytes_of(scales), given(minima), given(sub_scales),
                                                   given(sub_minima)}));
           },
           "name"_a, "bits"_a, "symmetric"_a, "group"_a, "rows"_a, "cols"_a, "activation"_a, "codes"_a, "scales"_a,
           "minima"_a.none() = nb::none(), "sub_group"_a = 0, "sub_scales"_a.none() = nb::none(),
-          "sub_minima"_a.none() = nb::none())
+          "sub_minima"_a.none() = nb::none(), "codebook"_a = false)
       .def(
           "add_vector",
           [](Model& self, const std::string& name, const FloatArray& values) {
@@ -347,14 +348,14 @@ void bind_loader(nb::module_& m) {
       .def(
           "add_panels",
           [](Loader& self, const std::string& name, int bits, bool symmetric, int group, int sub_group, int rows,
-             int cols, const std::string& activation, int file, const std::vector<PieceTuple>& pieces) {
+             int cols, const std::string& activation, int file, const std::vector<PieceTuple>& pieces, bool codebook) {
             std::vector<Piece> found;
             for (const auto& piece : pieces) found.push_back(piece_of(piece));
-            self.add_panels(name, {bits, symmetric, group, sub_group}, rows, cols, activation_of(activation), file,
-                            found);
+            self.add_panels(name, {bits, symmetric, group, sub_group, codebook}, rows, cols, activation_of(activation),
+                            file, found);
           },
           "name"_a, "bits"_a, "symmetric"_a, "group"_a, "sub_group"_a, "rows"_a, "cols"_a, "activation"_a, "file"_a,
-          "pieces"_a)
+          "pieces"_a, "codebook"_a = false)
       .def(
           "add_rows",
           [](Loader& self, const std::string& name, const std::string& label, const std::string& dtype, int rows,

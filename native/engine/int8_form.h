@@ -7,12 +7,12 @@
 namespace trilemma {
 
 struct Int8Needs {
-  bool codes = false, sums = false;
+  bool codes = false, sums = false, half_sums = false;
   unsigned starts = 0;  // arrays of Int8Input::start, a bit each
 
   void add(const Grid& grid) {
     codes = true;
-    sums |= !grid.symmetric;
+    (grid.halves() ? half_sums : sums) |= !grid.symmetric;
     starts |= grid.starts();
   }
 };
@@ -32,7 +32,7 @@ class Int8Form {
 
  private:
   bool shared_rows_;
-  AlignedBuffer codes_, row_scale_, scale_, sums_, starts_[kStarts];
+  AlignedBuffer codes_, row_scale_, scale_, sums_, half_sums_[2], starts_[kStarts];
 };
 
 }  // namespace trilemma

@@ -58,15 +58,25 @@ void read_pairs(const PairView& view, int row, float* out) {
     out[k] = std::bit_cast<float>(uint32_t(line[k / 2 * (2 * kPanel) + k % 2]) << 16);
 }
 
+// Of 2 or 3 bits, in a block at byte `at` of its lines.
+int low_code(const uint8_t* block, int bits, int quad, size_t at) {
+  const auto byte = [&](int line) { return int(block[size_t(line) * 64 + at]); };
+  if (bits == 2) return byte(quad / 4) >> quad % 4 * 2 & 3;
+  if (quad < 6) return byte(quad / 2) >> quad % 2 * 3 & 7;
+  return byte(quad - 6) >> 6 | (byte(2) >> quad & 1) << 2;
+}
+
 int code_at(const PackedView& view, const uint8_t* panel, int r, int k) {
   const size_t at = size_t(r * 4 + k % 4);
   if (view.bits == 8) return int8_t(panel[size_t(k / 4) * 64 + at]);
   const uint8_t* block = panel + size_t(k / kBlock) * size_t(kBlock * kPanel * view.bits / 8);
   const int line = k % kBlock / 4;  // of four columns
+  if (view.bits < 4) return low_code(block, view.bits, line, at) - (view.minima ? 0 : 1 << (view.bits - 1));
   const uint8_t low = block[size_t(line / 2) * 64 + at];
   int code = line % 2 ? low >> 4 : low & 15;
   if (view.bits == 5) code |= (block[256 + at] >> line & 1) << 4;
   if (view.bits == 6) code |= (block[256 + size_t(line / 4) * 64 + at] >> (line % 4 * 2) & 3) << 4;
+  if (view.codebook) return kCodebook[code];
   return view.minima ? code : code - (1 << (view.bits - 1));
 }
 
@@ -75,14 +85,16 @@ void read_packed(const PackedView& view, int row, float* out) {
   const int panel = row / kPanel, r = row % kPanel;
   const uint8_t* codes = view.codes + size_t(panel) * size_t(view.blocks) * size_t(kBlock * kPanel * view.bits / 8);
   const size_t groups = size_t(panel) * size_t(view.groups) * kPanel + size_t(r);
-  const int subs = view.sub_group ? view.blocks * (kBlock / view.sub_group) : 0;
+  const int subs = view.sub_scales ? view.blocks * (kBlock / view.sub_group) : 0;
+  const int group = view.sub_group && !subs ? view.sub_group : view.group_blocks * kBlock;
   for (int k = 0; k < view.cols; ++k) {
-    const size_t g = groups + size_t(k / kBlock / view.group_blocks) * kPanel;
+    const size_t g = groups + size_t(k / group) * kPanel;
     float scale = half(view.scales[g]), minimum = view.minima ? half(view.minima[g]) : 0;
-    if (view.sub_group) {
+    if (subs) {
       const size_t sub = (size_t(panel) * size_t(subs) + size_t(k / view.sub_group)) * kPanel + size_t(r);
-      scale *= view.sub_scales[sub];
-      if (view.minima) minimum *= view.sub_minima[sub];
+      const int both = uint8_t(view.sub_scales[sub]);
+      scale *= view.bits == 2 ? both & 15 : view.sub_scales[sub];
+      if (view.minima) minimum *= view.bits == 2 ? both >> 4 : view.sub_minima[sub];
     }
     const float value = float(code_at(view, codes, r, k)) * scale;
     out[k] = view.minima ? value + minimum : value;
@@ -90,19 +102,25 @@ void read_packed(const PackedView& view, int row, float* out) {
 }
 
 void check_grid(const std::string& name, const Grid& grid) {
-  const auto [bits, symmetric, group, sub_group] = grid;
-  const bool known = sub_group == 0 ? bits == 4 || bits == 5 || (bits == 8 && symmetric)
-                                  : (sub_group == 32 && (bits == 4 || bits == 5) && !symmetric) ||
-                                        (sub_group == 16 && bits == 6 && symmetric);
+  const auto [bits, symmetric, group, sub_group, codebook] = grid;
+  const bool halves = bits == 2 ? !symmetric : (bits == 3 || bits == 6) && symmetric;
+  const bool plain = bits == 2 ? !symmetric : (bits >= 3 && bits <= 5) || ((bits == 6 || bits == 8) && symmetric);
+  const bool known = codebook          ? bits == 4 && symmetric && sub_group == 0 && group != 16
+                     : grid.halves()   ? halves
+                     : sub_group == 32 ? (bits == 4 || bits == 5) && !symmetric
+                                       : sub_group == 0 && plain;
   if (!known)
     throw EngineFault("Tensor '" + name + "': " + std::to_string(bits) +
                       (symmetric ? "-bit symmetric" : "-bit asymmetric") + " codes" +
+                      (codebook ? " of a codebook" : "") +
                       (sub_group ? " with a factor for " + std::to_string(sub_group) + " columns" : std::string()) +
-                      " are not supported; 4 and 5 bits (both kinds) and 8 symmetric ones are, and with factors 4 and 5 "
-                      "asymmetric ones (of 32 columns) and 6 symmetric ones (of 16).");
-  if (group < 0 || group % kBlock != 0)
+                      (group == 16 ? " in groups of 16" : "") +
+                      " are not supported; 3, 4 and 5 bits (both kinds), 2 asymmetric and 6 and 8 symmetric ones are. With "
+                      "factors 4 and 5 asymmetric ones (of 32 columns) are, and with factors of 16 columns or in groups of "
+                      "16 2 asymmetric and 3 and 6 symmetric ones. Codebooks have 4 bits and no factors.");
+  if (group < 0 || (group % kBlock != 0 && group != kBlock / 2))
     throw EngineFault("Tensor '" + name + "': group " + std::to_string(group) +
-                      " must be a multiple of 32, or 0 for the whole row.");
+                      " must be a multiple of 32, 16, or 0 for the whole row.");
 }
 
 }  // namespace
@@ -156,13 +174,16 @@ Matrix Matrix::plain(Arena& arena, const std::string& name, Dtype dtype, int row
 
 unsigned Grid::starts() const {
   if (!symmetric) return 0;
+  if (codebook) return 1u << kStart128;
   switch (bits) {
+    case 3:
+      return halves() ? 1u << kStart4Low | 1u << kStart4High : 1u << kStart4;
     case 4:
       return 1u << kStart8;
     case 5:
       return 1u << kStart16;
     case 6:
-      return 1u << kStart32Low | 1u << kStart32High;
+      return halves() ? 1u << kStart32Low | 1u << kStart32High : 1u << kStart32;
     default:
       return 1u << kStart128;
   }
@@ -182,9 +203,11 @@ Matrix Matrix::unplaced(const std::string& name, const Grid& grid, int rows, int
   v.cols = cols;
   v.bits = grid.bits;
   v.blocks = (cols + kBlock - 1) / kBlock;
-  v.group_blocks = grid.group ? grid.group / kBlock : v.blocks;
-  v.groups = (v.blocks + v.group_blocks - 1) / v.group_blocks;
-  v.sub_group = grid.sub_group;
+  const bool half_blocks = grid.group == kBlock / 2;
+  v.group_blocks = half_blocks ? 1 : grid.group ? grid.group / kBlock : v.blocks;
+  v.groups = half_blocks ? 2 * v.blocks : (v.blocks + v.group_blocks - 1) / v.group_blocks;
+  v.sub_group = half_blocks ? grid.group : grid.sub_group;
+  v.codebook = grid.codebook;
   for (const size_t part : m.part_bytes()) m.bytes_ += part;
   return m;
 }
@@ -201,9 +224,9 @@ PartBytes Matrix::part_bytes() const {
   }
   const PackedView& v = packed_view_;
   const size_t scales = held * size_t(v.groups) * kPanel * 2, none = 0;
-  const size_t factors = v.sub_group ? held * size_t(v.blocks * (kBlock / v.sub_group)) * kPanel : 0;
+  const size_t factors = grid_.sub_group ? held * size_t(v.blocks * (kBlock / grid_.sub_group)) * kPanel : 0;
   return {held * size_t(v.blocks) * line * size_t(grid_.bits) / 8, scales, grid_.symmetric ? none : scales, factors,
-          grid_.symmetric ? none : factors};
+          grid_.symmetric || grid_.bits == 2 ? none : factors};
 }
 
 std::array<Bytes, kMatrixParts> Matrix::parts() const {

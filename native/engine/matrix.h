@@ -1,4 +1,4 @@
-// One weight matrix as the engine holds it, in one of three layouts, one of which has two versions.
+// One weight matrix as the engine holds it, in one of three layouts, one of which has three versions.
 //
 // rows.v1: f32 or f16, row-major, unpadded.
 // pairs16.v1: bf16 in panels of 16 rows (the last padded with zeros), columns padded to a multiple of 32.
@@ -15,6 +15,15 @@
 //           Symmetric codes are stored +16 and +32.
 //   two levels: [panel][padded columns / sub-group][16] signed bytes beside scales (and minima): their products with
 //           the f16 of the group hold for 32 columns (4 and 5 bits, with minima) or 16 (6 bits, symmetric).
+// panel16.v3: the same, with codes of 2 and 3 bits, codes that number the values of a codebook, and groups of 16. Of the
+//   32 columns of a block, quad i are columns 4i .. 4i+3, and byte r*4+j has row r, column j of its quads:
+//   2 bits: two lines; quads 0-3 and 4-7, from the lowest bits up.
+//   3 bits: three lines; quads 0 and 1, 2 and 3, 4 and 5 in bits 0-2 and 3-5. Bits 6-7 are the two low bits of quad 6 in
+//           the first line and of quad 7 in the second, and their third bits in the third. Symmetric codes are stored +4.
+//   codebook: numbers of kCodebook's values, as 4-bit codes that are stored as they are.
+//   groups of 16 (2 bits with minima, 3 and 6 bits symmetric): f16 scales (and minima) are [panel][padded columns / 16][16];
+//           two-level scales of these are factors of 16 columns. With 2 bits a byte holds that of the scale in its low
+//           four bits and that of the minimum in its high ones.
 #pragma once
 
 #include <array>
@@ -40,8 +49,11 @@ struct Grid {
   bool symmetric;
   int group;
   int sub_group = 0;
+  bool codebook = false;
 
   bool shares_row_scale() const { return bits <= kSharedScaleBits; }
+  // Whether the halves of a block have scales of their own.
+  bool halves() const { return group == kBlock / 2 || sub_group == kBlock / 2; }
   // Arrays of Int8Input::start that products with such codes need, a bit each.
   unsigned starts() const;
 };

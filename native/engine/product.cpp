@@ -112,8 +112,8 @@ ProductInput::Sizes ProductInput::sizes_of(const Kernels& kernels, const InputFo
   Sizes sizes;
   if (forms.rounds_rows(kernels)) sizes.bf16_rows = n * blocks * kBlock * 4;
   if (forms.rounds_tiles(kernels)) sizes.bf16_tiles = cells * kBlock * 2;
-  if (forms.sums) sizes.sums = n * blocks * 4;
-  if (forms.bf16_sums) sizes.bf16_sums = n * blocks * 4;
+  if (forms.sums) sizes.sums = n * blocks * 8;
+  if (forms.bf16_sums) sizes.bf16_sums = n * blocks * 8;
   sizes.cells = cells;
   return sizes;
 }
@@ -165,14 +165,14 @@ void ProductInput::prepare(const Kernels& kernels, int row) const {
   const size_t at = size_t(row) * size_t(ld_), blocks = size_t(ld_ / kBlock);
   float* x = x_ + at;
   kernels.pad_row(x, columns_);
-  if (forms_.sums) kernels.block_sums(x, int(blocks), sums_.as<float>() + size_t(row) * blocks);
+  if (forms_.sums) kernels.half_sums(x, int(blocks), sums_.as<float>() + size_t(row) * blocks * 2);
   const auto later = [](int r, const Part& p) { return r < p.first; };
   const Part& part = *(std::upper_bound(parts_.begin(), parts_.end(), row, later) - 1);
-  float* sums = forms_.bf16_sums ? bf16_sums_.as<float>() + size_t(row) * blocks : nullptr;
+  float* sums = forms_.bf16_sums ? bf16_sums_.as<float>() + size_t(row) * blocks * 2 : nullptr;
   if (forms_.rounds_rows(kernels)) {
     float* rounded = bf16_rows_.as<float>() + at;
     kernels.round_bf16(x, ld_, rounded);
-    if (sums) kernels.block_sums(rounded, int(blocks), sums);
+    if (sums) kernels.half_sums(rounded, int(blocks), sums);
   }
   if (forms_.rounds_tiles(kernels)) kernels.bf16->round(x, row - part.first, part.bf16, sums);
   for (const Int8Input& int8 : part.int8)
@@ -181,14 +181,14 @@ void ProductInput::prepare(const Kernels& kernels, int row) const {
 
 const float* ProductInput::bf16_sums(int part) const {
   if (!bf16_sums_.data()) return nullptr;
-  return bf16_sums_.as<float>() + size_t(parts_[size_t(part)].first) * size_t(ld_ / kBlock);
+  return bf16_sums_.as<float>() + size_t(parts_[size_t(part)].first) * size_t(ld_ / kBlock * 2);
 }
 
 FloatInput ProductInput::floats(int part, bool rounded) const {
   const size_t first = size_t(parts_[size_t(part)].first), at = first * size_t(ld_);
-  const size_t block = first * size_t(ld_ / kBlock);
+  const size_t half = first * size_t(ld_ / kBlock * 2);
   if (rounded) return {bf16_rows_.as<float>() + at, size_t(ld_), bf16_sums(part)};
-  return {x_ + at, size_t(ld_), sums_.data() ? sums_.as<float>() + block : nullptr};
+  return {x_ + at, size_t(ld_), sums_.data() ? sums_.as<float>() + half : nullptr};
 }
 
 void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::span<const Product> products) {

@@ -17,6 +17,18 @@ std::uint16_t f16_at(const std::uint8_t* p) {
 
 bool is_finite(std::uint16_t h) { return (h & 0x7c00) != 0x7c00; }
 
+// Of 2 or 3 bits: eight times four columns to the lines at `line`.
+template <int bits>
+void put_few(const std::uint32_t* four, std::uint8_t* line) {
+  const std::uint32_t two = 0x03030303u, one = 0x01010101u, high = (four[6] >> 2 & one) | (four[7] >> 2 & one) << 1;
+  const std::uint32_t rest[] = {four[6] & two, four[7] & two, high};
+  for (int i = 0; i < bits; ++i) {
+    const std::uint32_t *f = four + 4 * i, *g = four + 2 * i;
+    const std::uint32_t byte = bits == 2 ? f[0] | f[1] << 2 | f[2] << 4 | f[3] << 6 : g[0] | g[1] << 3 | rest[i] << 6;
+    std::memcpy(line + i * 64, &byte, 4);
+  }
+}
+
 // Codes of one row in a block of 32 columns, as they are stored (biased where symmetric), to their place in the panel.
 template <int bits>
 void put(const std::uint8_t* codes, std::uint8_t* block, int row) {
@@ -27,6 +39,7 @@ void put(const std::uint8_t* codes, std::uint8_t* block, int row) {
     for (int i = 0; i < 8; ++i) std::memcpy(line + i * 64, four + i, 4);
     return;
   }
+  if constexpr (bits < 4) return put_few<bits>(four, line);
   for (int i = 0; i < 4; ++i) {
     const std::uint32_t both = (four[2 * i] & 0x0f0f0f0fu) | (four[2 * i + 1] & 0x0f0f0f0fu) << 4;
     std::memcpy(line + i * 64, &both, 4);
@@ -60,6 +73,11 @@ struct Q4_0 {
   static constexpr bool kMinima = false;
   static constexpr std::size_t kBytes = 18;
   static void codes(const std::uint8_t* p, std::uint8_t* to) { nibbles(p + 2, to); }
+};
+
+// The same bytes, but nibbles are numbers of a codebook's values.
+struct IQ4_NL : Q4_0 {
+  static constexpr int kBias = 0;
 };
 
 struct Q4_1 {
@@ -140,7 +158,7 @@ template <int bits>
 struct WithMinima {
   static constexpr int kBits = bits, kBias = 0, kFactors = 8;
   static constexpr bool kMinima = true;
-  static constexpr std::size_t kBytes = bits == 4 ? 144 : 176, kScale = 0;
+  static constexpr std::size_t kBytes = bits == 4 ? 144 : 176, kScale = 0, kMinimum = 2;
   static void codes(const std::uint8_t* p, int group, std::uint8_t* to) {
     const std::uint8_t* packed = p + (bits == 4 ? 16 : 48) + group / 2 * 32;
     const int shift = group % 2 * 4;
@@ -149,12 +167,43 @@ struct WithMinima {
       for (int i = 0; i < 32; ++i) to[i] = std::uint8_t(to[i] | (p[16 + i] >> group & 1) << 4);
   }
   static std::int8_t factor(const std::uint8_t* p, int i) { return six_bits(p + 4, i, false); }
+  static std::int8_t minimum_factor(const std::uint8_t* p, int i) { return six_bits(p + 4, i, true); }
 };
 
-// Sixteen groups of 16, symmetric.
-struct Q6_K {
-  static constexpr int kBits = 6, kBias = 32, kFactors = 16;
+// Sixteen groups of 16: symmetric, or with minima.
+struct Symmetric16 {
+  static constexpr int kFactors = 16;
   static constexpr bool kMinima = false;
+  static constexpr std::size_t kMinimum = 0;
+  static std::int8_t minimum_factor(const std::uint8_t*, int) { return 0; }
+};
+
+struct Q2_K {
+  static constexpr int kBits = 2, kBias = 0, kFactors = 16;
+  static constexpr bool kMinima = true;
+  static constexpr std::size_t kBytes = 84, kScale = 80, kMinimum = 82;
+  static void codes(const std::uint8_t* p, int group, std::uint8_t* to) {
+    for (int i = 0; i < 32; ++i) to[i] = std::uint8_t(p[16 + group / 4 * 32 + i] >> (group % 4 * 2) & 3);
+  }
+  static std::int8_t factor(const std::uint8_t* p, int i) { return std::int8_t(p[i]); }  // both of them
+  static std::int8_t minimum_factor(const std::uint8_t*, int) { return 0; }
+};
+
+struct Q3_K : Symmetric16 {
+  static constexpr int kBits = 3, kBias = 4;
+  static constexpr std::size_t kBytes = 110, kScale = 108;
+  static void codes(const std::uint8_t* p, int group, std::uint8_t* to) {
+    for (int i = 0; i < 32; ++i)
+      to[i] = std::uint8_t((p[32 + group / 4 * 32 + i] >> (group % 4 * 2) & 3) | (p[i] >> group & 1) << 2);
+  }
+  static std::int8_t factor(const std::uint8_t* p, int i) {
+    const int low = i < 8 ? p[96 + i] & kLow : p[88 + i] >> 4;
+    return std::int8_t((low | (p[104 + i % 4] >> (i / 4 * 2) & 3) << 4) - 32);
+  }
+};
+
+struct Q6_K : Symmetric16 {
+  static constexpr int kBits = 6, kBias = 32;
   static constexpr std::size_t kBytes = 210, kScale = 208;
   static void codes(const std::uint8_t* p, int group, std::uint8_t* to) {
     const int half = group / 4, part = group % 4;
@@ -187,10 +236,10 @@ int repack_k(const std::uint8_t* rows, std::size_t row_bytes, int count, int blo
       for (int i = 0; i < Type::kFactors; ++i) {
         const std::size_t sub = (std::size_t(s) * Type::kFactors + std::size_t(i)) * kPanel + std::size_t(r);
         sub_scales[sub] = p ? Type::factor(p, i) : std::int8_t(0);
-        if (Type::kMinima) sub_minima[sub] = p ? six_bits(p + 4, i, true) : std::int8_t(0);
+        if (Type::kMinima && Type::kBits != 2) sub_minima[sub] = p ? Type::minimum_factor(p, i) : std::int8_t(0);
       }
       scales[at] = p ? f16_at(p + Type::kScale) : std::uint16_t(0);
-      if (Type::kMinima) minima[at] = p ? std::uint16_t(f16_at(p + 2) ^ 0x8000) : std::uint16_t(0);  // it is subtracted
+      if (Type::kMinima) minima[at] = p ? std::uint16_t(f16_at(p + Type::kMinimum) ^ 0x8000) : std::uint16_t(0);  // it is subtracted
       if (!is_finite(scales[at]) || (Type::kMinima && !is_finite(minima[at]))) bad = r < bad ? r : bad;
     }
   return bad < kPanel ? bad : -1;
@@ -202,6 +251,9 @@ const BlockType kTypes[] = {
     {"Q5_0", 32, 22, {5, true, 32}, repack_simple<Q5_0>},
     {"Q5_1", 32, 24, {5, false, 32}, repack_simple<Q5_1>},
     {"Q8_0", 32, 34, {8, true, 32}, repack_simple<Q8_0>},
+    {"IQ4_NL", 32, 18, {4, true, 32, 0, true}, repack_simple<IQ4_NL>},
+    {"Q2_K", 256, 84, {2, false, 256, 16}, repack_k<Q2_K>},
+    {"Q3_K", 256, 110, {3, true, 256, 16}, repack_k<Q3_K>},
     {"Q4_K", 256, 144, {4, false, 256, 32}, repack_k<WithMinima<4>>},
     {"Q5_K", 256, 176, {5, false, 256, 32}, repack_k<WithMinima<5>>},
     {"Q6_K", 256, 210, {6, true, 256, 16}, repack_k<Q6_K>},

@@ -22,7 +22,7 @@ struct BlockType {
   std::size_t row_bytes(int cols) const { return std::size_t(cols / values) * bytes; }
 };
 
-// Throws EngineFault for a name that is none of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K and Q6_K.
+// Throws EngineFault for a name that is none of Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL and Q2_K to Q6_K.
 const BlockType& block_type(const std::string& name);
 
 }  // namespace trilemma

@@ -1,8 +1,8 @@
 // The exact int32 sums of one block (32 columns) of a panel, with maddubs.
 //
-// 4 bits: u8 weights up to 15 times s8 up to 127: eight int16 sums of pairs stay below 8 * 2 * 15 * 127 = 30480.
+// Up to 4 bits: u8 weights up to 15 times s8 up to 127: eight int16 sums of pairs stay below 8 * 2 * 15 * 127 = 30480.
 // 5 bits: four of them stay below 4 * 2 * 31 * 127 = 31496; 6 bits: two below 2 * 2 * 63 * 127 = 32004.
-// 8 bits: |w| times sign(x, w): a pair stays below 2 * 128 * 127 = 32512. None can saturate.
+// Signed bytes: |w| times sign(x, w): a pair stays below 2 * 128 * 127 = 32512. None can saturate.
 #pragma once
 
 #include "block_lines_avx2.h"
@@ -12,9 +12,9 @@ namespace {
 
 constexpr bool kBiased8 = false;
 
-// How many int16 sums of pairs may be added before they are widened.
-template <int Bits>
-constexpr int kPairSums = Bits == 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
+// How many int16 sums of pairs may be added before they are widened, within a part of a block.
+template <class C>
+constexpr int kPairSums = C::kBits <= 4 ? 8 / C::kParts : C::kBits == 5 ? 4 : C::kBits == 6 ? 2 : 1;
 
 TRILEMMA_INLINE __m256i widen_add(__m256i sum, __m256i pairs) {
   return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
@@ -23,7 +23,7 @@ TRILEMMA_INLINE __m256i widen_add(__m256i sum, __m256i pairs) {
 // Lines [I, Last): `pairs` holds the int16 sums since the last widening.
 template <class C, int I, int Last, int T>
 TRILEMMA_INLINE void add_lines(const BlockWeights<C>& w, const int8_t* x, V16u* pairs, V16u* sum) {
-  constexpr int kRun = kPairSums<C::kBits>;
+  constexpr int kRun = kPairSums<C>;
   constexpr bool kFirst = I % kRun == 0, kWiden = (I + 1) % kRun == 0 || I + 1 == Last;
   const V16u line = w.template line<I, T>();
 #pragma GCC unroll 4
@@ -60,7 +60,7 @@ TRILEMMA_INLINE void block_dot(const BlockWeights<C>& w, const int8_t* x, const 
   V16u sum[T];
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) sum[t].lo = sum[t].hi = C::kOffset ? _mm256_set1_epi32(start[t]) : _mm256_setzero_si256();
-  if constexpr (C::kBits == 8) {
+  if constexpr (C::kSigned) {
     add_signed_lines<C, 0, T>(w, x, sum);
   } else {
     V16u pairs[T];

@@ -8,7 +8,7 @@ namespace trilemma {
 namespace {
 
 constexpr int kIntTokens = 16, kDotTokens = 4;
-constexpr bool kBiased8 = true;  // 8-bit codes are multiplied as code + 128
+constexpr bool kBiased8 = true;  // signed bytes are multiplied as byte + 128
 
 template <class C>
 struct BlockWeights {
@@ -23,7 +23,7 @@ struct BlockWeights {
     if constexpr (C::kBits == 8)
       lines[I] = _mm512_xor_si512(_mm512_loadu_si512(packed + 64 * I), _mm512_set1_epi8(char(0x80)));
     else
-      lines[I] = code_line<C::kBits, I>(packed).v;
+      lines[I] = byte_line<C, C::kCodebook ? -128 : 0, I>(packed).v;
     if constexpr (I < 7) set<I + 1>(packed);
   }
 };
@@ -61,7 +61,7 @@ inline void nibble_dot(const uint8_t* packed, const int8_t* x, const int32_t* st
 
 template <class C, int Part, int T>
 inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* start, V16f* sum) {
-  if constexpr (C::kBits == 4 && T <= 2) return nibble_dot<T>(w.packed, x, C::kSymmetric ? start : nullptr, sum);
+  if constexpr (C::kBits == 4 && !C::kCodebook && T <= 2) return nibble_dot<T>(w.packed, x, C::kSymmetric ? start : nullptr, sum);
   constexpr int kLines = 8 / C::kParts, kFirst = Part * kLines;
   // With few tokens the additions of one sum would wait for each other: two chains (or parts), exact all the same.
   constexpr int kChains = T <= 2 && C::kParts == 1 ? 2 : 1;

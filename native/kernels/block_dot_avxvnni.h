@@ -7,7 +7,7 @@
 namespace trilemma {
 namespace {
 
-constexpr bool kBiased8 = true;  // 8-bit codes are multiplied as code + 128
+constexpr bool kBiased8 = true;  // signed bytes are multiplied as byte + 128
 
 // TRILEMMA_EVEX: the same instruction as AVX-512 encodes it, so that the kernels run where only that one is known.
 TRILEMMA_INLINE __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {
@@ -21,7 +21,7 @@ TRILEMMA_INLINE __m256i dot4(__m256i sum, __m256i u8, __m256i s8) {
 template <class C, int I, int Last, int T>
 TRILEMMA_INLINE void add_lines(const BlockWeights<C>& w, const int8_t* x, V16u* sum) {
   V16u line = w.template line<I, T>();
-  if constexpr (C::kBits == 8) {
+  if constexpr (C::kSigned) {
     const __m256i bias = _mm256_set1_epi8(char(0x80));
     line = {_mm256_xor_si256(line.lo, bias), _mm256_xor_si256(line.hi, bias)};
   }

@@ -1,5 +1,5 @@
 // The exact int32 sums of one block (32 columns) of a panel, with sdot: four columns of four rows a register.
-// 8-bit codes are signed as they are; those of fewer bits are stored from 0 on, which the accumulator's start undoes.
+// Bytes are signed as they are; those of fewer bits are stored from 0 on, which the accumulator's start undoes.
 #pragma once
 
 #include "panel.h"
@@ -11,8 +11,8 @@ constexpr int kIntTokens = 4, kDotTokens = 4;
 
 constexpr bool kBiased8 = false;
 
-// Lines as they lie in memory, or those of 5 and 6 bits as bytes.
-template <class C, bool Expanded = C::kBits == 5 || C::kBits == 6>
+// Lines as they lie in memory, or as bytes.
+template <class C, bool Expanded = C::kExpands>
 struct BlockWeights {
   const uint8_t* packed;
   explicit BlockWeights(const uint8_t* codes) : packed(codes) {}
@@ -20,7 +20,7 @@ struct BlockWeights {
 template <class C>
 struct BlockWeights<C, true> {
   alignas(64) uint8_t packed[8 * 64];
-  explicit BlockWeights(const uint8_t* codes) { expand_codes<C::kBits, 0>(codes, packed); }
+  explicit BlockWeights(const uint8_t* codes) { expand_codes<C, 0>(codes, packed); }
 };
 
 // Four columns of 16 rows (one 64-byte line of signed bytes) times columns 4*Lane.. of 16 inputs.
@@ -49,7 +49,7 @@ TRILEMMA_INLINE void dot_columns(const uint8_t* packed, const int8x16_t* x, int3
 
 template <class C, int Part, int T>
 TRILEMMA_INLINE void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* start, V16f* sum) {
-  constexpr int kLineBits = C::kBits == 4 ? 4 : 8, kFirst = Part, kLast = C::kParts == 2 ? Part + 1 : 2;
+  constexpr int kLineBits = C::kBits == 8 || C::kExpands ? 8 : 4, kFirst = Part, kLast = C::kParts == 2 ? Part + 1 : 2;
   int32x4_t acc[T][4];
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t)

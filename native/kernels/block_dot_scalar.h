@@ -12,23 +12,15 @@ constexpr bool kBiased8 = false;
 
 template <class C>
 struct BlockWeights {
-  // codes[row][column]: unbiased s8 for 8 bits, what is stored for fewer.
+  // codes[row][column]: signed bytes, or codes as they are stored.
   int8_t codes[kPanel][kBlock];
 
   explicit BlockWeights(const uint8_t* packed) {
+    uint8_t expanded[C::kBits == 8 ? 1 : 8 * 64];
+    const uint8_t* bytes = packed;
+    if constexpr (C::kBits != 8) expand_codes<C, 0>(packed, expanded), bytes = expanded;
     for (int k = 0; k < kBlock; ++k)
-      for (int r = 0; r < kPanel; ++r) {
-        if (C::kBits == 8) {
-          codes[r][k] = int8_t(packed[(k / 4) * 64 + r * 4 + k % 4]);
-          continue;
-        }
-        const int at = r * 4 + k % 4, line = k / 4;
-        const uint8_t byte = packed[line / 2 * 64 + at];
-        int code = line % 2 ? byte >> 4 : byte & 15;
-        if (C::kBits == 5) code |= (packed[256 + at] >> line & 1) << 4;
-        if (C::kBits == 6) code |= (packed[256 + line / 4 * 64 + at] >> line % 4 * 2 & 3) << 4;
-        codes[r][k] = int8_t(code);
-      }
+      for (int r = 0; r < kPanel; ++r) codes[r][k] = int8_t(bytes[k / 4 * 64 + r * 4 + k % 4]);
   }
 };
 

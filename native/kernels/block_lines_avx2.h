@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kIntTokens = 8, kDotTokens = 4;
 
-// Lines as they lie in memory, or those of 5 and 6 bits as bytes once for all tokens of a tile.
-template <class C, bool Expanded = C::kBits == 5 || C::kBits == 6>
+// Lines as they lie in memory, or as bytes once for all tokens of a tile.
+template <class C, bool Expanded = C::kExpands>
 struct BlockWeights {
   const uint8_t* packed;
 
@@ -28,12 +28,12 @@ struct BlockWeights<C, true> {
   const uint8_t* packed;
   alignas(64) uint8_t bytes[8 * 64];
 
-  explicit BlockWeights(const uint8_t* codes) : packed(codes) { expand_codes<C::kBits, 0>(codes, bytes); }
+  explicit BlockWeights(const uint8_t* codes) : packed(codes) { expand_codes<C, 0>(codes, bytes); }
 
   // One token takes them from the registers in which they were joined; nobody then reads the bytes.
   template <int I, int T>
   TRILEMMA_INLINE V16u line() const {
-    if constexpr (T == 1) return code_line<C::kBits, I>(packed);
+    if constexpr (T == 1) return byte_line<C, 0, I>(packed);
     return load_line(bytes + 64 * I);
   }
 };

@@ -1,4 +1,4 @@
-// What a matrix product needs of its input beside the f32 row: zero padding, bf16 rounding, block sums,
+// What a matrix product needs of its input beside the f32 row: zero padding, bf16 rounding, sums,
 // and the dynamic int8 codes of groups of 32: scales of their own, absmax / 127, or powers of two of their row's; round to
 // nearest even.
 #pragma once
@@ -25,8 +25,8 @@ void round_bf16(const float* x, int padded_k, float* out) {
   for (int i = 0; i < padded_k; i += 16) store(out + i, to_bf16(load(x + i)));
 }
 
-void block_sums(const float* x, int blocks, float* sums) {
-  for (int b = 0; b < blocks; ++b) sums[b] = reduce_add(add(load(x + b * kBlock), load(x + b * kBlock + 16)));
+void half_sums(const float* x, int blocks, float* sums) {
+  for (int i = 0; i < 2 * blocks; ++i) sums[i] = reduce_add(load(x + i * kBlock / 2));
 }
 
 inline V16f quantize(V16f x, V16f inverse) {
@@ -132,15 +132,24 @@ void quantize_int8(const float* x, int token, const Int8Input& out) {
     for (int b = 0; b < n; ++b) out.scale[at + size_t(b) * width] = scales.scale[b];
     if (out.sum)
       for (int b = 0; b < n; ++b) out.sum[at + size_t(b) * width] = scales.scale[b] * float(low[b] + high[b]);
+    const auto half = [&](float* to, const int32_t* of) {
+      for (int b = 0; to && b < n; ++b) to[at + size_t(b) * width] = scales.scale[b] * float(of[b]);
+    };
+    half(out.half_sum[0], low);
+    half(out.half_sum[1], high);
     const auto start = [&](Int8Start which, int offset, int of_low, int of_high) {
       if (int32_t* to = out.start[which])
         for (int b = 0; b < n; ++b) to[at + size_t(b) * width] = -offset * (of_low * low[b] + of_high * high[b]);
     };
+    start(kStart4, 4, 1, 1);
     start(kStart8, 8, 1, 1);
     start(kStart16, 16, 1, 1);
+    start(kStart32, 32, 1, 1);
+    start(kStart128, 128, 1, 1);
+    start(kStart4Low, 4, 1, 0);
+    start(kStart4High, 4, 0, 1);
     start(kStart32Low, 32, 1, 0);
     start(kStart32High, 32, 0, 1);
-    start(kStart128, 128, 1, 1);
   }
 }
 

@@ -26,7 +26,7 @@ void round_bf16_tile(const float* x, int token, const Bf16Input& out, float* sum
     uint16_t* codes = out.codes + (first + size_t(b) * size_t(out.width)) * kBlock;
     store_bf16(codes, low);
     store_bf16(codes + 16, high);
-    if (sums) sums[b] = reduce_add(add(low, high));
+    if (sums) sums[2 * b] = reduce_add(low), sums[2 * b + 1] = reduce_add(high);
   }
 }
 
@@ -83,16 +83,17 @@ void matmul_pairs_bf16(const PairView& w, const Bf16Input& x, int tokens, int be
   bf16_tokens(w, x, 0, tokens, begin, end, out);
 }
 
-// Codes as bf16: a look-up by the low bits of 16-bit indices. vpermw reads five bits of them, so that a table of four
+// Codes as bf16: a look-up by the low bits of 16-bit indices. vpermw reads five bits of them, so that a table of fewer
 // bits repeats; vpermt2w reads six.
-template <int Bits>
+template <class C, int Bits = C::kBits>
 struct CodeTable {
   __m512i low, high;
 
-  explicit CodeTable(int offset) {
+  CodeTable() {
     alignas(64) uint16_t table[64];
     for (int i = 0; i < 64; ++i) {
-      const float value = float(i % (1 << Bits) - offset);
+      const int code = i % (1 << Bits);
+      const float value = float(C::kCodebook ? kCodebook[code % 16] : code - C::kOffset);
       uint32_t bits;
       __builtin_memcpy(&bits, &value, 4);
       table[i] = uint16_t(bits >> 16);
@@ -105,10 +106,8 @@ struct CodeTable {
     return {_mm512_permutexvar_epi16(index, low)};
   }
 };
-template <>
-struct CodeTable<8> {
-  explicit CodeTable(int) {}
-};
+template <class C>
+struct CodeTable<C, 8> {};
 
 // The index of a byte shuffle that does the same in every 32-bit lane: from which byte each comes, 0x80 for a zero.
 TRILEMMA_INLINE __m512i byte_moves(uint32_t from) {
@@ -146,7 +145,7 @@ TRILEMMA_INLINE void add_pair(V16u weights, const uint16_t* x, V16f* sum) {
 
 // Columns 4*I .. 4*Last of a block: `even` takes the first pair of four, `odd` the second.
 template <class C, int I, int Last, int T>
-TRILEMMA_INLINE void bf16_lines(const uint8_t* codes, const uint16_t* x, const CodeTable<C::kBits>& values, V16f* even,
+TRILEMMA_INLINE void bf16_lines(const uint8_t* codes, const uint16_t* x, const CodeTable<C>& values, V16f* even,
                                 V16f* odd) {
   if constexpr (C::kBits == 8) {
     const __m512i line = load_line(codes + I * 64).v;
@@ -167,22 +166,27 @@ TRILEMMA_INLINE void bf16_lines(const uint8_t* codes, const uint16_t* x, const C
 
 // What one part of a block adds to T tokens.
 template <class C, int Part, int T>
-TRILEMMA_INLINE void bf16_part(const uint8_t* codes, const uint16_t* x, const CodeTable<C::kBits>& values, V16f scale,
-                               V16f* total) {
+TRILEMMA_INLINE void bf16_part(const uint8_t* codes, const uint16_t* x, const CodeTable<C>& values, V16f scale, V16f minimum,
+                               const float* sums, size_t ld_sums, int block, V16f* total) {
   constexpr int kLines = 8 / C::kParts;
   V16f even[T], odd[T];
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) even[t] = odd[t] = zero();
   bf16_lines<C, Part * kLines, (Part + 1) * kLines, T>(codes, x, values, even, odd);
 #pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) total[t] = fma(scale, add(even[t], odd[t]), total[t]);
+  for (int t = 0; t < T; ++t) {
+    total[t] = fma(scale, add(even[t], odd[t]), total[t]);
+    if (!C::kSymmetric) total[t] = fma(minimum, set1(sum_of<C>(sums + size_t(t) * ld_sums, block, Part)), total[t]);
+  }
 }
 
 template <class C, int T>
 inline void packed_bf16_tile(const PackedView& w, int panel, const Bf16Input& in, const float* sums, int token,
                              const Output& out) {
   const uint8_t* codes = panel_codes(w, panel);
-  const CodeTable<C::kBits> values(C::kOffset);
+  const CodeTable<C> values;
+  const size_t ld_sums = size_t(w.blocks) * 2;
+  if (!C::kSymmetric) sums += size_t(token) * ld_sums;
   BlockScales<C> scales(w, panel);
   Bf16Tile tile(in, token);
   V16f total[T];
@@ -190,12 +194,9 @@ inline void packed_bf16_tile(const PackedView& w, int panel, const Bf16Input& in
   for (int t = 0; t < T; ++t) total[t] = zero();
   for (int b = 0; b < w.blocks; ++b, tile.x += tile.stride, codes += block_bytes(C::kBits)) {
     scales.next();
-    bf16_part<C, 0, T>(codes, tile.x, values, scales.scale[0], total);
-    if constexpr (C::kParts == 2) bf16_part<C, 1, T>(codes, tile.x, values, scales.scale[1], total);
-    if constexpr (C::kSymmetric) continue;
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t)
-      total[t] = fma(scales.minimum, set1(sums[size_t(token + t) * size_t(w.blocks) + size_t(b)]), total[t]);
+    bf16_part<C, 0, T>(codes, tile.x, values, scales.scale[0], scales.minimum[0], sums, ld_sums, b, total);
+    if constexpr (C::kParts == 2)
+      bf16_part<C, 1, T>(codes, tile.x, values, scales.scale[1], scales.minimum[1], sums, ld_sums, b, total);
   }
 #pragma GCC unroll 8
   for (int t = 0; t < T; ++t) {

@@ -47,11 +47,11 @@ inline void columns8(const uint8_t* codes, const float* x, size_t ldx, V16f* sum
   step<T>(signed_byte<3>(line), x + 3, ldx, sum);
 }
 
-// Columns [begin, end) of a block of either width; those of 5 and 6 bits come as lines of bytes.
+// Columns [begin, end) of a block of nibbles, or of lines of bytes, which codes of other widths come as.
 template <class C, int T>
 inline void columns(const uint8_t* codes, int begin, int end, const float* x, size_t ldx, V16f* even, V16f* odd) {
   for (int i = begin; i < end; i += 8)
-    if constexpr (C::kBits == 4) {
+    if constexpr (C::kBits == 4 && !C::kExpands) {
       columns4<C::kSymmetric, T>(codes + i * 8, x + i, ldx, even, odd);
     } else {
       columns8<T>(codes + i * 16, x + i, ldx, even);
@@ -62,10 +62,10 @@ inline void columns(const uint8_t* codes, int begin, int end, const float* x, si
 template <class C, int T>
 inline void float_tile(const PackedView& w, int panel, const FloatInput& in, int token, const Output& out) {
   const float* x = in.x + size_t(token) * in.ld;
-  const float* sums = C::kSymmetric ? nullptr : in.sums + size_t(token) * (in.ld / kBlock);
+  const size_t ld_sums = in.ld / (kBlock / 2);
+  const float* sums = C::kSymmetric ? nullptr : in.sums + size_t(token) * ld_sums;
   const uint8_t* packed = panel_codes(w, panel);
-  constexpr bool kExpanded = C::kBits == 5 || C::kBits == 6;
-  alignas(64) uint8_t expanded[kExpanded ? 8 * 64 : 1];
+  alignas(64) uint8_t expanded[C::kExpands ? 8 * 64 : 1];
   BlockScales<C> scales(w, panel);
   V16f total[T];
 #pragma GCC unroll 8
@@ -73,7 +73,7 @@ inline void float_tile(const PackedView& w, int panel, const FloatInput& in, int
   for (int b = 0; b < w.blocks; ++b, x += kBlock, packed += block_bytes(C::kBits)) {
     scales.next();
     const uint8_t* codes = packed;
-    if constexpr (kExpanded) expand_codes<C::kBits, C::kOffset>(packed, expanded), codes = expanded;
+    if constexpr (C::kExpands) expand_codes<C, C::kOffset>(packed, expanded), codes = expanded;
     for (int part = 0; part < C::kParts; ++part) {
       V16f even[T], odd[T];
 #pragma GCC unroll 8
@@ -84,7 +84,7 @@ inline void float_tile(const PackedView& w, int panel, const FloatInput& in, int
       for (int t = 0; t < T; ++t) {
         total[t] = fma(scales.scale[part], add(even[t], odd[t]), total[t]);
         if (!C::kSymmetric)
-          total[t] = fma(scales.minimum, set1(sums[size_t(t) * (in.ld / kBlock) + size_t(b)]), total[t]);
+          total[t] = fma(scales.minimum[part], set1(sum_of<C>(sums + size_t(t) * ld_sums, b, part)), total[t]);
       }
     }
   }

@@ -29,13 +29,15 @@ namespace {
 // The inputs of a tile of tokens, from one block on; null is what this kind of codes has no use for.
 template <class C>
 struct Int8Tile {
-  static constexpr Int8Start kStart = C::kBits == 8   ? kStart128
-                                      : C::kBits == 6 ? kStart32Low
+  static constexpr Int8Start kStart = C::kSigned      ? kStart128
+                                      : C::kBits == 6 ? (C::kParts == 2 ? kStart32Low : kStart32)
                                       : C::kBits == 5 ? kStart16
-                                                      : kStart8;
+                                      : C::kBits == 4 ? kStart8
+                                      : C::kParts == 2 ? kStart4Low
+                                                       : kStart4;
   const int8_t* x;
-  const float *scale, *sum = nullptr;
-  static constexpr bool kHasStart = C::kSymmetric && (C::kBits < 8 || kBiased8);
+  const float *scale, *sum[C::kParts] = {};
+  static constexpr bool kHasStart = C::kSymmetric && (!C::kSigned || kBiased8);
   const int32_t* start[C::kParts] = {};
   size_t width;
 
@@ -43,16 +45,18 @@ struct Int8Tile {
     const size_t first = size_t(token / kTokenTile) * size_t(in.blocks) * size_t(in.width) + size_t(token % kTokenTile);
     x = in.codes + first * kBlock;
     scale = in.scale + first;
-    if (!C::kSymmetric) sum = in.sum + first;
-    if (kHasStart)
-      for (int part = 0; part < C::kParts; ++part) start[part] = in.start[kStart + part] + first;
+    for (int part = 0; part < C::kParts; ++part) {
+      if (!C::kSymmetric) sum[part] = (C::kParts == 2 ? in.half_sum[part] : in.sum) + first;
+      if (kHasStart) start[part] = in.start[kStart + part] + first;
+    }
   }
   void next_block() {
     x += width * kBlock;
     scale += width;
-    if (!C::kSymmetric) sum += width;
-    if (kHasStart)
-      for (int part = 0; part < C::kParts; ++part) start[part] += width;
+    for (int part = 0; part < C::kParts; ++part) {
+      if (!C::kSymmetric) sum[part] += width;
+      if (kHasStart) start[part] += width;
+    }
   }
 };
 
@@ -97,7 +101,7 @@ TRILEMMA_INLINE void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C
   for (int t = 0; t < kStep; ++t) {
     const V16f factor = C::kRowScales ? set1(in.scale[token + t]) : scale.times(in.scale + token + t);
     total[t] = fma(factor, sum[t], total[t]);
-    if (!C::kSymmetric) total[t] = fma(minimum, set1(in.sum[token + t]), total[t]);
+    if (!C::kSymmetric) total[t] = fma(minimum, set1(in.sum[Part][token + t]), total[t]);
   }
   if constexpr (T > kStep)
     add_blocks<C, Part, T - kStep>(weights, in, token + kStep, scale, minimum, total + kStep);
@@ -119,9 +123,9 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
     const BlockWeights<C> weights(codes);
     if (T >= 4)  // one token or two read as fast as memory gives; more would wait for lines that no stream fetched
       for (size_t line = 0; line < block_bytes(C::kBits); line += 64) __builtin_prefetch(codes + kAhead + line);
-    add_blocks<C, 0, T>(weights, in, 0, Scales(scales.scale[0]), scales.minimum, total);
+    add_blocks<C, 0, T>(weights, in, 0, Scales(scales.scale[0]), scales.minimum[0], total);
     if constexpr (C::kParts == 2)
-      add_blocks<C, 1, T>(weights, in, 0, Scales(scales.scale[1]), scales.minimum, total);
+      add_blocks<C, 1, T>(weights, in, 0, Scales(scales.scale[1]), scales.minimum[1], total);
     codes += block_bytes(C::kBits);
     in.next_block();
   }

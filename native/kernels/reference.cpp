@@ -13,7 +13,8 @@ double Grid::minimum(int row, int col) const {
 
 double Grid::value(int row, int col) const {
   const std::size_t g = std::size_t(row) * std::size_t(groups()) + std::size_t(group ? col / group : 0);
-  double scaled = double(codes[std::size_t(row) * std::size_t(cols) + std::size_t(col)]) * double(scales[g]);
+  const int code = codes[std::size_t(row) * std::size_t(cols) + std::size_t(col)];
+  double scaled = double(codebook ? kCodebook[code] : code) * double(scales[g]);
   if (sub_group) scaled *= sub_scales[std::size_t(row * sub_groups() + col / sub_group)];
   return scaled + minimum(row, col);
 }
@@ -28,7 +29,7 @@ std::uint16_t to_half(float exact) {
 
 Panels pack(const Grid& grid) {
   const int panels = (grid.rows + 15) / 16, blocks = (grid.cols + 31) / 32;
-  const unsigned offset = grid.bits < 8 && grid.minima.empty() ? 1u << (grid.bits - 1) : 0;
+  const unsigned offset = grid.bits < 8 && grid.minima.empty() && !grid.codebook ? 1u << (grid.bits - 1) : 0;
   Panels out;
   const auto code = [&](int row, int col) -> unsigned {
     const bool inside = row < grid.rows && col < grid.cols;
@@ -43,6 +44,19 @@ Panels pack(const Grid& grid) {
     for (int k = 0; k < blocks * 32; k += 32) {
       for (int i = 0; i < 32 && grid.bits == 8; i += 4) line(p, [&](int row, int j) { return code(row, k + i + j); });
       if (grid.bits == 8) continue;
+      for (int i = 0; i < 32 && grid.bits == 2; i += 16)
+        line(p, [&](int row, int j) {
+          unsigned byte = 0;
+          for (int c = 0; c < 4; ++c) byte |= code(row, k + i + 4 * c + j) << 2 * c;
+          return byte;
+        });
+      for (int i = 0; i < 3 && grid.bits == 3; ++i)
+        line(p, [&](int row, int j) {
+          const unsigned sixth = code(row, k + 24 + j), last = code(row, k + 28 + j);
+          const unsigned rest = i == 0 ? sixth & 3 : i == 1 ? last & 3 : sixth >> 2 | last >> 2 << 1;
+          return code(row, k + 8 * i + j) | code(row, k + 8 * i + 4 + j) << 3 | rest << 6;
+        });
+      if (grid.bits < 4) continue;
       for (int i = 0; i < 32; i += 8)
         line(p, [&](int row, int j) { return (code(row, k + i + j) & 15) | (code(row, k + i + 4 + j) & 15) << 4; });
       const int more = grid.bits - 4, columns = more ? 32 / more : 32;  // columns that a line of further bits covers
@@ -58,22 +72,41 @@ Panels pack(const Grid& grid) {
       for (int g = 0; g < count; ++g)
         for (int r = 0; r < 16; ++r) put(p * 16 + r < grid.rows, std::size_t((p * 16 + r) * count + g));
   };
-  spread(grid.groups(), [&](bool inside, std::size_t at) {
-    out.scales.push_back(inside ? to_half(grid.scales[at]) : 0);
-    if (!grid.minima.empty()) out.minima.push_back(inside ? to_half(grid.minima[at]) : 0);
-  });
+  // Groups of 16 are as many as padded columns have.
+  const int groups = grid.group == 16 ? blocks * 2 : grid.groups();
+  for (int p = 0; p < panels; ++p)
+    for (int g = 0; g < groups; ++g)
+      for (int r = 0; r < 16; ++r) {
+        const bool inside = p * 16 + r < grid.rows && g < grid.groups();
+        const std::size_t at = std::size_t((p * 16 + r) * grid.groups() + g);
+        out.scales.push_back(inside ? to_half(grid.scales[at]) : 0);
+        if (!grid.minima.empty()) out.minima.push_back(inside ? to_half(grid.minima[at]) : 0);
+      }
   spread(grid.sub_groups(), [&](bool inside, std::size_t at) {
-    out.sub_scales.push_back(std::int8_t(inside ? grid.sub_scales[at] : 0));
-    if (!grid.minima.empty()) out.sub_minima.push_back(std::int8_t(inside ? grid.sub_minima[at] : 0));
+    const bool both = grid.bits == 2;  // in one byte
+    const int minimum = inside && both ? grid.sub_minima[at] : 0;
+    out.sub_scales.push_back(std::int8_t(inside ? grid.sub_scales[at] | minimum << 4 : 0));
+    if (!grid.minima.empty() && !both) out.sub_minima.push_back(std::int8_t(inside ? grid.sub_minima[at] : 0));
   });
   return out;
 }
 
 PackedView Panels::view(const Grid& grid) const {
   const int blocks = (grid.cols + 31) / 32;
-  return {codes.data(), scales.data(), minima.empty() ? nullptr : minima.data(), grid.rows,
-          grid.cols,    blocks,        grid.group ? grid.group / 32 : blocks,    grid.groups(),
-          grid.bits,    grid.sub_group, sub_scales.data(),                       sub_minima.data()};
+  const bool halves = grid.group == 16;
+  return {codes.data(),
+          scales.data(),
+          minima.empty() ? nullptr : minima.data(),
+          grid.rows,
+          grid.cols,
+          blocks,
+          halves ? 1 : grid.group ? grid.group / 32 : blocks,
+          halves ? 2 * blocks : grid.groups(),
+          grid.bits,
+          halves ? 16 : grid.sub_group,
+          sub_scales.empty() ? nullptr : sub_scales.data(),
+          sub_minima.empty() ? nullptr : sub_minima.data(),
+          grid.codebook};
 }
 
 Sum product(const Grid& grid, int row, const std::vector<double>& x) {

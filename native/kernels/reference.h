@@ -10,7 +10,7 @@
 namespace trilemma::reference {
 
 // A quantized matrix, unpacked: w = code * scale[group] (+ minimum[group]); with a sub-group, scale and minimum of a group
-// are multiplied with those of the sub-group.
+// are multiplied with those of the sub-group. With a codebook, w = kCodebook[code] * scale[group].
 struct Grid {
   int rows, cols, bits, group;  // group 0: the whole row
   std::vector<int> codes;       // (rows, cols)
@@ -19,6 +19,7 @@ struct Grid {
   int sub_group = 0;            // 32, 16, or 0: one level
   std::vector<int> sub_scales;  // (rows, padded columns / sub_group)
   std::vector<int> sub_minima;
+  bool codebook = false;
 
   int groups() const { return group ? (cols + group - 1) / group : 1; }
   int sub_groups() const { return sub_group ? (cols + 31) / 32 * 32 / sub_group : 0; }

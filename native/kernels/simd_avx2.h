@@ -115,6 +115,14 @@ inline __m128i narrow_s16(__m256 a) {
   const __m256i i = _mm256_cvtps_epi32(a);
   return _mm_packs_epi32(_mm256_castsi256_si128(i), _mm256_extracti128_si256(i, 1));
 }
+// The low and the high four bits of 16 bytes.
+inline void load_nibbles(const int8_t* p, V16f& low, V16f& high) {
+  const __m128i b = _mm_loadu_si128((const __m128i*)p);
+  const __m256i first = _mm256_cvtepu8_epi32(b), second = _mm256_cvtepu8_epi32(_mm_srli_si128(b, 8));
+  const __m256i mask = _mm256_set1_epi32(15);
+  low = {_mm256_cvtepi32_ps(_mm256_and_si256(first, mask)), _mm256_cvtepi32_ps(_mm256_and_si256(second, mask))};
+  high = {_mm256_cvtepi32_ps(_mm256_srli_epi32(first, 4)), _mm256_cvtepi32_ps(_mm256_srli_epi32(second, 4))};
+}
 inline void store_s8(int8_t* p, V16f a) {
   _mm_storeu_si128((__m128i*)p, _mm_packs_epi16(narrow_s16(a.lo), narrow_s16(a.hi)));
 }
@@ -175,6 +183,11 @@ inline V16u join_bits(V16u low, V16u a, uint32_t mask) {
 inline V16u sub_bytes(V16u a, int offset) {
   const __m256i o = _mm256_set1_epi8(char(offset));
   return {_mm256_sub_epi8(a.lo, o), _mm256_sub_epi8(a.hi, o)};
+}
+// table[byte] of every byte below 16.
+inline V16u look_up_bytes(V16u a, const uint8_t* table) {
+  const __m256i values = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)table));
+  return {_mm256_shuffle_epi8(values, a.lo), _mm256_shuffle_epi8(values, a.hi)};
 }
 // The two bf16 halves of every lane as f32.
 inline V16f low_bf16(V16u pairs) {

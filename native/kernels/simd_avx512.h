@@ -82,6 +82,12 @@ inline V16f load_f16_n(const uint16_t* p, int n) {
 inline V16f load_s8(const int8_t* p) {
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)))};
 }
+// The low and the high four bits of 16 bytes.
+inline void load_nibbles(const int8_t* p, V16f& low, V16f& high) {
+  const __m512i both = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+  low = {_mm512_cvtepi32_ps(_mm512_and_si512(both, _mm512_set1_epi32(15)))};
+  high = {_mm512_cvtepi32_ps(_mm512_srli_epi32(both, 4))};
+}
 inline void store_s8(int8_t* p, V16f a) {
   _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
 }
@@ -125,6 +131,10 @@ inline V16u select_bits(uint32_t mask, V16u a, V16u b) {
   return {_mm512_ternarylogic_epi32(_mm512_set1_epi32(int(mask)), a.v, b.v, 0xca)};
 }
 inline V16u sub_bytes(V16u a, int offset) { return {_mm512_sub_epi8(a.v, _mm512_set1_epi8(char(offset)))}; }
+// table[byte] of every byte below 16.
+inline V16u look_up_bytes(V16u a, const uint8_t* table) {
+  return {_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)table)), a.v)};
+}
 // A look-up: vpermps reads the low four bits of each index only, so no mask, conversion or subtraction is needed.
 template <int Shift, int Offset>
 inline V16f nibble(V16u line) {

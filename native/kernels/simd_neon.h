@@ -140,6 +140,17 @@ inline V16f load_s8(const int8_t* p) {
   return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(low))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(low))),
            vcvtq_f32_s32(vmovl_s16(vget_low_s16(high))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(high)))}};
 }
+// The low and the high four bits of 16 bytes.
+inline void load_nibbles(const int8_t* p, V16f& low, V16f& high) {
+  const uint8x16_t b = vld1q_u8(reinterpret_cast<const uint8_t*>(p));
+  const uint16x8_t first = vmovl_u8(vget_low_u8(b)), second = vmovl_u8(vget_high_u8(b));
+  const uint32x4_t both[] = {vmovl_u16(vget_low_u16(first)), vmovl_u16(vget_high_u16(first)),
+                             vmovl_u16(vget_low_u16(second)), vmovl_u16(vget_high_u16(second))};
+  TRILEMMA_EACH {
+    low.q[i] = vcvtq_f32_u32(vandq_u32(both[i], vdupq_n_u32(15)));
+    high.q[i] = vcvtq_f32_u32(vshrq_n_u32(both[i], 4));
+  }
+}
 inline void store_s8(int8_t* p, V16f a) {
   const int16x8_t low = vcombine_s16(vqmovn_s32(vcvtq_s32_f32(a.q[0])), vqmovn_s32(vcvtq_s32_f32(a.q[1])));
   const int16x8_t high = vcombine_s16(vqmovn_s32(vcvtq_s32_f32(a.q[2])), vqmovn_s32(vcvtq_s32_f32(a.q[3])));
@@ -194,6 +205,12 @@ inline V16u join_bits(V16u low, V16u a, uint32_t mask) {
 inline V16u sub_bytes(V16u a, int offset) {
   const uint8x16_t o = vdupq_n_u8(uint8_t(offset));
   TRILEMMA_EACH a.q[i] = vreinterpretq_u32_u8(vsubq_u8(vreinterpretq_u8_u32(a.q[i]), o));
+  return a;
+}
+// table[byte] of every byte below 16.
+inline V16u look_up_bytes(V16u a, const uint8_t* table) {
+  const uint8x16_t values = vld1q_u8(table);
+  TRILEMMA_EACH a.q[i] = vreinterpretq_u32_u8(vqtbl1q_u8(values, vreinterpretq_u8_u32(a.q[i])));
   return a;
 }
 // The two bf16 halves of every lane as f32.

@@ -143,6 +143,13 @@ inline V16f load_s8(const int8_t* p) {
   return r;
 }
 // Integral values in [-128, 127].
+// The low and the high four bits of 16 bytes.
+inline void load_nibbles(const int8_t* p, V16f& low, V16f& high) {
+  TRILEMMA_EACH {
+    low.v[i] = float(uint8_t(p[i]) & 15);
+    high.v[i] = float(uint8_t(p[i]) >> 4);
+  }
+}
 inline void store_s8(int8_t* p, V16f a) { TRILEMMA_EACH p[i] = int8_t(a.v[i]); }
 
 inline V16u abs_bits(V16f a) {
@@ -194,6 +201,16 @@ inline V16u sub_bytes(V16u a, int offset) {
     uint8_t bytes[4];
     memcpy(bytes, &a.v[i], 4);
     for (uint8_t& byte : bytes) byte = uint8_t(byte - offset);
+    memcpy(&a.v[i], bytes, 4);
+  }
+  return a;
+}
+// table[byte] of every byte below 16.
+inline V16u look_up_bytes(V16u a, const uint8_t* table) {
+  TRILEMMA_EACH {
+    uint8_t bytes[4];
+    memcpy(bytes, &a.v[i], 4);
+    for (uint8_t& byte : bytes) byte = table[byte];
     memcpy(&a.v[i], bytes, 4);
   }
   return a;

@@ -27,7 +27,7 @@ struct PlainView {
   int rows, cols;
 };
 
-// panel16.v1 and panel16.v2: see docs of engine/matrix.h for the exact byte order.
+// panel16.v1 to panel16.v3: see docs of engine/matrix.h for the exact byte order.
 struct PackedView {
   const uint8_t* codes;
   const uint16_t* scales;  // f16 [panel][group][16]
@@ -36,13 +36,17 @@ struct PackedView {
   int blocks;        // columns padded to 32, / 32
   int group_blocks;  // blocks that share an f16 scale
   int groups;
-  int bits;  // 4, 5, 6 or 8
-  // Two levels: what every `sub_group` columns (32 or 16) multiply their group's scale and minimum with; 0 and null
-  // where the f16 values stand alone.
+  int bits;  // 2, 3, 4, 5, 6 or 8
+  // Two levels: what every `sub_group` columns (32 or 16) multiply their group's scale and minimum with; null where the
+  // f16 values stand alone, which hold for 16 columns where `sub_group` is 16 nevertheless.
   int sub_group;
-  const int8_t* sub_scales;  // [panel][padded columns / sub_group][16]
+  const int8_t* sub_scales;  // [panel][padded columns / sub_group][16]; 2 bits: scale | minimum << 4, both below 16
   const int8_t* sub_minima;
+  int codebook;  // 1: codes are numbers of values in kCodebook
 };
+
+// Values of 4-bit codes that are not evenly spaced: those of GGUF's IQ4_NL.
+constexpr int8_t kCodebook[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
 // pairs16.v1: bf16 in panels of 16 rows; per 2 columns one 64-byte line, lane r holds columns k (low half) and k+1 of
 // row r. Columns are padded to 32, rows to 16, with zeros.
@@ -54,7 +58,9 @@ struct PairView {
 
 // Where accumulators start, so that the offset of weights that are multiplied unsigned is undone: -offset * sum of codes,
 // of whole blocks or of their columns 0-15 and 16-31.
-enum Int8Start : int { kStart8, kStart16, kStart32Low, kStart32High, kStart128, kStarts };
+enum Int8Start : int {
+  kStart4, kStart8, kStart16, kStart32, kStart128, kStart4Low, kStart4High, kStart32Low, kStart32High, kStarts
+};
 
 // Weights of at most this many bits take int8 inputs whose blocks have powers of two of their row's scale (at least
 // 2^-kMaxShift): few bits lose far more than that costs, and the products are faster by it.
@@ -69,6 +75,7 @@ struct Int8Input {
   float* row_scale;
   float* scale;
   float* sum;    // scale * sum of codes: what a group's minimum is multiplied with
+  float* half_sum[2];  // the same of columns 0-15 and 16-31
   int32_t* start[kStarts];
   int width;
   int blocks;
@@ -85,7 +92,7 @@ struct Bf16Input {
 struct FloatInput {
   const float* x;
   size_t ld;
-  const float* sums;  // [token][ld/32] sums of blocks; only needed by asymmetric weights
+  const float* sums;  // [token][ld/16] sums of half blocks; only needed by asymmetric weights
 };
 
 // y[token * ld + row] = product (+ bias[row]) (+ the old y when `accumulate`).
@@ -131,8 +138,8 @@ struct AttentionTask {
 };
 
 
-// Products of bf16 inputs by the processor's own instruction. `sums` holds the sums of rounded blocks that asymmetric
-// codes need, [token][block], or null.
+// Products of bf16 inputs by the processor's own instruction. `sums` holds the sums of rounded half blocks that
+// asymmetric codes need, [token][block][2], or null.
 struct Bf16Kernels {
   void (*round)(const float* x, int token, const Bf16Input& out, float* sums);
   void (*matmul_pairs)(const PairView& w, const Bf16Input& x, int tokens, int begin, int end, const Output& out);
@@ -150,7 +157,7 @@ struct Kernels {
   // Zeroes row[k, ceil32(k)): every kernel may read whole blocks.
   void (*pad_row)(float* row, int k);
   void (*round_bf16)(const float* x, int padded_k, float* out);
-  void (*block_sums)(const float* x, int blocks, float* sums);
+  void (*half_sums)(const float* x, int blocks, float* sums);  // [block][2]
   void (*quantize_int8)(const float* x, int token, const Int8Input& out);
   // Rotates `heads` vectors in place, rotate-half order, then multiplies all of each head by `scale`.
   void (*rope)(float* x, int heads, int head_dim, int rotary_half, const float* cos, const float* sin, float scale);

@@ -16,7 +16,7 @@ using namespace trilemma;
 
 struct Forms {
   std::vector<int8_t> codes;
-  std::vector<float> row_scale, scale, sum;
+  std::vector<float> row_scale, scale, sum, half_sum[2];
   std::vector<int32_t> starts[kStarts];
 
   Forms(int tokens, int blocks, size_t width) : row_scale(size_t(tokens)) {
@@ -24,10 +24,12 @@ struct Forms {
     codes.resize(cells * kBlock);
     scale.resize(cells);
     sum.resize(cells);
+    for (std::vector<float>& half : half_sum) half.resize(cells);
     for (std::vector<int32_t>& start : starts) start.resize(cells);
   }
   Int8Input view(bool shared, int blocks, int width) {
-    Int8Input input{codes.data(), shared ? row_scale.data() : nullptr, scale.data(), sum.data(), {}, width, blocks};
+    Int8Input input{codes.data(), shared ? row_scale.data() : nullptr, scale.data(), sum.data(),
+                    {half_sum[0].data(), half_sum[1].data()}, {}, width, blocks};
     for (int i = 0; i < kStarts; ++i) input.start[i] = starts[i].data();
     return input;
   }
@@ -51,8 +53,13 @@ void round_block(const float* x, float inverse, float scale, size_t at, Forms& f
   const int sum = half[0] + half[1];
   forms.scale[at] = scale;
   forms.sum[at] = scale * float(sum);
+  for (int i = 0; i < 2; ++i) forms.half_sum[i][at] = scale * float(half[i]);
+  forms.starts[kStart4][at] = -4 * sum;
   forms.starts[kStart8][at] = -8 * sum;
   forms.starts[kStart16][at] = -16 * sum;
+  forms.starts[kStart32][at] = -32 * sum;
+  forms.starts[kStart4Low][at] = -4 * half[0];
+  forms.starts[kStart4High][at] = -4 * half[1];
   forms.starts[kStart32Low][at] = -32 * half[0];
   forms.starts[kStart32High][at] = -32 * half[1];
   forms.starts[kStart128][at] = -128 * sum;

@@ -74,7 +74,7 @@ std::vector<float> padded_rows(int tokens, int cols) {
 
 struct Quantized {
   std::vector<int8_t> codes;
-  std::vector<float> row_scale, scale, sum;
+  std::vector<float> row_scale, scale, sum, half_sum[2];
   std::vector<int32_t> starts[kStarts];
   Int8Input input{};
 
@@ -86,7 +86,9 @@ struct Quantized {
     row_scale.assign(size_t(tokens), 1.0f);
     scale.resize(cells);
     sum.resize(cells);
-    input = {codes.data(), shared ? row_scale.data() : nullptr, scale.data(), sum.data(), {}, width, blocks};
+    for (std::vector<float>& half : half_sum) half.resize(cells);
+    input = {codes.data(), shared ? row_scale.data() : nullptr, scale.data(), sum.data(),
+             {half_sum[0].data(), half_sum[1].data()}, {}, width, blocks};
     for (int i = 0; i < kStarts; ++i) {
       starts[i].resize(cells);
       input.start[i] = starts[i].data();
@@ -104,7 +106,7 @@ struct Quantized {
   }
 };
 
-// Inputs rounded to bf16 in tiles, with the sums of their blocks.
+// Inputs rounded to bf16 in tiles, with the sums of half blocks.
 struct Rounded {
   std::vector<uint16_t> codes;
   std::vector<float> sums;
@@ -113,10 +115,10 @@ struct Rounded {
   Rounded(const Bf16Kernels& kernels, const std::vector<float>& x, int tokens, int cols) {
     const int width = tokens < 16 ? tokens : 16, blocks = int(padded(cols) / 32);
     codes.resize(size_t((tokens + width - 1) / width * width) * padded(cols));
-    sums.resize(size_t(tokens) * size_t(blocks));
+    sums.resize(size_t(tokens) * size_t(2 * blocks));
     input = {codes.data(), width, blocks};
     for (int t = 0; t < tokens; ++t)
-      kernels.round(x.data() + size_t(t) * padded(cols), t, input, sums.data() + size_t(t) * size_t(blocks));
+      kernels.round(x.data() + size_t(t) * padded(cols), t, input, sums.data() + size_t(t) * size_t(2 * blocks));
   }
 };
 
@@ -136,23 +138,24 @@ std::vector<float> bf16_product(const char* what, const std::vector<float>& x, i
   return together;
 }
 
-ref::Grid random_grid(int rows, int cols, int bits, int group, bool symmetric, int sub_group) {
-  ref::Grid g{rows, cols, bits, group, {}, {}, {}, sub_group, {}, {}};
-  const int low = symmetric ? -(1 << (bits - 1)) : 0;
+ref::Grid random_grid(int rows, int cols, int bits, int group, bool symmetric, int sub_group, bool codebook) {
+  ref::Grid g{rows, cols, bits, group, {}, {}, {}, sub_group, {}, {}, codebook};
+  const int low = symmetric && !codebook ? -(1 << (bits - 1)) : 0;
   for (int i = 0; i < rows * cols; ++i) g.codes.push_back(check::between(low, low + (1 << bits) - 1));
   for (int i = 0; i < rows * g.groups(); ++i) {
     g.scales.push_back(float(check::between(-64, 64)) / 1024);
     if (!symmetric) g.minima.push_back(float(check::between(-64, 0)) / 64);
   }
   for (int i = 0; i < rows * g.sub_groups(); ++i) {
-    g.sub_scales.push_back(check::between(-128, 127));
-    if (!symmetric) g.sub_minima.push_back(check::between(-128, 127));
+    const auto factor = [&] { return bits == 2 ? check::between(0, 15) : check::between(-128, 127); };
+    g.sub_scales.push_back(factor());
+    if (!symmetric) g.sub_minima.push_back(factor());
   }
   return g;
 }
 
-void test_packed(int rows, int cols, int bits, int group, bool symmetric, int sub_group = 0) {
-  const ref::Grid grid = random_grid(rows, cols, bits, group, symmetric, sub_group);
+void test_packed(int rows, int cols, int bits, int group, bool symmetric, int sub_group = 0, bool codebook = false) {
+  const ref::Grid grid = random_grid(rows, cols, bits, group, symmetric, sub_group, codebook);
   const ref::Panels panels = ref::pack(grid);
   const PackedView view = panels.view(grid);
   const int panel_count = (rows + 15) / 16;
@@ -168,8 +171,8 @@ void test_packed(int rows, int cols, int bits, int group, bool symmetric, int su
       return y;
     };
     const auto floating = [&](const Kernels& k) {
-      std::vector<float> y(before.size()), sums(x.size() / 32);
-      k.block_sums(x.data(), int(sums.size()), sums.data());
+      std::vector<float> y(before.size()), sums(x.size() / 16);
+      k.half_sums(x.data(), int(sums.size() / 2), sums.data());
       k.matmul_float(view, {x.data(), padded(cols), sums.data()}, tokens, 0, panel_count,
                      {y.data(), size_t(rows), nullptr, 0});
       return y;
@@ -517,11 +520,21 @@ int main() {
       test_packed(rows, cols, 4, group, false);
       test_packed(rows, cols, 5, group, true);
       test_packed(rows, cols, 5, group, false);
+      test_packed(rows, cols, 6, group, true);
+      test_packed(rows, cols, 3, group, true);
+      test_packed(rows, cols, 3, group, false);
+      test_packed(rows, cols, 2, group, false);
+      test_packed(rows, cols, 4, group, true, 0, true);
     }
+    test_packed(rows, cols, 6, 16, true);
+    test_packed(rows, cols, 3, 16, true);
+    test_packed(rows, cols, 2, 16, false);
     for (const int group : {32, 64, 256}) {
       test_packed(rows, cols, 4, group, false, 32);
       test_packed(rows, cols, 5, group, false, 32);
       test_packed(rows, cols, 6, group, true, 16);
+      test_packed(rows, cols, 3, group, true, 16);
+      test_packed(rows, cols, 2, group, false, 16);
     }
     for (const Dtype dtype : {kF32, kF16}) test_plain(rows, cols, dtype);
     test_pairs(rows, cols);

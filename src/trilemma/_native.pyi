@@ -16,7 +16,7 @@ def crc32(data: NDArray[np.uint8]) -> int: ...
 def release_free_memory() -> None: ...
 def plan_memory(
     config: Mapping[str, Any],
-    products: Sequence[tuple[str, int, bool]],
+    products: Sequence[tuple[str, int, bool, int, bool]],
     *,
     isa: str,
     kv_cache: str,
@@ -45,6 +45,7 @@ class Model:
         sub_group: int = 0,
         sub_scales: NDArray[np.uint8] | None = None,
         sub_minima: NDArray[np.uint8] | None = None,
+        codebook: bool = False,
     ) -> None: ...
     def add_vector(self, name: str, values: NDArray[np.float32]) -> None: ...
     def finalize(self) -> None: ...
@@ -66,6 +67,7 @@ class Loader:
         activation: str,
         file: int,
         pieces: Sequence[tuple[int, int, int]],
+        codebook: bool = False,
     ) -> None: ...
     def add_rows(
         self,

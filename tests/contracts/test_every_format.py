@@ -21,6 +21,8 @@ def _within(name: str) -> float:
     if spec.floating:
         return WITHIN[name]
     low, high = spec.code_range
+    if spec.values is not None:  # the widest gap, or what lies beyond the other end
+        return 1.02 * max(max(np.diff(spec.values)) / 2, -low - high) / -low
     steps = high if spec.symmetric else high - low
     return 1.02 * (0.5 if spec.bits == 8 else 1.0) / steps * (1 if spec.symmetric else 2)
 
@@ -29,7 +31,7 @@ def _within(name: str) -> float:
 def test_the_table_names_the_format(name):
     spec = FORMATS.get(name)
     assert spec.name == name
-    assert f"int{spec.bits}" in name or spec.floating
+    assert f"int{spec.bits}" in name or spec.floating or (spec.values is not None and f"nl{spec.bits}" in name)
     assert spec.group is None or f"g{spec.group}" in name
     assert name.endswith("-k") == (spec.supergroup is not None)
     assert spec.supergroup is None or spec.supergroup % (spec.group or 0) == 0
@@ -46,15 +48,15 @@ def test_packing_is_lossless_and_bytes_are_as_stated(name, shape, random_generat
         assert stored.nbytes == packed_bytes(spec, shape) == stored.bits.nbytes
         assert stored.format == name
         return
-    low, high = spec.code_range
-    codes = random_generator.integers(low, high, shape, endpoint=True).astype(np.int8)  # every legal code
+    codes = random_generator.choice(spec.legal_codes, shape)
     groups, fine = (shape[0], spec.f16_groups(shape[1])), (shape[0], spec.groups(shape[1]))
     scales = random_generator.standard_normal(groups).astype(np.float16)  # negative scales are legal
     minima = None if spec.symmetric else random_generator.standard_normal(groups).astype(np.float16)
     factors: list[np.ndarray | None] = [None, None]
     if spec.supergroup is not None:
-        factors[0] = random_generator.integers(-128, 128, fine).astype(np.int8)
-        factors[1] = None if spec.symmetric else random_generator.integers(-128, 128, fine).astype(np.int8)
+        ends = (0, 16) if spec.pairs_factors else (-128, 128)
+        factors[0] = random_generator.integers(*ends, fine).astype(np.int8)
+        factors[1] = None if spec.symmetric else random_generator.integers(*ends, fine).astype(np.int8)
     matrix = QuantizedMatrix(spec, codes, scales, minima, *factors)
     packed = pack(matrix)
     again = unpack(packed)

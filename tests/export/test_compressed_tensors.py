@@ -25,7 +25,7 @@ from trilemma.techniques.schemes import scheme_to_recipe
 
 WIDE = {"dim": 128, "head_dim": 32, "heads": 4, "kv_heads": 2, "ffn": 256, "vocab": 97}
 FITTING = [name for name, spec in ((name, FORMATS.get(name)) for name in FORMATS)
-           if not spec.floating and spec.symmetric and spec.supergroup is None
+           if not spec.floating and spec.symmetric and spec.supergroup is None and spec.values is None
            and spec.group in (None, 32, 64, 128)]  # fmt: skip
 OTHERS = [name for name in FORMATS if name not in FITTING and not FORMATS.get(name).floating]
 DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "I8": np.int8, "I32": np.int32, "I64": np.int64}

@@ -31,7 +31,7 @@ RECIPE = Recipe(name="mixed", seed=5, steps=(Step(technique="rtn", settings={"we
 def mixed(tiny_model):
     """A model with every format of the table, untied, with biases."""
     names = FORMATS.names()
-    model = tiny_model(qkv_bias=True, tied=False, dim=40, head_dim=10, ffn=172, layers=3)
+    model = tiny_model(qkv_bias=True, tied=False, dim=40, head_dim=10, ffn=172, layers=6)
     matrices = [name for name, shape in model.config.tensor_shapes().items() if len(shape) == 2]
     order = {name: index for index, name in enumerate(matrices)}
     made = with_random_weights(model, lambda name: names[order[name] % len(names)], seed=3)

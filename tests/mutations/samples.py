@@ -18,7 +18,7 @@ from trilemma.techniques.technique import Build
 
 HEARTH = Path(__file__).resolve().parents[2] / "examples" / "models" / "hearth-7m"
 FORMATS = ("f32", "f16", "bf16", "int8-g32", "int4-g32", "int4-g32-asym", "int5-g32", "int5-g32-asym", "int4-g32-k",
-           "int5-g32-k", "int6-g16-k")  # fmt: skip
+           "int5-g32-k", "int6-g16-k", "int2-g16-k", "int3-g16-k", "nl4-g32")  # fmt: skip
 SMALL = {
     "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 64, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96, "vocab_size": 97,
@@ -58,9 +58,9 @@ def make_checkpoints(folder: Path) -> list[Path]:
 
 
 def make_artifacts(folder: Path) -> list[Path]:
-    """Artifact folders, with layouts of both versions."""
+    """Artifact folders, with layouts of all versions."""
     found = []
-    for storage in ("bf16", "int8-channel", "int4-g32", "int5-g32-asym", "int6-g16-k"):
+    for storage in ("bf16", "int8-channel", "int4-g32", "int5-g32-asym", "int6-g16-k", "int3-g16", "int2-g16-k"):
         found.append(folder / f"{storage}.artifact")
         model = random_model(folder / f"{storage}.shape3", WIDE if storage.endswith("-k") else SMALL, storage)
         write_artifact(model, found[-1], Recipe(name=storage, steps=()))

@@ -53,7 +53,7 @@ def engine(tiny_model):
 
 
 @pytest.mark.parametrize("format_name", [
-    "int8-g32", "int4-g32", "int4-g32-asym", "int8-channel", "int4-g64", "int5-g32", "int5-g32-asym",
+    "int8-g32", "int4-g32", "int4-g32-asym", "int8-channel", "int4-g64", "int5-g32", "int5-g32-asym", "nl4-g32",
 ])  # fmt: skip
 def test_quantized_matrices_give_the_native_engines_logits(tiny_model, format_name):
     model = built(tiny_model, format_name)
@@ -65,7 +65,7 @@ def test_quantized_matrices_give_the_native_engines_logits(tiny_model, format_na
     assert np.abs(logits[0] - logits[1]).max() <= SAME_CODES_TOLERANCE * np.abs(logits[0]).max()
 
 
-@pytest.mark.parametrize("format_name", ["int4-g32-k", "int5-g32-k", "int6-g16-k"])
+@pytest.mark.parametrize("format_name", ["int2-g16-k", "int3-g16-k", "int4-g32-k", "int5-g32-k", "int6-g16-k"])
 def test_k_quants_give_the_native_engines_logits(tiny_model, format_name):
     """Inputs are rounded in groups of 256 there and of 32 here, so that both are compared with exact inputs too."""
     model = built(tiny_model, format_name, dim=256, head_dim=128, ffn=512)
@@ -81,7 +81,7 @@ def test_k_quants_give_the_native_engines_logits(tiny_model, format_name):
     assert theirs <= 2 * SAME_CODES_TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["Q4_K_M", "Q5_K_M", "Q6_K", "Q5_0", "Q5_1"])
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q5_0", "Q5_1", "IQ4_NL"])
 def test_a_file_that_llama_quantize_made_predicts_alike_in_both_engines(hearth_path, texts_path, tmp_path, kind):
     tool = os.environ.get("TRILEMMA_LLAMA_QUANTIZE") or shutil.which("llama-quantize")
     if tool is None:
@@ -123,7 +123,7 @@ def test_a_gguf_file_is_used_as_it_is(tiny_model, tmp_path, monkeypatch):
 
 
 def test_a_type_that_only_llama_cpp_reads_runs_there(tiny_model, tmp_path):
-    model, path = tiny_model(**SIZES), tmp_path / "model.gguf"
+    model, path = tiny_model(**{**SIZES, "dim": 256, "head_dim": 128, "ffn": 512}), tmp_path / "model.gguf"
     write_gguf(model, path)
     fields = gguf.GGUFReader(path).fields
     writer = gguf.GGUFWriter(tmp_path / "iq4.gguf", "llama")
@@ -132,15 +132,15 @@ def test_a_type_that_only_llama_cpp_reads_runs_there(tiny_model, tmp_path):
             writer.add_key_value(key, field.contents(), field.types[0])
     for tensor in gguf.GGUFReader(path).tensors:
         if len(tensor.shape) == 2:  # blocks of zeros
-            blocks = np.zeros((tensor.data.shape[0], tensor.data.shape[1] // 32 * 18), np.uint8)
-            writer.add_tensor(tensor.name, blocks, raw_dtype=gguf.GGMLQuantizationType.IQ4_NL)
+            blocks = np.zeros((tensor.data.shape[0], tensor.data.shape[1] // 256 * 136), np.uint8)
+            writer.add_tensor(tensor.name, blocks, raw_dtype=gguf.GGMLQuantizationType.IQ4_XS)
         else:
             writer.add_tensor(tensor.name, tensor.data)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(UnsupportedModelError, match="IQ4_NL"):
+    with pytest.raises(UnsupportedModelError, match="IQ4_XS"):
         open_engine(tmp_path / "iq4.gguf")
     opened = open_engine(tmp_path / "iq4.gguf", runtime="llama.cpp", options=ONE)
     assert np.isfinite(opened.logits([1, 2, 3])).all()

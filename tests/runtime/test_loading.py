@@ -26,8 +26,9 @@ from trilemma.runtime.native import NativeEngine, Step
 
 RECIPE = Recipe(name="any", steps=())
 TYPES = {"F32": 0, "F16": 0, "BF16": 0, "Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "Q4_K": 144,
-         "Q5_K": 176, "Q6_K": 210}  # fmt: skip
-SCALES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+         "Q5_K": 176, "Q6_K": 210, "Q2_K": 84, "Q3_K": 110, "IQ4_NL": 18}  # fmt: skip
+SCALES = {"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+          "Q2_K": (80, 82), "Q3_K": (108,)}  # fmt: skip
 
 
 def one_by_one(model: Model) -> Model:
@@ -102,7 +103,7 @@ def test_rows_of_a_checkpoint_are_the_same(tiny_model, tmp_path, dtype):
 def mixed(tiny_model, tmp_path) -> Path:
     """An artifact that has every format."""
     names = FORMATS.names()
-    model = tiny_model(tied=False, dim=40, head_dim=10, ffn=172, layers=3)
+    model = tiny_model(tied=False, dim=40, head_dim=10, ffn=172, layers=6)
     order = {name: index for index, name in enumerate(model.names())}
     made = with_random_weights(model, lambda name: names[order[name] % len(names)], seed=3)
     write_artifact(made, tmp_path / "mixed", RECIPE)

@@ -55,7 +55,10 @@ def test_experts(random_model, experts_config, options, context):
     check(random_model(experts_config(**options)), context, "bf16")
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "W8A16", "W4A8-g64-asym-gptq", "W4A16-g32-gptq", "W4A8-g32-gptq-kv8"])
+@pytest.mark.parametrize("scheme", [
+    "bf16", "W8A16", "W4A8-g64-asym-gptq", "W4A16-g32-gptq", "W4A8-g32-gptq-kv8", "W6A8-g32", "W3A8-g16", "W3A8-g64",
+    "W2A8-g16-asym", "W2A16-g32-asym",
+])  # fmt: skip
 def test_inputs_in_every_form(tiny_model, scheme):
     twin = cost_twin(tiny_model(), scheme_to_recipe(scheme))
     check(twin, 48, twin.run.kv_cache)

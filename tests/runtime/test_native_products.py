@@ -17,6 +17,7 @@ from trilemma.model.config import DecoderConfig
 ISAS = _native.supported_isas()
 SHAPES = [(511, 172), (16, 32), (3, 8), (40, 576), (33, 130), (100, 257)]  # rows, columns
 TOKENS = [1, 2, 3, 5, 8, 16, 17, 31]
+CODEBOOK = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]
 
 
 @dataclass
@@ -31,9 +32,11 @@ class Codes:
     sub_group: int = 0
     sub_scales: np.ndarray | None = None
     sub_minima: np.ndarray | None = None
+    codebook: bool = False
 
     def dequantize(self) -> np.ndarray:
-        wide = self.of_columns(self.scales, self.sub_scales) * self.codes
+        codes = np.array(CODEBOOK)[self.codes] if self.codebook else self.codes
+        wide = self.of_columns(self.scales, self.sub_scales) * codes
         return wide if self.minima is None else wide + self.of_columns(self.minima, self.sub_minima)
 
     def of_columns(self, values: np.ndarray, factors: np.ndarray | None) -> np.ndarray:
@@ -43,37 +46,53 @@ class Codes:
 
 
 def random_codes(
-    rng: np.random.Generator, rows: int, cols: int, bits: int, group: int, symmetric: bool, sub_group: int = 0
-) -> Codes:
+    rng: np.random.Generator, rows: int, cols: int, bits: int, group: int, symmetric: bool, sub_group: int = 0,
+    codebook: bool = False,
+) -> Codes:  # fmt: skip
     groups = -(-cols // (group or cols))
-    low = -(2 ** (bits - 1)) if symmetric else 0
+    low = -(2 ** (bits - 1)) if symmetric and not codebook else 0
     codes = rng.integers(low, low + 2**bits, (rows, cols))
     scales = (rng.uniform(-1, 1, (rows, groups)) / 2**bits).astype(np.float16)  # negative scales are legal
     minima = None if symmetric else rng.uniform(-1, 0, (rows, groups)).astype(np.float16)
     if not sub_group:
-        return Codes(bits, group, codes, scales, minima)
-    sub_scales, sub_minima = rng.integers(-128, 128, (2, rows, -(-cols // sub_group)))
+        return Codes(bits, group, codes, scales, minima, codebook=codebook)
+    sub_scales, sub_minima = rng.integers(*((0, 16) if bits == 2 else (-128, 128)), (2, rows, -(-cols // sub_group)))
     return Codes(bits, group, codes, scales, minima, sub_group, sub_scales, None if symmetric else sub_minima)
 
 
 def pack_panels(c: Codes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
     rows, cols = c.codes.shape
     panels, blocks = -(-rows // 16), -(-cols // 32)
-    bias = 2 ** (c.bits - 1) if c.bits < 8 and c.minima is None else 0
+    bias = 2 ** (c.bits - 1) if c.bits < 8 and c.minima is None and not c.codebook else 0
     full = np.full((panels * 16, blocks * 32), bias)
     full[:rows, :cols] = c.codes + bias
     out = bytearray()
     for panel in full.reshape(panels, 16, -1):
         step = 8 if c.bits < 8 else 4
         for block in range(0, blocks * 32, 32):
+            if c.bits < 4:
+                out += few_bits(panel[:, block : block + 32].reshape(16, 8, 4), c.bits)
+                continue
             for k in range(block, block + 32, step):
                 for r in range(16):
                     for j in range(4):
                         high = (int(panel[r, k + 4 + j]) & 15) << 4 if c.bits < 8 else 0
                         out.append((int(panel[r, k + j]) & 15 | high) if c.bits < 8 else int(panel[r, k + j]) & 255)
             out += further_bits(panel[:, block : block + 32], c.bits)
-    minima = None if c.minima is None else by_panel(c.minima)
-    return np.frombuffer(bytes(out), np.uint8), by_panel(c.scales), minima
+    count = 2 * blocks if c.group == 16 else None
+    minima = None if c.minima is None else by_panel(c.minima, count)
+    return np.frombuffer(bytes(out), np.uint8), by_panel(c.scales, count), minima
+
+
+def few_bits(quads: np.ndarray, bits: int) -> bytes:
+    """Lines of 16 rows of eight quads of columns, (16, 8, 4), in 2 or 3 bits."""
+    if bits == 2:
+        lines = [sum(quads[:, 4 * line + i] << 2 * i for i in range(4)) for line in range(2)]
+    else:
+        sixth, last = quads[:, 6], quads[:, 7]
+        rest = (sixth & 3, last & 3, sixth >> 2 | last >> 2 << 1)
+        lines = [quads[:, 2 * i] | quads[:, 2 * i + 1] << 3 | rest[i] << 6 for i in range(3)]
+    return np.array(lines).astype(np.uint8).tobytes()
 
 
 def further_bits(block: np.ndarray, bits: int) -> bytes:
@@ -100,6 +119,8 @@ def factors(c: Codes) -> dict:
         return {}
     count = -(-c.codes.shape[1] // 32) * 32 // c.sub_group
     parts = {"sub_scales": c.sub_scales, "sub_minima": c.sub_minima}
+    if c.bits == 2:  # in one byte
+        parts = {"sub_scales": (c.sub_scales | c.sub_minima << 4).astype(np.uint8).view(np.int8)}
     given = {name: by_panel(part.astype(np.int8), count) for name, part in parts.items() if part is not None}
     return {"sub_group": c.sub_group, **given}
 
@@ -226,11 +247,40 @@ def test_five_and_six_bits_and_scales_of_two_levels(
     random_generator, rows, cols, activation, bits, group, symmetric, sub_group
 ):
     c = random_codes(random_generator, rows, cols, bits, group, symmetric, sub_group)
-    embedding = embedding_for(random_generator, rows, cols)
+    check_product(random_generator, c, activation)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [*SHAPES[:3], (40, 576)])
+@pytest.mark.parametrize("activation", ["int8-g32", "bf16", "f32"])
+@pytest.mark.parametrize(
+    ("bits", "group", "symmetric", "sub_group"),
+    [(2, 32, False, 0), (2, 16, False, 0), (2, 256, False, 16), (3, 32, True, 0), (3, 128, False, 0), (3, 16, True, 0),
+     (3, 256, True, 16), (6, 64, True, 0), (6, 16, True, 0)],
+)  # fmt: skip
+def test_two_and_three_bits_and_groups_of_16(
+    random_generator, rows, cols, activation, bits, group, symmetric, sub_group
+):
+    c = random_codes(random_generator, rows, cols, bits, group, symmetric, sub_group)
+    check_product(random_generator, c, activation)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [*SHAPES[:3], (40, 576)])
+@pytest.mark.parametrize("activation", ["int8-g32", "bf16", "f32"])
+def test_a_codebook(random_generator, rows, cols, activation):
+    c = random_codes(random_generator, rows, cols, 4, 32, True, codebook=True)
+    check_product(random_generator, c, activation)
+
+
+def check_product(rng: np.random.Generator, c: Codes, activation: str) -> None:
+    bits, symmetric, group, (rows, cols) = c.bits, c.minima is None, c.group, c.codes.shape
+    embedding = embedding_for(rng, rows, cols)
     codes, scales, minima = pack_panels(c)
 
     def add_head(m: _native.Model) -> None:
-        m.add_packed("head.weight", bits, symmetric, group, rows, cols, activation, codes, scales, minima, **factors(c))
+        m.add_packed(
+            "head.weight", bits, symmetric, group, rows, cols, activation, codes, scales, minima, **factors(c),
+            codebook=c.codebook,
+        )  # fmt: skip
 
     model = layerless(rows, cols, embedding, add_head)
     wanted, size = expected(c.dequantize(), normed_inputs(embedding, cols), activation, bits)
@@ -261,17 +311,23 @@ def test_plain(random_generator, rows, cols, dtype, activation):
 
 
 @pytest.mark.parametrize(
-    ("bits", "group", "symmetric", "sub_group"),
-    [(8, 0, True, 0), (4, 32, True, 0), (4, 64, False, 0), (5, 32, True, 0), (5, 32, False, 0), (4, 256, False, 32),
-     (5, 256, False, 32), (6, 256, True, 16)],
+    ("bits", "group", "symmetric", "sub_group", "codebook"),
+    [(8, 0, True, 0, False), (4, 32, True, 0, False), (4, 64, False, 0, False), (5, 32, True, 0, False),
+     (5, 32, False, 0, False), (4, 256, False, 32, False), (5, 256, False, 32, False), (6, 256, True, 16, False),
+     (6, 32, True, 0, False), (3, 64, True, 0, False), (3, 32, False, 0, False), (3, 16, True, 0, False),
+     (3, 256, True, 16, False), (2, 64, False, 0, False), (2, 16, False, 0, False), (2, 256, False, 16, False),
+     (4, 32, True, 0, True)],
 )  # fmt: skip
-def test_rows_of_a_tied_embedding(random_generator, bits, group, symmetric, sub_group):
+def test_rows_of_a_tied_embedding(random_generator, bits, group, symmetric, sub_group, codebook):
     """The gather gives code * scale (+ minimum), each rounded once; the same matrix is the head."""
     rows, cols = 37, 296
-    c = random_codes(random_generator, rows, cols, bits, group, symmetric, sub_group)
+    c = random_codes(random_generator, rows, cols, bits, group, symmetric, sub_group, codebook)
     codes, scales, minima = pack_panels(c)
     model = _native.Model(config_of(rows, cols, tied=True))
-    model.add_packed("embedding.weight", bits, symmetric, group, rows, cols, "f32", codes, scales, minima, **factors(c))
+    model.add_packed(
+        "embedding.weight", bits, symmetric, group, rows, cols, "f32", codes, scales, minima, **factors(c),
+        codebook=codebook,
+    )  # fmt: skip
     model.add_vector("final_norm.weight", np.ones(cols, np.float32))
     model.finalize()
     weights = c.dequantize()
@@ -298,6 +354,9 @@ def test_a_nan_is_not_swallowed_by_int8_activations():
         ((4, True, 32, 16, 64, "int8-g32", 511, 64), "codes hold 511 bytes, expected 512"),
         ((4, True, 32, 16, 64, "int8-g32", 512, 62), "scales hold 62 bytes, expected 64"),
         ((8, False, 32, 16, 64, "int8-g32", 1024, 64), "8-bit asymmetric"),
+        ((2, True, 32, 16, 64, "int8-g32", 256, 64), "2-bit symmetric"),
+        ((4, True, 16, 16, 64, "int8-g32", 512, 128), "4-bit symmetric codes in groups of 16"),
+        ((3, True, 16, 16, 40, "int8-g32", 384, 96), "scales hold 96 bytes, expected 128"),
         ((4, True, 32, 16, 64, "int8", 512, 64), "Unknown activation 'int8'"),
         ((4, True, 32, 17, 64, "int8-g32", 1024, 128), "the config says \\(16, 64\\)"),
     ],

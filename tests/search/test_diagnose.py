@@ -105,7 +105,7 @@ def test_twins_have_the_structure_that_they_stand_for(tiny_model):
 @pytest.mark.parametrize(
     ("kind", "name"),
     [("Q8_0", "int8-g32"), ("Q4_K", "int4-g32-k"), ("Q6_K", "int6-g16-k"), ("Q5_K", "int5-g32-k"),
-     ("Q5_1", "int5-g32-asym"), ("IQ2_XS", "int4-g128"), ("BF16", "bf16")],
+     ("Q5_1", "int5-g32-asym"), ("IQ2_XS", "int2-g16-k"), ("IQ4_XS", "int4-g128"), ("BF16", "bf16")],
 )  # fmt: skip
 def test_nearest_formats(kind, name):
     assert nearest_format(kind) == name

@@ -52,13 +52,13 @@ def one_by_one(weight, hessian, moment, scales, minima, spec, damping):
         group = at % width // spec.group_size(width)
         scale = float(scales[at // width, group])
         shift = 0.0 if minima is None else float(minima[at // width, group])
-        codes[at] = np.clip(np.rint((work[at] - shift) / scale), *spec.code_range)
+        codes[at] = spec.legal_codes[np.abs((work[at] - shift) / scale - spec.legal_codes.astype(np.float64)).argmin()]
         error = work[at] - (codes[at] * scale + shift)
         work[remaining] -= error * inverse[0, 1:] / inverse[0, 0]
     return codes.reshape(weight.shape)
 
 
-@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-asym"])
+@pytest.mark.parametrize("name", ["int4-g32", "int4-g32-asym", "nl4-g32"])
 def test_two_sided_codes_are_those_of_the_whole_hessian(name, random_generator):
     spec, shape = FORMATS.get(name), (5, 40)  # two groups, the last one short
     weight = random_generator.standard_normal(shape).astype(np.float32)

@@ -18,7 +18,8 @@ from trilemma.techniques.schemes import scheme_to_recipe
 
 # (out, in): several groups, a ragged last one, several blocks
 SHAPES = [(7, 70), (5, 96), (3, 200)]
-FORMATS_TESTED = ["int4-g32", "int4-g64", "int4-g32-asym", "int8-g32", "int8-channel", "int4-g32-k", "int6-g16-k"]
+FORMATS_TESTED = ["int4-g32", "int4-g64", "int4-g32-asym", "int8-g32", "int8-channel", "int4-g32-k", "int6-g16-k",
+                  "nl4-g32", "int3-g16", "int2-g32-asym"]  # fmt: skip
 
 
 def inputs_with_structure(rng: np.random.Generator, tokens: int, columns: int) -> np.ndarray:
@@ -29,7 +30,7 @@ def inputs_with_structure(rng: np.random.Generator, tokens: int, columns: int) -
 
 def brute_force(weight, hessian, scales, minima, spec, damping, order):
     """Optimal brain quantization in a given order: invert what remains anew after every column. (out, in) codes."""
-    low, high = (-127, 127) if spec.bits == 8 else spec.code_range
+    legal = spec.legal_codes[spec.legal_codes >= -127].astype(np.float64)
     h = hessian + damping * np.diag(hessian).mean() * np.eye(len(hessian))
     work, codes = weight.astype(np.float64).copy(), np.zeros(weight.shape, np.int64)
     remaining = list(order)
@@ -39,7 +40,8 @@ def brute_force(weight, hessian, scales, minima, spec, damping, order):
         inverse = np.linalg.inv(h[np.ix_([column, *remaining], [column, *remaining])])
         scale = scales[:, column // size].astype(np.float64)
         shift = 0.0 if minima is None else minima[:, column // size].astype(np.float64)
-        codes[:, column] = np.clip(np.rint((work[:, column] - shift) / scale), low, high)
+        values = (work[:, column] - shift) / scale
+        codes[:, column] = legal[np.abs(values[:, None] - legal).argmin(axis=1)]
         error = work[:, column] - (codes[:, column] * scale + shift)
         work[:, remaining] -= np.outer(error, inverse[0, 1:]) / inverse[0, 0]
     return codes

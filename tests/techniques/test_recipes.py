@@ -65,7 +65,7 @@ def test_suffixes_come_in_any_order_and_floating_schemes_too():
 
 @pytest.mark.parametrize(
     "name",
-    ["", "W4", "W3A8-g32", "W4A8", "W8A8-g64", "W4A4-g32", "W4A8-g32-awq", "W4A8-g32-e3", "W8A8-kv5", "W8A8-asym",
+    ["", "W4", "W7A8-g32", "W4A8", "W8A8-g64", "W4A4-g32", "W4A8-g32-awq", "W4A8-g32-e3", "W8A8-kv5", "W8A8-asym",
      "W8A8+W4A8-g32", "W8A8-k", "W4A8-k-asym", "W4A8-k-hqq", "W4A8-g32-k", "W4A8-g32-e6"],
 )  # fmt: skip
 def test_unknown_schemes_are_answered_with_valid_ones(name):

@@ -127,7 +127,7 @@ def _weight_in(model: Model, name: str) -> int:
     from trilemma.formats.pack import format_bytes
     from trilemma.model.cost import weights_bytes
 
-    outer = "int8-g32" if FORMATS.get(name).bits == 4 else name
+    outer = "int8-g32" if FORMATS.get(name).bits < 8 else name
 
     def format_of(tensor: str) -> str:
         return name if tensor.startswith("layers.") else outer

@@ -57,7 +57,7 @@ def blob_specs(name: str, format_name: str, shape: tuple[int, ...]) -> list[Blob
     shape = rows, columns = shape[0], shape[1]
     count = panel16.panels(rows)
     lines = panel16.codes_bytes(spec, (rows, columns)) // count // panel16.LINE_BYTES
-    scales = (count, spec.f16_groups(columns), panel16.PANEL_ROWS)
+    scales = (count, panel16.scale_groups(spec, columns), panel16.PANEL_ROWS)
     factors = (count, panel16.factor_groups(spec, columns), panel16.PANEL_ROWS)
     kinds = {"codes": ("U8", (count, lines, panel16.LINE_BYTES)), "scales": ("F16", scales), "minima": ("F16", scales),
              "sub_scales": ("I8", factors), "sub_minima": ("I8", factors)}  # fmt: skip

@@ -65,6 +65,8 @@ def scheme_of(spec: Format, columns: int, *, int8_inputs: bool) -> Scheme | None
     group = None if spec.group is None or spec.group > columns else spec.group
     if spec.floating or not spec.symmetric or spec.supergroup is not None or spec.bits > 8:
         return None
+    if spec.values is not None:  # codes are not evenly spaced
+        return None
     if group is not None and (group not in GROUPS or columns % group):
         return None
     bits = 4 if spec.bits <= 4 else 8

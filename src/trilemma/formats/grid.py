@@ -2,6 +2,7 @@
 
     symmetric    w = scale * code            code in [-2^(bits-1), 2^(bits-1) - 1]
     asymmetric   w = scale * code + minimum  code in [0, 2^bits - 1]
+    codebook     w = scale * code            code is one of `values`, which are not evenly spaced
 
 Groups run along the input dimension; the last one is short where the group size does not divide it.
 Scales and minima are rounded to f16 before codes are chosen. Code -8 and negative scales are legal
@@ -25,6 +26,7 @@ class Format(Record):
     """A storage format. `group` is the number of inputs that share a scale; None means a whole row.
 
     supergroup: inputs that share the f16 scale, of which each group has a factor; None where there is one level.
+    values: the 2^bits codes of a codebook, ascending; None where codes are consecutive.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Format(Record):
     floating: bool = False
     layout: str = "panel16.v1"
     supergroup: int | None = None
+    values: tuple[int, ...] | None = None
 
     def group_size(self, columns: int) -> int:
         return columns if self.group is None else min(self.group, columns)
@@ -44,6 +47,11 @@ class Format(Record):
     def f16_groups(self, columns: int) -> int:
         """f16 scales of a row: one a group, or one a supergroup."""
         return self.groups(columns) if self.supergroup is None else -(-columns // self.supergroup)
+
+    @property
+    def pairs_factors(self) -> bool:
+        """Whether factors of scales and minima are 0..15 and share a byte."""
+        return self.supergroup is not None and self.bits == 2
 
     @property
     def shares_input_scale(self) -> bool:
@@ -58,9 +66,17 @@ class Format(Record):
 
     @property
     def code_range(self) -> tuple[int, int]:
+        if self.values is not None:
+            return self.values[0], self.values[-1]
         if self.symmetric:
             return -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1
         return 0, 2**self.bits - 1
+
+    @property
+    def legal_codes(self) -> NDArray[np.int8]:
+        """Every code, ascending."""
+        low, high = self.code_range
+        return np.array(range(low, high + 1) if self.values is None else self.values, dtype=np.int8)
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +105,7 @@ class Grid:
 class QuantizedMatrix:
     """Codes, scales and minima of one matrix, unpacked.
 
-    codes: (out, in) int8 (uint8 range 0..15 for asymmetric 4 bits fits too);
+    codes: (out, in) int8: what scales are multiplied with;
     scales: (out, groups) float16; minima: (out, groups) float16, or None when symmetric.
     With two levels scales and minima are those of supergroups, and sub_scales and sub_minima, (out, groups) int8,
     their groups' factors.

@@ -15,7 +15,7 @@ from trilemma.core.errors import CheckpointError
 from trilemma.formats import FORMATS, panel16
 from trilemma.formats.grid import Format, QuantizedMatrix
 
-LAYOUTS = ("panel16.v1", "panel16.v2", "rows.v1")
+LAYOUTS = ("panel16.v1", "panel16.v2", "panel16.v3", "rows.v1")
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,7 +85,7 @@ def blob_bytes(spec: Format, shape: tuple[int, int]) -> dict[str, int]:
     if not spec.symmetric:
         blobs["minima"] = scales
     if spec.supergroup is not None:
-        for part in ("sub_scales",) if spec.symmetric else ("sub_scales", "sub_minima"):
+        for part in ("sub_scales",) if spec.symmetric or spec.pairs_factors else ("sub_scales", "sub_minima"):
             blobs[part] = panel16.factors_count(spec, shape)
     return blobs
 
@@ -94,12 +94,15 @@ def pack(matrix: QuantizedMatrix) -> PackedMatrix:
     """Lay the codes, scales and minima out as the format's layout says."""
     check_layout(matrix.spec.layout)
     spec, columns = matrix.spec, matrix.shape[1]
-    factors = panel16.factor_groups(spec, columns)
+    scales, factors = panel16.scale_groups(spec, columns), panel16.factor_groups(spec, columns)
+    sub_scales, sub_minima = matrix.sub_scales, matrix.sub_minima
+    if spec.pairs_factors and sub_scales is not None and sub_minima is not None:
+        sub_scales, sub_minima = sub_scales | sub_minima << np.int8(4), None
     return PackedMatrix(
-        spec, matrix.shape, panel16.pack_codes(spec, matrix.codes), panel16.pack_scales(matrix.scales),
-        None if matrix.minima is None else panel16.pack_scales(matrix.minima),
-        None if matrix.sub_scales is None else panel16.pack_scales(matrix.sub_scales, factors),
-        None if matrix.sub_minima is None else panel16.pack_scales(matrix.sub_minima, factors),
+        spec, matrix.shape, panel16.pack_codes(spec, matrix.codes), panel16.pack_scales(matrix.scales, scales),
+        None if matrix.minima is None else panel16.pack_scales(matrix.minima, scales),
+        None if sub_scales is None else panel16.pack_scales(sub_scales, factors),
+        None if sub_minima is None else panel16.pack_scales(sub_minima, factors),
     )  # fmt: skip
 
 
@@ -108,13 +111,17 @@ def unpack(matrix: PackedMatrix) -> QuantizedMatrix:
     check_layout(matrix.spec.layout)
     check_blobs(matrix)
     spec, (rows, columns) = matrix.spec, matrix.shape
-    scales, factors = (rows, spec.f16_groups(columns)), (rows, panel16.factor_groups(spec, columns))
-    groups = spec.groups(columns)
+    scales, factors = (rows, panel16.scale_groups(spec, columns)), (rows, panel16.factor_groups(spec, columns))
+    wide, groups = spec.f16_groups(columns), spec.groups(columns)
+    sub_scales, sub_minima = matrix.sub_scales, matrix.sub_minima
+    if spec.pairs_factors and sub_scales is not None:
+        sub_scales, sub_minima = sub_scales & np.int8(15), sub_scales >> np.int8(4) & np.int8(15)
     return QuantizedMatrix(
-        spec, panel16.unpack_codes(spec, matrix.codes, matrix.shape), panel16.unpack_scales(matrix.scales, scales),
-        None if matrix.minima is None else panel16.unpack_scales(matrix.minima, scales),
-        None if matrix.sub_scales is None else panel16.unpack_scales(matrix.sub_scales, factors)[:, :groups],
-        None if matrix.sub_minima is None else panel16.unpack_scales(matrix.sub_minima, factors)[:, :groups],
+        spec, panel16.unpack_codes(spec, matrix.codes, matrix.shape),
+        panel16.unpack_scales(matrix.scales, scales)[:, :wide],
+        None if matrix.minima is None else panel16.unpack_scales(matrix.minima, scales)[:, :wide],
+        None if sub_scales is None else panel16.unpack_scales(sub_scales, factors)[:, :groups],
+        None if sub_minima is None else panel16.unpack_scales(sub_minima, factors)[:, :groups],
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Layouts `panel16.v1` and `panel16.v2`: quantized codes in panels of 16 rows, 64-byte lines along k.
+"""Layouts `panel16.v1`, `panel16.v2` and `panel16.v3`: quantized codes in panels of 16 rows, 64-byte lines along k.
 
 Rows are padded to a multiple of 16 with zero rows (scale and minimum 0), columns to a multiple of
 32 with code 0. With r the row in its panel and j in 0..3:
@@ -21,6 +21,18 @@ four lines as above, followed by
 scales, minima          of supergroups, float16 as above
 sub_scales, sub_minima  [panel][group][16] int8, with 0 for the groups of padding columns
 
+`panel16.v3` is the same with codes of 2 and 3 bits, with codes of a codebook and with groups of 16. Of the 32 columns
+of a block, quad i are columns 4i .. 4i + 3, and byte r*4 + j has the codes of column j of its quads:
+
+    2 bits     two lines: quads 0..3 and 4..7, the first one lowest
+    3 bits     three lines: quads 0 and 1, 2 and 3, 4 and 5, the first one lowest. Bits 6 and 7 are the two low bits of
+               quad 6 in the first line and of quad 7 in the second; in the third, bit 6 is the third bit of quad 6 and
+               bit 7 that of quad 7. Symmetric codes are stored biased by 4
+    codebook   numbers of its values as 4 bits are, unbiased; 0 in padding
+
+scales, minima          of groups of 16: float16 as above, with 0 for the groups of padding columns
+sub_scales              2 bits: the factor of the scale | that of the minimum << 4, both 0..15
+
 Everything here works on blocks of panels, so that a matrix of any size packs without a second copy
 of itself.
 """
@@ -39,6 +51,7 @@ PANEL_ROWS = 16
 COLUMN_STEP = 32
 LINE_BYTES = 64
 Value = TypeVar("Value", np.float16, np.int8)
+_TWOS = np.array([[0], [2], [4], [6]], dtype=np.uint8)
 _BLOCK_CODES = 1 << 21  # codes handled at a time: fits a second-level cache well enough
 
 
@@ -57,7 +70,14 @@ def codes_bytes(spec: Format, shape: tuple[int, int]) -> int:
 
 def scales_count(spec: Format, shape: tuple[int, int]) -> int:
     """Number of f16 scales (and of minima), padding rows included."""
-    return panels(shape[0]) * PANEL_ROWS * spec.f16_groups(shape[1])
+    return panels(shape[0]) * PANEL_ROWS * scale_groups(spec, shape[1])
+
+
+def scale_groups(spec: Format, columns: int) -> int:
+    """f16 scales of a row, of groups of padding columns too where a block has several."""
+    if spec.supergroup is None and spec.group is not None and COLUMN_STEP % spec.group == 0:
+        return padded_columns(columns) // spec.group
+    return spec.f16_groups(columns)
 
 
 def factor_groups(spec: Format, columns: int) -> int:
@@ -77,7 +97,7 @@ def pack_codes(spec: Format, codes: NDArray[np.int8]) -> NDArray[np.uint8]:
     panel_bytes = PANEL_ROWS * padded_columns(columns) * spec.bits // 8
     bias = _bias(spec)
     for first, last in _blocks(rows, columns):
-        block = _padded(codes[first * PANEL_ROWS : last * PANEL_ROWS], last - first, bias)
+        block = _padded(_numbers(spec, codes[first * PANEL_ROWS : last * PANEL_ROWS]), last - first, bias)
         packed[first * panel_bytes : last * panel_bytes] = _pack_block(spec, block).reshape(-1)
     return packed
 
@@ -92,7 +112,10 @@ def unpack_codes(spec: Format, packed: NDArray[np.uint8], shape: tuple[int, int]
         block = _unpack_block(spec, packed[first * panel_bytes : last * panel_bytes], last - first)
         target = codes[first * PANEL_ROWS : last * PANEL_ROWS]
         stored = block[: target.shape[0], :columns].view(np.int8)
-        np.subtract(stored, np.int8(bias), out=target)
+        if spec.values is None:
+            np.subtract(stored, np.int8(bias), out=target)
+        else:
+            np.take(np.array(spec.values, dtype=np.int8), stored, out=target)
     return codes
 
 
@@ -123,7 +146,16 @@ def random_codes(spec: Format, shape: tuple[int, int], rng: np.random.Generator)
 
 
 def _bias(spec: Format) -> int:
-    return 1 << (spec.bits - 1) if spec.bits < 8 and spec.symmetric else 0
+    return 1 << (spec.bits - 1) if spec.bits < 8 and spec.symmetric and spec.values is None else 0
+
+
+def _numbers(spec: Format, codes: NDArray[np.int8]) -> NDArray[np.int8]:
+    """The codes, or those of a codebook as their numbers in it."""
+    if spec.values is None:
+        return codes
+    numbers = np.searchsorted(spec.legal_codes[:-1], codes).astype(np.int8)
+    assert (spec.legal_codes[numbers] == codes).all(), f"codes that are not in the codebook of {spec.name}"
+    return numbers
 
 
 def _blocks(rows: int, columns: int) -> Iterator[tuple[int, int]]:
@@ -145,6 +177,10 @@ def _pack_block(spec: Format, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     if spec.bits == 8:
         lines = codes.reshape(rows // PANEL_ROWS, PANEL_ROWS, columns // 4, 4)
         return np.ascontiguousarray(lines.transpose(0, 2, 1, 3))
+    if spec.bits < 4:
+        quads = codes.reshape(rows // PANEL_ROWS, PANEL_ROWS, columns // COLUMN_STEP, 8, 4)
+        low = _pack_2(quads) if spec.bits == 2 else _pack_3(quads)  # (panel, row, block, line, 4)
+        return np.ascontiguousarray(low.transpose(0, 2, 3, 1, 4))
     lines = (codes & np.uint8(15)).reshape(rows // PANEL_ROWS, PANEL_ROWS, columns // 8, 2, 4)
     nibbles = lines[:, :, :, 0] | (lines[:, :, :, 1] << np.uint8(4))  # (panel, row, line, 4)
     if spec.bits == 4:
@@ -163,6 +199,9 @@ def _unpack_block(spec: Format, packed: NDArray[np.uint8], panel_count: int) -> 
     rows = panel_count * PANEL_ROWS
     if spec.bits == 8:
         return np.ascontiguousarray(lines).reshape(rows, -1)
+    if spec.bits < 4:
+        blocks = lines.reshape(panel_count, PANEL_ROWS, -1, spec.bits, 4)
+        return (_unpack_2(blocks) if spec.bits == 2 else _unpack_3(blocks)).reshape(rows, -1)
     more = spec.bits - 4
     blocks = lines.reshape(panel_count, PANEL_ROWS, -1, 4 + more, 4)
     nibbles = blocks[:, :, :, :4]
@@ -173,3 +212,36 @@ def _unpack_block(spec: Format, packed: NDArray[np.uint8], panel_count: int) -> 
     high = (blocks[:, :, :, 4:, None, :] >> shifts) & np.uint8((1 << more) - 1)
     both: NDArray[np.uint8] = low | (high.reshape(rows, -1) << np.uint8(4))
     return both
+
+
+def _pack_2(quads: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(panel, row, block, 8, 4) codes -> (panel, row, block, 2, 4) bytes."""
+    fours = quads.reshape(*quads.shape[:3], 2, 4, 4)
+    packed: NDArray[np.uint8] = np.bitwise_or.reduce(fours << _TWOS, axis=4)
+    return packed
+
+
+def _unpack_2(lines: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(panel, row, block, 2, 4) bytes -> (panel, row, block, 2, 4, 4) codes."""
+    found: NDArray[np.uint8] = lines[:, :, :, :, None, :] >> _TWOS & np.uint8(3)
+    return found
+
+
+def _pack_3(quads: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(panel, row, block, 8, 4) codes -> (panel, row, block, 3, 4) bytes."""
+    two, three, six = np.uint8(2), np.uint8(3), np.uint8(6)
+    packed: NDArray[np.uint8] = quads[:, :, :, 0:6:2] | quads[:, :, :, 1:6:2] << three
+    packed[:, :, :, :2] |= quads[:, :, :, 6:] << six
+    packed[:, :, :, 2] |= (quads[:, :, :, 6] >> two) << six | (quads[:, :, :, 7] >> two) << np.uint8(7)
+    return packed
+
+
+def _unpack_3(lines: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(panel, row, block, 3, 4) bytes -> (panel, row, block, 8, 4) codes."""
+    seven, three, four = np.uint8(7), np.uint8(3), np.uint8(4)
+    quads = np.empty((*lines.shape[:3], 8, 4), dtype=np.uint8)
+    quads[:, :, :, 0:6:2], quads[:, :, :, 1:6:2] = lines & seven, lines >> three & seven
+    quads[:, :, :, 6:] = lines[:, :, :, :2] >> np.uint8(6)
+    quads[:, :, :, 6] |= lines[:, :, :, 2] >> four & four
+    quads[:, :, :, 7] |= lines[:, :, :, 2] >> np.uint8(5) & four
+    return quads

@@ -1,14 +1,15 @@
 """Rounding to a grid: scales and minima by absolute maximum or by search, then codes.
 
 Scales and minima are rounded to f16 before codes are chosen, so what is optimized is what runs.
-Four-bit symmetric groups use the code -8: the scale's sign is chosen so that the value of largest
-magnitude gets it, as GGUF's Q4_0 does. Eight-bit codes stay within -127..127. Error feedback
-between columns is GPTQ's work (`techniques/quantize/gptq.py`). Scales of two levels are `two_level.py`.
+Symmetric groups of few bits use the lowest code (-8 of 4 bits): the scale's sign is chosen so that the
+value of largest magnitude gets it, as GGUF's Q4_0 does. Eight-bit codes stay within -127..127. Error
+feedback between columns is GPTQ's work (`techniques/quantize/gptq.py`). Scales of two levels are `two_level.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Literal
 
 import numpy as np
@@ -25,9 +26,16 @@ Float16 = NDArray[np.float16]
 _BLOCK_VALUES = 1 << 18
 _F16_MAX = 65504.0
 _F16_TINY = np.float16(6e-8)  # the smallest subnormal
-# Shares of the absmax scale that the search starts from; at 8 bits clipping much never pays.
-_SYMMETRIC_GRIDS = {4: np.linspace(0.65, 1.15, 12), 5: np.linspace(0.70, 1.10, 12), 8: np.linspace(0.80, 1.02, 12)}
+# Shares of the absmax scale that the search starts from; at 8 bits clipping much never pays, and few codes leave many
+# minima of the error to choose between.
+_SYMMETRIC_GRIDS = {
+    3: np.linspace(0.45, 1.25, 24), 4: np.linspace(0.65, 1.15, 12), 5: np.linspace(0.70, 1.10, 12),
+    6: np.linspace(0.75, 1.05, 18), 8: np.linspace(0.80, 1.02, 12),
+}  # fmt: skip
+_CODEBOOK_GRID = np.linspace(0.65, 1.15, 16)
+_ASYMMETRIC_GRIDS = {2: np.linspace(0.40, 1.0, 9), 3: np.linspace(0.55, 1.0, 10)}
 _ASYMMETRIC_GRID = np.linspace(0.70, 1.0, 13)
+_SHIFTS = {2: (-0.2, 0.0, 0.2), 3: (-0.1, 0.0, 0.1)}  # of the middle, shares of half the span
 _REFITS = 4
 
 
@@ -35,6 +43,20 @@ def usable_codes(spec: Format) -> tuple[int, int]:
     """Lowest and highest code that our quantizers make: the grid's range, but -127 for 8 bits."""
     low, high = spec.code_range
     return (-high, high) if spec.symmetric and spec.bits == 8 else (low, high)
+
+
+def nearest_codes(scaled: Float32, spec: Format) -> Float32:
+    """The code nearest to each value, as f32; `scaled` may be overwritten."""
+    if spec.values is not None:
+        return spec.legal_codes.astype(np.float32)[np.searchsorted(code_borders(spec), scaled)]
+    low, high = usable_codes(spec)
+    return np.clip(np.rint(scaled, out=scaled), low, high, out=scaled)
+
+
+def code_borders(spec: Format) -> Float32:
+    """(codes - 1,) values half-way between two codes of a codebook."""
+    codes = spec.legal_codes.astype(np.float32)
+    return (codes[1:] + codes[:-1]) / np.float32(2)
 
 
 def quantize_rtn(
@@ -161,10 +183,8 @@ def _inverse(scales: Float16 | Float32) -> Float32:
 
 def _codes(block: Float32, scales: Float16 | Float32, minima: Float16 | Float32 | None, spec: Format) -> Float32:
     """(rows, groups, group) -> nearest codes as f32."""
-    low, high = usable_codes(spec)
     shifted = block if minima is None else block - minima.astype(np.float32)[:, :, None]
-    scaled = shifted * _inverse(scales)[:, :, None]
-    return np.clip(np.rint(scaled, out=scaled), low, high, out=scaled)
+    return nearest_codes(shifted * _inverse(scales)[:, :, None], spec)
 
 
 def _error(block: Float32, codes: Float32, scales: Float16, minima: Float16 | None, weight: Float32 | None) -> Float32:
@@ -189,11 +209,18 @@ def _fit_symmetric(block: Float32, spec: Format, rule: ScaleRule, weight: Float3
         return best
     least = _error(block, _codes(block, best, None, spec), best, None, weight)
     signs = (1.0, -1.0) if spec.bits < 8 else (1.0,)
-    for factor in (sign * step for sign in signs for step in _SYMMETRIC_GRIDS[spec.bits]):
+    for factor in (sign * step for sign in signs for step in _starts(spec)):
         best, least = _keep_better(block, spec, weight, _to_f16(exact * np.float32(factor)), best, least)
     for _ in range(_REFITS):
         best, least = _keep_better(block, spec, weight, best, best, least)
     return best
+
+
+def _starts(spec: Format) -> NDArray[np.float64]:
+    """Shares of the absmax scale that the search starts from."""
+    if spec.values is not None:
+        return _CODEBOOK_GRID
+    return _SYMMETRIC_GRIDS[spec.bits] if spec.symmetric else _ASYMMETRIC_GRIDS.get(spec.bits, _ASYMMETRIC_GRID)
 
 
 def _keep_better(
@@ -225,9 +252,9 @@ def _fit_asymmetric(block: Float32, spec: Format, rule: ScaleRule, weight: Float
         return best
     least = _error(block, _codes(block, best.scales, best.minima, spec), best.scales, best.minima, weight)
     middle, half = (top + bottom) / 2, (top - bottom) / 2
-    for factor in _ASYMMETRIC_GRID:
+    for factor, shift in product(_starts(spec), _SHIFTS.get(spec.bits, (0.0,))):
         shrunk = half * np.float32(factor)
-        fit = _Fit(_to_f16(2 * shrunk / levels), (middle - shrunk).astype(np.float16))
+        fit = _Fit(_to_f16(2 * shrunk / levels), (middle + half * np.float32(shift) - shrunk).astype(np.float16))
         best, least = _keep_better_fit(block, spec, weight, fit, best, least)
     for _ in range(_REFITS):
         best, least = _keep_better_fit(block, spec, weight, best, best, least)

@@ -23,6 +23,7 @@ from trilemma.model.model import Activation, Float32, LinearRun, Model, StoredMa
 from trilemma.model.plain import PlainMatrix
 
 _FACTOR = 32  # of a group's scale, where scales have two levels
+_FEW_FACTOR = 12  # the same of few bits, whose factors have four
 _PERIOD = 1_000_003  # distinct random values of a floating-point matrix; a prime, so rows differ
 
 
@@ -34,22 +35,33 @@ def random_matrix(spec: Format, shape: tuple[int, int], seed: int) -> PackedMatr
     if spec.floating:
         return _random_plain(spec, shape, rng, deviation)
     low, high = spec.code_range
-    scale = deviation / ((high - low + 1) / 12**0.5)  # uniform codes
-    factor = 1 if spec.supergroup is None else _FACTOR
+    scale = deviation / float(spec.legal_codes.std(dtype=np.float64))  # all codes are as likely
+    factor = 1 if spec.supergroup is None else _factor(spec)
     groups = (shape[0], spec.f16_groups(shape[1]))
     scales = (scale / factor * rng.uniform(0.8, 1.2, groups)).astype(np.float16)
+    if spec.layout == "panel16.v3" and spec.symmetric:  # few codes that are not centred: either sign, so that sums are
+        scales *= np.where(rng.random(groups) < 0.5, np.float16(-1), np.float16(1))
     middle = np.float32(-(low + high) / 2)
-    minima = None if spec.symmetric else panel16.pack_scales((middle * scales.astype(np.float32)).astype(np.float16))
+    minima = None if spec.symmetric else (middle * scales.astype(np.float32)).astype(np.float16)
     codes = panel16.random_codes(spec, shape, rng)
     factors = None if spec.supergroup is None else _factors(spec, shape)
+    minimum_factors = None if spec.symmetric or spec.pairs_factors else factors
+    count = panel16.scale_groups(spec, shape[1])
     return PackedMatrix(
-        spec, shape, codes, panel16.pack_scales(scales), minima, factors, None if spec.symmetric else factors
-    )
+        spec, shape, codes, panel16.pack_scales(scales, count),
+        None if minima is None else panel16.pack_scales(minima, count), factors, minimum_factors,
+    )  # fmt: skip
+
+
+def _factor(spec: Format) -> int:
+    return _FACTOR if spec.bits > 3 else _FEW_FACTOR
 
 
 def _factors(spec: Format, shape: tuple[int, int]) -> NDArray[np.int8]:
     """Equal factors of the scales of all groups, laid out, zero in padding."""
-    groups = np.full((shape[0], spec.groups(shape[1])), _FACTOR, dtype=np.int8)
+    one = _factor(spec)
+    stored = np.array(one | one << 4 if spec.pairs_factors else one, dtype=np.uint8).view(np.int8)
+    groups = np.full((shape[0], spec.groups(shape[1])), stored, dtype=np.int8)
     return panel16.pack_scales(groups, panel16.factor_groups(spec, shape[1]))
 
 

@@ -115,10 +115,10 @@ def _weights_bytes(config: DecoderConfig, format_of: FormatOf) -> int:
     return sum(held(name, shape[0], shape[1]) if len(shape) == 2 else 4 * shape[0] for name, shape in shapes)
 
 
-def _kind(format_name: str) -> tuple[int, bool]:
-    """(bits, symmetric) as `plan_memory` takes them."""
+def _kind(format_name: str) -> tuple[int, bool, int, bool]:
+    """(bits, symmetric, group, codebook) as `plan_memory` takes them."""
     spec = FORMATS.get(format_name)
-    return 0 if format_name in _ROWS else spec.bits, spec.symmetric
+    return 0 if format_name in _ROWS else spec.bits, spec.symmetric, spec.group or 0, spec.values is not None
 
 
 __all__ = ["EngineMemoryForecast", "forecast_engine", "forecast_engine_of"]

@@ -32,7 +32,7 @@ except ImportError as error:  # pragma: no cover - only where the build was skip
         "or choose the torch engine."
     ) from None
 
-_LAYOUTS = ("panel16.v1", "panel16.v2")
+_LAYOUTS = ("panel16.v1", "panel16.v2", "panel16.v3")
 _RELEASE_EVERY = 8_000_000  # bytes read
 
 
@@ -88,7 +88,15 @@ class _FileLoader:
         if found.encoding == "panels":
             spec = FORMATS.get(found.format)
             self._loader.add_panels(
-                name, spec.bits, spec.symmetric, *_groups(spec), *found.shape, activation, file, pieces
+                name,
+                spec.bits,
+                spec.symmetric,
+                *_groups(spec),
+                *found.shape,
+                activation,
+                file,
+                pieces,
+                codebook=spec.values is not None,
             )
             return True
         order = [] if found.order is None else found.order.tolist()
@@ -113,7 +121,7 @@ def _add_one_by_one(weights: _native.Model, model: Model, names: Sequence[str]) 
 
 def plan_memory(
     config: DecoderConfig,
-    products: Sequence[tuple[str, int, bool]],
+    products: Sequence[tuple[str, int, bool, int, bool]],
     *,
     isa: str | None = None,
     kv_cache: str,
@@ -124,8 +132,9 @@ def plan_memory(
     """Bytes of KV cache and scratch that an engine over `config` would hold; nothing is allocated.
 
     Args:
-        products: (activation, bits, symmetric) of the matrices that are multiplied, each combination once; bits are 0
-            for f32 and f16, which are held in rows, and 16 for bf16.
+        products: (activation, bits, symmetric, group, codebook) of the matrices that are multiplied, each combination
+            once; bits are 0 for f32 and f16, which are held in rows, and 16 for bf16. The group is the smallest that
+            has a scale or a factor, 0 for a row.
         isa: instruction set; the best one here by default.
 
     Raises:
@@ -178,13 +187,14 @@ def _add_packed(weights: _native.Model, name: str, stored: PackedMatrix, activat
     spec = stored.spec
     if spec.layout not in _LAYOUTS:
         raise UnsupportedModelError(
-            f"Tensor '{name}' has the layout '{spec.layout}'; the engine runs {' and '.join(_LAYOUTS)}."
+            f"Tensor '{name}' has the layout '{spec.layout}'; the engine runs {', '.join(_LAYOUTS)}."
         )
     group, sub_group = _groups(spec)
     parts = {part: _bytes(values) for part, values in stored.parts().items()}
     weights.add_packed(
         name, spec.bits, spec.symmetric, group, *stored.shape, activation, parts["codes"], parts["scales"],
         parts.get("minima"), sub_group, parts.get("sub_scales"), parts.get("sub_minima"),
+        codebook=spec.values is not None,
     )  # fmt: skip
 
 

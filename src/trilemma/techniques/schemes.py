@@ -3,17 +3,17 @@
 A scheme is parts joined by '+', applied from left to right; `PARTS` lists them, one line each. The last
 part usually says how weights are stored:
 
-W{4,5,6,8}A{8,16}  weights and activations; A8 rounds activations to int8 in groups of 32,
+W{2-6,8}A{8,16} weights and activations; A8 rounds activations to int8 in groups of 32,
                A16 really computes with bf16 activations
 -g{32,64,128}  weights that share a scale; 8-bit weights without it share one per row
 -asym          4-bit weights with a minimum per group
--k             scales of two levels, as GGUF's Q4_K, Q5_K and Q6_K have them: W4, W5, W6
+-k             scales of two levels, as GGUF's Q2_K to Q6_K have them: W2 to W6
 -gptq          choose codes with calibration text; without it round to nearest
 -gptaq         the same, to give what the unchanged model gives behind the compressed layers
 -guided        the same, with output errors weighed by gradients of the model's answers
 -hqq           fit grids by a robust error, without text (HQQ)
 -sign          learn which way to round, layer by layer, with calibration text (AutoRound)
--e{4,8,16}     bits of the embedding (and tied head); by default 8; with -k also 5 and 6
+-e{4,8,16}     bits of the embedding (and tied head); by default 8; with -k also 2, 3, 5 and 6
 -kv{4,8,16,32} precision of the KV cache; by default bf16
 f32, bf16, f16 floating point throughout
 """
@@ -31,7 +31,7 @@ from trilemma.formats import FORMATS
 
 _SUFFIX = re.compile(r"-(e|kv)(\d+)", re.IGNORECASE)
 _EMBEDDING = {"4": "int4-g32", "8": "int8-g32", "16": "bf16"}
-_K_FORMATS = {"4": "int4-g32-k", "5": "int5-g32-k", "6": "int6-g16-k"}
+_K_FORMATS = {"2": "int2-g16-k", "3": "int3-g16-k", "4": "int4-g32-k", "5": "int5-g32-k", "6": "int6-g16-k"}
 _EMBEDDING_K = _K_FORMATS | {"8": "int8-g32", "16": "bf16"}
 _KV = {"4": "int4", "8": "int8", "16": "bf16", "32": "f32"}
 _QUANTIZERS = ("rtn", "hqq", "gptq", "gptaq", "sign-rounding")

@@ -25,8 +25,11 @@ from trilemma.model.sources import MemorySource
 from trilemma.runtime import EngineOptions, open_engine
 
 WIDE = {"dim": 64, "head_dim": 16, "heads": 4, "kv_heads": 2, "ffn": 160, "vocab": 97}
-ONLY_ELSEWHERE = gguf.GGMLQuantizationType.IQ4_NL  # a type that no format here holds
-FORMATS_BACK = ["f32", "f16", "bf16", "int8-g32", "int4-g32", "int4-g32-asym", "int5-g32", "int5-g32-asym"]
+PLACES = {"Q6_K": [208], "Q5_1": [0, 2], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q2_K": [80, 82],
+          "Q3_K": [108]}  # fmt: skip  # of f16 values in a block
+ONLY_ELSEWHERE = gguf.GGMLQuantizationType.IQ4_XS  # a type that no format here holds
+FORMATS_BACK = ["f32", "f16", "bf16", "int8-g32", "int4-g32", "int4-g32-asym", "int5-g32", "int5-g32-asym",
+                "nl4-g32"]  # fmt: skip
 
 
 def activation_of(name: str) -> str:
@@ -82,8 +85,7 @@ def random_blocks(kind: str, rows: int, columns: int, rng: np.random.Generator) 
     number = gguf.GGMLQuantizationType[kind]
     values, size = gguf.GGML_QUANT_SIZES[number]
     blocks = rng.integers(0, 256, (rows, columns // values, size), dtype=np.uint8)
-    places = {"Q6_K": [208], "Q5_1": [0, 2], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q5_K": [0, 2]}.get(kind, [0])
-    for at in places:
+    for at in PLACES.get(kind, [0]):
         scales = rng.standard_normal((rows, columns // values, 1)).astype(np.float16)
         blocks[:, :, at : at + 2] = scales.view(np.uint8)
     return blocks.reshape(rows, -1)
@@ -101,7 +103,7 @@ def test_any_block_has_the_values_of_the_gguf_package(kind, random_generator):
     np.testing.assert_array_equal(take_rows(found, order).dequantize(), wanted[order])
 
 
-@pytest.mark.parametrize("kind", ["Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("kind", ["Q5_0", "Q5_1", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_a_file_of_these_blocks_runs_as_its_values_do_and_survives_an_artifact(tiny_model, tmp_path, kind):
     from trilemma.core.recipe import Recipe
 
@@ -129,7 +131,7 @@ def test_a_file_of_these_blocks_runs_as_its_values_do_and_survives_an_artifact(t
     engine.close()
 
 
-@pytest.mark.parametrize("kind", [kind for kind in sorted(DECODERS) if not kind.endswith("_K")])
+@pytest.mark.parametrize("kind", [kind for kind in sorted(DECODERS) if not kind.endswith(("_K", "_NL"))])
 def test_values_are_those_of_the_gguf_package(kind, random_generator):
     shape, number = (5, 96), gguf.GGMLQuantizationType[kind]
     values = random_generator.standard_normal(shape).astype(np.float32)
@@ -174,11 +176,12 @@ def test_an_artifact_made_from_a_gguf_file_has_its_tokenizer(hearth_path, tmp_pa
 
 
 def test_types_without_a_decoder_are_refused_by_name(tiny_model, tmp_path):
-    writer = _writer(tmp_path / "model.gguf", tiny_model(**WIDE), ONLY_ELSEWHERE)
+    sizes = {**WIDE, "dim": 256, "head_dim": 64, "ffn": 256}
+    writer = _writer(tmp_path / "model.gguf", tiny_model(**sizes), ONLY_ELSEWHERE)
     model = load_any(writer)
-    with pytest.raises(UnsupportedModelError, match=r"IQ4_NL.*--runtime llama\.cpp.*llama-quantize"):
+    with pytest.raises(UnsupportedModelError, match=r"IQ4_XS.*--runtime llama\.cpp.*llama-quantize"):
         model.format_of("layers.0.ffn.up.weight")
-    with pytest.raises(UnsupportedModelError, match="IQ4_NL"):
+    with pytest.raises(UnsupportedModelError, match="IQ4_XS"):
         open_engine(model)
 
 
@@ -247,7 +250,9 @@ def test_values_that_are_not_finite_are_refused(kind):
         decode_matrix(damaged, kind, (2, 64), "w")
 
 
-@pytest.mark.parametrize(("kind", "at"), [("Q4_K", 0), ("Q4_K", 2), ("Q5_K", 2), ("Q6_K", 208)])
+@pytest.mark.parametrize(
+    ("kind", "at"), [("Q2_K", 80), ("Q3_K", 108), ("Q4_K", 0), ("Q4_K", 2), ("Q5_K", 2), ("Q6_K", 208)]
+)
 def test_scales_of_supergroups_that_are_not_finite_are_refused(kind, at, random_generator):
     damaged = random_blocks(kind, 2, 256, random_generator)
     damaged[1, at : at + 2] = 0xFF
@@ -286,12 +291,12 @@ def _blocks_of(values, kind):
     except NotImplementedError:
         rng = np.random.default_rng(values.size)
         if kind.name not in DECODERS:
-            return np.zeros((len(values), values.shape[1] // 32 * 18), np.uint8)
+            return np.zeros((len(values), values.shape[1] // 256 * 136), np.uint8)
         raw = random_blocks(kind.name, len(values), values.shape[1], rng)
         deviation = gguf.dequantize(raw, kind).std()
         size = gguf.GGML_QUANT_SIZES[kind][1]
         blocks = raw.reshape(-1, size)
-        for at in [208] if kind.name == "Q6_K" else [0, 2]:
+        for at in PLACES.get(kind.name, [0]):
             scales = np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16)
             blocks[:, at : at + 2] = (scales * np.float16(0.05 / deviation)).view(np.uint8)
         return raw

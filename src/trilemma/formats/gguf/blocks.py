@@ -7,10 +7,12 @@ GGUF's simple types have one scale for 32 values of a row:
     Q4_1   f16 d, f16 m, the same 16 bytes   w = d * q + m      20 bytes
     Q5_0   as Q4_0, 4 bytes of fifth bits    w = d * (q - 16)   22 bytes
     Q5_1   as Q4_1, 4 bytes of fifth bits    w = d * q + m      24 bytes
+    IQ4_NL as Q4_0                           w = d * values[q]  18 bytes
 
 In the 16 bytes the low nibbles are values 0..15 and the high ones 16..31; fifth bits come before them, in the order
-of values. Coarser groups, and one scale a row, lie on the same grids with their scale repeated. Rows must be a
-multiple of 32 long. Blocks of 256 values with scales of two levels are `k_blocks`.
+of values. Coarser groups, and one scale a row, lie on the same grids with their scale repeated. Codes of 2, 3 and 6
+bits go out in the next wider type. Rows must be a multiple of 32 long. Blocks of 256 values with scales of two levels
+are `k_blocks`.
 """
 
 from __future__ import annotations
@@ -29,9 +31,13 @@ from trilemma.model.model import Float32, StoredMatrix
 from trilemma.model.plain import PlainMatrix, f32_to_bf16
 
 BLOCK = 32
-GgufType = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"]
-_BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24}
-_K_TYPES: dict[str, GgufType] = {"int4-g32-k": "Q4_K", "int5-g32-k": "Q5_K", "int6-g16-k": "Q6_K"}
+GgufType = Literal[
+    "F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"
+]
+_BLOCK_BYTES = {"Q8_0": 34, "Q4_0": 18, "Q4_1": 20, "Q5_0": 22, "Q5_1": 24, "IQ4_NL": 18}
+_K_TYPES: dict[str, GgufType] = {
+    "int2-g16-k": "Q2_K", "int3-g16-k": "Q3_K", "int4-g32-k": "Q4_K", "int5-g32-k": "Q5_K", "int6-g16-k": "Q6_K",
+}  # fmt: skip
 _VALUE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 _PLAIN: dict[str, GgufType] = {"f32": "F32", "f16": "F16", "bf16": "BF16"}
 LOSSLESS_FORMATS = (
@@ -39,7 +45,8 @@ LOSSLESS_FORMATS = (
     "f16",
     "bf16",
     "int8 in groups of 32n or per row",
-    "int4 and int5 in groups of 32n, with or without minima",
+    "int2 to int6 in groups of 32n, with or without minima",
+    "nl4",
     "the formats that end in -k",
 )
 
@@ -65,13 +72,19 @@ def target_of(spec: Format, columns: int) -> Target | None:
         return Target(_K_TYPES[spec.name]) if spec.name in _K_TYPES else None
     if spec.group_size(columns) % BLOCK:
         return None
-    if spec.bits == 8 and spec.symmetric:
-        return Target("Q8_0")
-    if spec.bits == 4:
-        return Target("Q4_0" if spec.symmetric else "Q4_1")
-    if spec.bits == 5:
-        return Target("Q5_0" if spec.symmetric else "Q5_1")
-    return None
+    if spec.values is not None:
+        return Target("IQ4_NL") if spec.name == "nl4-g32" else None
+    if spec.symmetric:
+        types: dict[int, GgufType] = {8: "Q8_0", 6: "Q8_0", 5: "Q5_0", 4: "Q4_0", 3: "Q4_0"}
+    else:
+        types = {5: "Q5_1", 4: "Q4_1", 3: "Q4_1", 2: "Q4_1"}
+    return Target(types[spec.bits], why=_wider(spec.bits, types[spec.bits])) if spec.bits in types else None
+
+
+def _wider(bits: int, kind: GgufType) -> str:
+    if bits in (4, 5, 8):
+        return ""
+    return f"{bits}-bit codes go out as {kind}, which holds them without loss: GGUF has no such type of {bits} bits"
 
 
 def nearest_target(columns: int) -> Target:
@@ -117,9 +130,10 @@ def encode_blocks(matrix: QuantizedMatrix, kind: GgufType, rows: NDArray[np.intp
     if kind == "Q8_0":
         parts.append(blocks.view(np.uint8))
     else:
-        offset = 2 ** (matrix.spec.bits - 1) if matrix.spec.symmetric else 0
-        stored = blocks.view(np.uint8) + np.uint8(offset)
-        if matrix.spec.bits == 5:
+        stored = blocks.view(np.uint8) + np.uint8({"Q4_0": 8, "Q5_0": 16}.get(kind, 0))
+        if kind == "IQ4_NL":
+            stored = np.searchsorted(matrix.spec.legal_codes, blocks).astype(np.uint8)
+        if kind in ("Q5_0", "Q5_1"):
             parts.append(np.packbits(stored >> np.uint8(4), axis=2, bitorder="little"))
         parts.append((stored[:, :, :16] & np.uint8(15)) | (stored[:, :, 16:] << np.uint8(4)))
     return np.concatenate(parts, axis=2).reshape(count, -1)

@@ -1,7 +1,7 @@
 """From GGUF's blocks to our grids and plain matrices: one decoder for each block type that is read.
 
 The inverse of `encode_blocks` and `encode_k_blocks`: codes, scales and minima stay what they are. A type that no grid
-here holds (the IQ types, Q2_K, Q3_K) is refused by name; reading it is one more entry of DECODERS.
+here holds (most IQ types) is refused by name; reading it is one more entry of DECODERS.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from trilemma.core.errors import CheckpointError, UnsupportedModelError
 from trilemma.formats import FORMATS
 from trilemma.formats.gguf.blocks import BLOCK
-from trilemma.formats.gguf.k_blocks import decode_q4_k, decode_q5_k, decode_q6_k
+from trilemma.formats.gguf.k_blocks import decode_q2_k, decode_q3_k, decode_q4_k, decode_q5_k, decode_q6_k
 from trilemma.formats.grid import QuantizedMatrix
 from trilemma.model.model import Float32, StoredMatrix
 from trilemma.model.plain import PlainMatrix, bf16_to_f32
@@ -27,6 +27,7 @@ Decoder = Callable[[Bytes, tuple[int, int]], Decoded]
 FORMAT_OF = {
     "F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "int8-g32", "Q4_0": "int4-g32", "Q4_1": "int4-g32-asym",
     "Q5_0": "int5-g32", "Q5_1": "int5-g32-asym", "Q4_K": "int4-g32-k", "Q5_K": "int5-g32-k", "Q6_K": "int6-g16-k",
+    "Q2_K": "int2-g16-k", "Q3_K": "int3-g16-k", "IQ4_NL": "nl4-g32",
 }  # fmt: skip
 
 
@@ -100,6 +101,12 @@ def _q4_0(raw: Bytes, shape: tuple[int, int]) -> Decoded:
     return QuantizedMatrix(FORMATS.get("int4-g32"), codes, _f16_at(blocks, 0))
 
 
+def _iq4_nl(raw: Bytes, shape: tuple[int, int]) -> Decoded:
+    """f16 d, 16 bytes of nibbles: d * values[q]."""
+    blocks, spec = _blocks(raw, shape, 18), FORMATS.get("nl4-g32")
+    return QuantizedMatrix(spec, spec.legal_codes[_nibbles(blocks[:, :, 2:]).reshape(shape)], _f16_at(blocks, 0))
+
+
 def _q4_1(raw: Bytes, shape: tuple[int, int]) -> Decoded:
     blocks = _blocks(raw, shape, 20)
     codes = _nibbles(blocks[:, :, 4:]).view(np.int8).reshape(shape)
@@ -122,6 +129,7 @@ def _q5_1(raw: Bytes, shape: tuple[int, int]) -> Decoded:
 
 DECODERS: Mapping[str, Decoder] = {
     "F32": _f32, "F16": _f16, "BF16": _bf16, "Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1, "Q5_0": _q5_0, "Q5_1": _q5_1,
+    "IQ4_NL": _iq4_nl, "Q2_K": decode_q2_k, "Q3_K": decode_q3_k,
     "Q4_K": decode_q4_k, "Q5_K": decode_q5_k, "Q6_K": decode_q6_k,
 }  # fmt: skip
 

@@ -20,7 +20,7 @@ from trilemma.model.config import Attention, DecoderConfig, Dense, Experts, Rope
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _FILE_TYPES = {
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18,
-    "BF16": 32,
+    "BF16": 32, "Q2_K": 10, "Q3_K": 11, "IQ4_NL": 25,
 }  # fmt: skip
 _YARN_KEYS = {"factor", "original_max_position_embeddings"}
 

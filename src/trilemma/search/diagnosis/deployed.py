@@ -21,8 +21,12 @@ from trilemma.model.sources import RandomSource
 _NEAREST = {
     "F32": "f32", "F16": "f16", "BF16": "bf16", "Q8_0": "int8-g32", "Q4_0": "int4-g32", "Q4_1": "int4-g32-asym",
     "Q5_0": "int5-g32", "Q5_1": "int5-g32-asym", "Q4_K": "int4-g32-k", "Q5_K": "int5-g32-k", "Q6_K": "int6-g16-k",
+    "Q2_K": "int2-g16-k", "Q3_K": "int3-g16-k", "IQ4_NL": "nl4-g32",
 }  # fmt: skip
-_BITS = {"int8-g32": 8.5, "int8-g128": 8.125, "int4-g32-asym": 5.0, "int4-g32": 4.5, "int4-g128": 4.125}
+_BITS = {
+    "int8-g32": 8.5, "int8-g128": 8.125, "int6-g32": 6.5, "int4-g32-asym": 5.0, "int4-g32": 4.5, "int4-g128": 4.125,
+    "int3-g16-k": 3.4375, "int2-g16-k": 2.625,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,10 @@ from trilemma.model.model import Activation, LinearRun
 from trilemma.techniques.technique import TechniqueSettings
 
 # What takes the place of scales of two levels where rows do not fit them: the same bits, or the next more.
-ONE_LEVEL = {"int4-g32-k": "int4-g32-asym", "int5-g32-k": "int5-g32-asym", "int6-g16-k": "int8-g32"}
+ONE_LEVEL = {
+    "int2-g16-k": "nl4-g32", "int3-g16-k": "nl4-g32", "int4-g32-k": "int4-g32-asym", "int5-g32-k": "int5-g32-asym",
+    "int6-g16-k": "int8-g32",
+}  # fmt: skip
 _SUPERGROUP = 256
 
 

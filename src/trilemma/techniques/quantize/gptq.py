@@ -8,7 +8,7 @@ free, and no group ever sees half of its columns updated. Embedding and head are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from trilemma.core.errors import RecipeError
 from trilemma.formats.grid import Format, QuantizedMatrix
 from trilemma.formats.pack import pack
-from trilemma.formats.quantize import find_grid, usable_codes
+from trilemma.formats.quantize import code_borders, find_grid, usable_codes
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.techniques.calibration import Gram, calibrate_layers, side_by_side
@@ -147,12 +147,12 @@ def _block_codes(
     last: int,
 ) -> Tensor:
     """Codes of the columns first..last; returns their scaled errors (columns, out)."""
-    low, high = usable_codes(spec)
+    nearest = nearest_code(spec, rest)
     errors = torch.empty(last - first, rest.shape[1], dtype=rest.dtype, device=rest.device)
     for column, at in zip(range(first, last), group[first:last].tolist(), strict=True):
         values, step = rest[column], scale[at]
         shifted = values if shift is None else values - shift[at]
-        code = torch.where(step != 0, shifted / step, torch.zeros_like(step)).round_().clamp_(low, high)
+        code = nearest(torch.where(step != 0, shifted / step, torch.zeros_like(step)))
         codes[column] = code.to(torch.int8)
         rounded = code * step if shift is None else code * step + shift[at]
         error = (values - rounded) / upper[column, column]
@@ -160,6 +160,16 @@ def _block_codes(
         if column + 1 < last:
             rest[column + 1 : last].addr_(upper[column, column + 1 : last], error, alpha=-1)
     return errors
+
+
+def nearest_code(spec: Format, like: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function that rounds values in place of codes, of the dtype and device of `like`, to the nearest code."""
+    if spec.values is None:
+        low, high = usable_codes(spec)
+        return lambda scaled: scaled.round_().clamp_(low, high)
+    codes = torch.tensor(spec.values, dtype=like.dtype, device=like.device)
+    borders = torch.from_numpy(code_borders(spec)).to(like)
+    return lambda scaled: codes[torch.bucketize(scaled, borders)]
 
 
 def column_order(hessian: Tensor, activation_order: bool) -> Tensor:

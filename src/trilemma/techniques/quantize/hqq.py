@@ -85,7 +85,7 @@ def quantize_hqq(w: Float32, spec: Format, settings: HqqSettings, device: str = 
     Raises:
         RecipeError: as `fit_grid`.
     """
-    if spec.supergroup is not None:
+    if spec.supergroup is not None or spec.values is not None:  # no steps, or uneven ones, to shrink by
         return quantize_rtn(w, spec, scale="mse")
     scales, minima = fit_grid(w, spec, scale="mse" if settings.fit == "line" else "absmax")
     rows = max(1, _BLOCK_VALUES // max(1, w.shape[1]))

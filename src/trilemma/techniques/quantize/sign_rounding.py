@@ -104,7 +104,7 @@ class _Walk:
         learning: dict[str, nn.Module] = {}
         for path, module in layer.named_modules():
             name = f"layers.{index}.{path}.weight"
-            if isinstance(module, nn.Linear) and name in self.formats and not self.formats[name].floating:
+            if isinstance(module, nn.Linear) and name in self.formats and _learns(self.formats[name]):
                 learn_rounding(module, self._start(name, grams[name]))
                 learning[name] = module
                 module.register_forward_pre_hook(_InputRounding(self.formats[name], self.runs[name].activation))
@@ -151,6 +151,11 @@ class _Walk:
 
         if train(layer, batches, loss, how, progress=tell).finish != "steps":
             raise StoppedError(f"Stopped in layer {index}. Nothing was kept.")
+
+
+def _learns(spec: Format) -> bool:
+    """Codes up or down by one: not those of a codebook, which are rounded to nearest."""
+    return not spec.floating and spec.values is None
 
 
 @torch.no_grad()

@@ -8,12 +8,13 @@ one. An entry asks only rows before its own and columns before its own, so those
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from trilemma.formats.grid import Format
-from trilemma.formats.quantize import usable_codes
-from trilemma.techniques.quantize.gptq import column_order, inverse_factor
+from trilemma.techniques.quantize.gptq import column_order, inverse_factor, nearest_code
 
 _BLOCK = 128  # rows that go together; later ones get all their errors at once
 
@@ -41,11 +42,11 @@ def two_sided_codes(
     members = columns // spec.group_size(weight.shape[1])
     scale, shift = scales[rows][:, members], None if minima is None else minima[rows][:, members]
     rest = weight.to(hessian.dtype)[rows][:, columns]
-    codes = torch.empty_like(rest)
+    codes, nearest = torch.empty_like(rest), nearest_code(spec, rest)
     for last in range(len(rest), 0, -block):
         part = slice(max(0, last - block), last)
         own = None if shift is None else shift[part]
-        errors = _block_codes(rest[part], codes[part], factor, down[part, part], scale[part], own, usable_codes(spec))
+        errors = _block_codes(rest[part], codes[part], factor, down[part, part], scale[part], own, nearest)
         rest[: part.start].addmm_(down[part, : part.start].T, errors, alpha=-1)
     unordered = torch.empty_like(codes, dtype=torch.int8)
     unordered[rows[:, None], columns[None]] = codes.to(torch.int8)
@@ -59,7 +60,7 @@ def _block_codes(
     down: Tensor,
     scale: Tensor,
     shift: Tensor | None,
-    limits: tuple[int, int],
+    nearest: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Codes of some rows, the last row first, diagonal by diagonal; returns their scaled errors (rows, in).
 
@@ -75,7 +76,7 @@ def _block_codes(
         target, step = rest.diagonal(at), scale.diagonal(at)
         now = target - fed.diagonal(at)
         shifted = now if shift is None else now - shift.diagonal(at)
-        code = torch.where(step != 0, shifted / step, torch.zeros_like(step)).round_().clamp_(*limits)
+        code = nearest(torch.where(step != 0, shifted / step, torch.zeros_like(step)))
         value = code * step if shift is None else code * step + shift.diagonal(at)
         codes.diagonal(at).copy_(code)
         values.diagonal(at).copy_(value)
