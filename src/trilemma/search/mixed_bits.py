@@ -37,7 +37,7 @@ from trilemma.techniques.technique import Build
 
 Progress = Callable[[int, int, str], None]
 FLOOR = "int8-g32"  # what all other tensors have while one is judged: as good as lossless, and fast to run
-DEFAULT_LEVELS = ("int4-g128-asym", "int4-g32", "int4-g32-asym", "int5-g32", FLOOR)
+DEFAULT_LEVELS = ("int3-g32-asym", "int4-g128-asym", "int4-g32", "int4-g32-asym", "int5-g32", "int6-g32", FLOOR)
 GENERATIONS, OFFSPRING = 20, 8
 TABLE_TOKENS = 8192
 _ENDS = ("embedding.weight", "head.weight")
