@@ -179,7 +179,7 @@ def test_bad_options_exit_with_2(repository: Path, text: Path, tmp_path: Path):
     with start(repository, text, tmp_path / "out", "--optimizer", "sgd") as process:
         _, said = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "'adamw' or 'muon'" in said
+    assert "'adamw', 'muon' or 'sign'" in said
     assert list(tmp_path.iterdir()) == []
 
 
