@@ -45,7 +45,7 @@ def test_factors_are_nearly_the_best_of_all_for_their_steps(name, weighted, rand
             step = float(found.scales[row, 0])
             best += best_of_all_factors(part[inside], weight[inside].astype(np.float64), step, minimum, spec)
     assert best * 0.999 <= squared(found, values, weight) <= 1.06 * best
-    assert squared(plain, values, weight) > 1.1 * best  # so there was something to find
+    assert squared(plain, values, weight) > (1.2 if spec.bits > 3 else 1.1) * best  # so there was something to find
 
 
 @pytest.mark.parametrize("columns", [256, 300, 768])
