@@ -155,6 +155,14 @@ def mix_bits(
     Raises:
         RecipeError: fewer than two formats, or no choice that fits.
     """
+    shapes = [shape for shape in model.config.tensor_shapes().values() if len(shape) == 2]
+    least = sum(min(format_bytes(level, (shape[0], shape[1])) for level in levels) for shape in shapes)
+    if least > bits * sum(shape[0] * shape[1] for shape in shapes) / 8:  # by arithmetic, before any work
+        smallest = 8 * least / sum(shape[0] * shape[1] for shape in shapes)
+        raise RecipeError(
+            f"No choice fits {bits:g} bits a value: the smallest formats take {smallest:.2f}. "
+            "Allow more, or give smaller formats."
+        )
     tell = progress or (lambda *_: None)
     lengths = Lengths(context=texts.context, prompt_tokens=8, output_tokens=2, repetitions=1)
     bench = Workbench(model, lengths, folder, key, runtime, threads)
@@ -171,8 +179,8 @@ def mix_bits(
         kit = make_kit(model, texts, levels, method, seed=seed, threads=threads, progress=tell)
         floor = kit.models[kit.levels.index(FLOOR)] if FLOOR in kit.levels else kit.models[-1]
         table = measure_table(kit, floor, kl_of, product_time and product_time[0], tell)
-        shapes = model.config.tensor_shapes()
-        values = sum(shapes[name][0] * shapes[name][1] for name in kit.names)
+        tensors = model.config.tensor_shapes()
+        values = sum(tensors[name][0] * tensors[name][1] for name in kit.names)
         limits = [bits * values / 8, *([product_time[1]] if product_time else [])]
         exact = choose(table, limits)
         if exact is None:
