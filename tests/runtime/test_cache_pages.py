@@ -294,11 +294,11 @@ def test_saved_sequences_are_checked(tiny_model, random_generator):
 
 def test_prompts_of_a_batch_that_begin_alike_are_computed_once(tiny_model, random_generator):
     engine = open_tiny(tiny_model)
-    common = tokens_of(random_generator, 180)
-    prompts = [[*common, *tokens_of(random_generator, n)] for n in (3, 9, 40)] + [
-        tokens_of(random_generator, 20),
-        common,
+    common, firsts = tokens_of(random_generator, 180), random_generator.permutation(VOCAB)
+    prompts = [
+        [*common, int(first), *tokens_of(random_generator, n)] for first, n in zip(firsts, (2, 8, 39), strict=False)
     ]
+    prompts += [[(common[0] + 1) % VOCAB, *tokens_of(random_generator, 19)], common]
     wanted = SamplingSettings(max_tokens=6, temperature=0.9, seed=5, ignore_eos=True)
     found = generate_batch(engine, prompts, wanted)
     assert [one.tokens for one in found] == [engine.generate(prompt, wanted).tokens for prompt in prompts]
