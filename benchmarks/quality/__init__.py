@@ -1,0 +1,1 @@
+"""What `benchmarks/quality_per_byte.py` and `benchmarks/weights_alone.py` are made of, one job a file."""
