@@ -31,6 +31,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"weights": "int4-g32", "steps": 3},
         {"weights": "int4-g32-asym", "steps": 2, "start": "nearest"},
     ],
+    "rotate": [{}, {"tied": "untie"}],
     "awq": [{"weights": "int4-g32", "grid": 4}, {"weights": "int4-g64", "grid": 3, "duo": False}],
     "tune-norms": [{"steps": 3}, {"steps": 2, "batch_size": 2}],
     "tune-scales": [{"steps": 3}, {"steps": 2, "embedding": False}],

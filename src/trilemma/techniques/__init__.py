@@ -14,6 +14,7 @@ TECHNIQUES: Registry[type[Technique]] = Registry(
         "gptq": "trilemma.techniques.quantize.gptq:Gptq",
         "gptaq": "trilemma.techniques.quantize.gptaq:Gptaq",
         "sign-rounding": "trilemma.techniques.quantize.sign_rounding:SignRounding",
+        "rotate": "trilemma.techniques.quantize.rotate:Rotate",
         "awq": "trilemma.techniques.quantize.awq:Awq",
         "tune-norms": "trilemma.techniques.distill.tune_norms:TuneNorms",
         "tune-scales": "trilemma.techniques.distill.tune_scales:TuneScales",

@@ -150,6 +150,10 @@ def _awq(match: re.Match[str]) -> list[Step]:
     return [Step(technique="awq")]
 
 
+def _rotate(match: re.Match[str]) -> list[Step]:
+    return [Step(technique="rotate", settings={"tied": "untie"} if match["untie"] else {})]
+
+
 def _tune(match: re.Match[str]) -> list[Step]:
     return [Step(technique="tune-norms", settings={"steps": int(match["steps"])})]
 
@@ -242,6 +246,7 @@ _PRUNE = (
 )
 _LAYERS = "first remove the layers that cost least KL, about 25% (parts25: attention or FFN parts): smaller, faster"
 _WANDA = "half the weights zero (also magnitude50, sparsegpt50, wanda2:4): shows the loss, saves no bytes and no time"
+_ROTATE = "turn the residual stream and values so that no channel stands out (QuaRot); -untie: of a tied head too"
 _KV_HEADS = "merge key-value heads into 2 a layer: a smaller KV cache"
 
 # A new part is one line here; the first pattern that matches decides.
@@ -264,6 +269,7 @@ PARTS: tuple[Part, ...] = (
         "feed-forward blocks become 8 experts, of which 4 run for a token, and a shared quarter (-s25)",
     ),
     Part("smooth", _smooth, "smooth+W8A8-g32", "move activation outliers into the weights first (SmoothQuant)"),
+    Part(r"rotate(?P<untie>-untie)?", _rotate, "rotate+W4A8-g32-gptq", _ROTATE),
     Part("awq", _awq, "awq+W4A8-g128-gptq", "scale channels first so that those that matter round finer (AWQ)"),
     Part(
         r"tune(?P<steps>\d+)",
