@@ -10,7 +10,8 @@ bytes of each type stands the one of ours that loses least on windows of a third
 judge; once more among those whose embedding and head have the type's own bits. Then Q4_0 made by us and by llama.cpp,
 the same types tensor by tensor, both run by llama.cpp; and 8- and 4-bit KV caches against the 16-bit one.
 
-Ratios of mean KL are paired by window, with a bootstrap interval. A run with the same --json goes on where it stopped;
+Ratios of mean KL are paired by window, with a bootstrap interval. `--speed-rounds` adds decode, both sides in fresh
+processes in turn, llama.cpp in the best of its set-ups. A run with the same --json goes on where it stopped;
 `--again WORD` computes rows anew whose name holds WORD, and `--again ours` all of ours. `--only-report` computes
 nothing. llama.cpp runs as the engine 'llama.cpp' does (TRILEMMA_LLAMA_CPP names a Python that has it).
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,13 +32,14 @@ import numpy as np
 from kl_settings import divergence
 from quality.llama_cpp import FORMAT_OF, TYPES, Tools, counted, formats_like, tensor_bytes, types_in
 from quality.recipes import read_word, with_ends, with_formats
-from quality.verdicts import HEAD, bouts_of, kv_lines
+from quality.speed import decode_rates
+from quality.verdicts import HEAD, Bout, bouts_of, kv_lines
 from quality.yard import Float64, Yard, make_yard, read_text
 
-from trilemma.core.errors import TrilemmaError
+from trilemma.core.errors import InputError, TrilemmaError
 from trilemma.core.recipe import Recipe
 from trilemma.export.gguf import export_gguf
-from trilemma.formats.artifact import load_any
+from trilemma.formats.artifact import load_any, write_artifact
 from trilemma.formats.artifact_record import weights_bytes
 from trilemma.model.model import Model
 from trilemma.runtime import open_engine
@@ -69,6 +72,7 @@ class Bench:
 
     yard: Yard
     tools: Tools | None
+    work: Path
     path: Path | None
     rows: list[Row]
     again: Sequence[str] = ()
@@ -83,8 +87,8 @@ class Bench:
         began = time.monotonic()
         row = {**case, **compute(), "seconds": round(time.monotonic() - began, 1), "at": time.time()}
         self.rows[:] = [old for old in self.rows if old not in found] + [row | {"fresh": True}]
-        print(f"{row['model']} {side} {name}: {row.get('bytes', 0) / 1e6:.3f} MB, KL {row['kl']:.4e}, "
-              f"{row['seconds']} s", file=sys.stderr, flush=True)  # fmt: skip
+        shown = {key: row[key] for key in ("bytes", "kl", "ours", "theirs", "seconds") if key in row}
+        print(f"{row['model']} {side} {name}: {shown}", file=sys.stderr, flush=True)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(row) + "\n")
@@ -107,6 +111,7 @@ class Bench:
     def ours(self, recipe: Recipe, name: str) -> Row:
         def compute() -> Row:
             made, seconds = self.make(recipe)
+            write_artifact(made, self.artifact(name), recipe)
             shapes = made.config.tensor_shapes()
             ends = [made.format_of(end if end in shapes else "embedding.weight")
                     for end in ("embedding.weight", "head.weight")]  # fmt: skip
@@ -115,6 +120,20 @@ class Bench:
                     **_figures(*self.yard.divergences(engine))}  # fmt: skip
 
         return self.row("ours", name, compute)
+
+    def artifact(self, name: str) -> Path:
+        """Where one of ours is kept, for its speed."""
+        return self.work / f"{self.yard.name}-{self.yard.key}-{re.sub(r'[^A-Za-z0-9.+-]+', '_', name)}"
+
+    def speed(self, bout: Bout, bench: Path, rounds: int) -> None:
+        """Decode of the two sides of a bout, once for each pair."""
+        assert self.tools is not None
+        assert bout.ours is not None
+        ours, theirs = str(bout.ours["name"]), str(bout.theirs["name"])
+        if not self.artifact(ours).exists():
+            raise InputError(f"'{ours}' was not kept in '{self.work}'. Make it again: --again '{ours}'.")
+        paths = self.artifact(ours), self.tools.quantized(self.yard, theirs)
+        self.row("speed", ours, lambda: decode_rates(*paths, bench, self.yard.threads, rounds), against=theirs)
 
     def exported(self, recipe: Recipe, like: str, bar: float) -> Row:
         """Ours in the types of llama.cpp's file, exported, and run by llama.cpp."""
@@ -182,13 +201,24 @@ def measure(bench: Bench, options: argparse.Namespace) -> None:
                 bench.exported(found, LIKE, EXPORTED_BAR)
     for scheme in options.kv_of:
         list(bench.caches(scheme))
+    if bench.tools and options.speed_rounds:
+        own = [row for row in bench.rows if (row["yard"], row["model"]) == (bench.yard.key, model)]
+        for bout in bouts_of(newest(own), BARS):
+            if bout.what.startswith("same bytes") and bout.ours is not None:
+                bench.speed(bout, options.llama_tools / "llama-bench", options.speed_rounds)
+
+
+def newest(rows: Sequence[Row]) -> list[Row]:
+    """The last row of each case."""
+    cases = ("yard", "model", "side", "name", "kv", "against")
+    return list({tuple(row.get(key) for key in cases): row for row in rows}.values())
 
 
 def report(rows: Sequence[Row], keys: Sequence[str]) -> str:
-    rows = [row for row in rows if not keys or row["yard"] in keys]
-    latest = {(row["yard"], row["model"], row["side"], row["name"], row.get("kv")): row for row in rows}
-    kept = list(latest.values())
-    lines = [HEAD, *(bout.line() for bout in bouts_of(kept, BARS)), ""]
+    kept = newest([row for row in rows if not keys or row["yard"] in keys])
+    speeds = {(row["model"], row["name"], row["against"]): row for row in kept if row["side"] == "speed"}
+    kept = [row for row in kept if row["side"] != "speed"]
+    lines = [HEAD, *(bout.line(speeds) for bout in bouts_of(kept, BARS)), ""]
     lines += [*kv_lines([row for row in kept if row["side"] == "kv"]), ""]
     lines += ["| model | side | what | MB | KL | build s |", "|---|---|---|---:|---:|---:|"]
     order = sorted((row for row in kept if row["side"] != "kv"), key=lambda row: (row["model"], -row["bytes"]))
@@ -212,7 +242,7 @@ def main() -> None:
                              windows=(options.windows, options.choosing, options.judging),
                              threads=options.threads)  # fmt: skip
             keys.append(yard.key)
-            measure(Bench(yard, tools, options.json, rows, options.again), options)
+            measure(Bench(yard, tools, options.work, options.json, rows, options.again), options)
     text = report(rows, keys)
     print(text)
     if options.table is not None:
@@ -235,6 +265,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--windows", type=int, default=128, help="that calibrate")
     parser.add_argument("--choosing", type=int, default=16, help="windows that choose among ours at the same bytes")
     parser.add_argument("--judging", type=int, default=48, help="windows of the other text")
+    parser.add_argument("--speed-rounds", type=int, default=0, help="decode of both sides too; needs llama-bench")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("out/quality"), help="files that are kept: 20 MB a window")
     parser.add_argument("--json", type=Path, default=None)

@@ -34,19 +34,22 @@ class Bout:
             return "FAIL"
         return "PASS" if ratio.high is not None and ratio.high <= max(1.0, self.bar) else "INCONCLUSIVE"
 
-    def line(self) -> str:
+    def line(self, speeds: Mapping[tuple[str, str, str], Row] | None = None) -> str:
+        """A row of the table; speeds: (model, ours, theirs) -> rates of rounds."""
         ratio, ours = self.ratio, self.ours or {}
         low, high = (ratio.ci95 if ratio else None) or (float("nan"), float("nan"))
         found = f"{ratio.value:.3f} ({low:.3f} to {high:.3f})" if ratio else ""
         kl = f"{ours['kl']:.3e}" if ours else ""
         size = f"{ours['bytes'] / 1e6:.3f}" if ours else ""
+        speed = (speeds or {}).get((self.model, str(ours.get("name")), str(self.theirs["name"])))
+        pace = f"{max(speed['ours']) / max(speed['theirs']):.2f}" if speed else ""
         return (f"| {self.what} | {self.model} | {self.theirs['name']} | {self.theirs['bytes'] / 1e6:.3f} | "
                 f"{self.theirs['kl']:.3e} | {ours.get('name', 'nothing fits')} | {size} | {kl} | {found} | "
-                f"{self.bar:g} | {self.verdict} |")  # fmt: skip
+                f"{self.bar:g} | {self.verdict} | {pace} |")  # fmt: skip
 
 
-HEAD = ("| what | model | theirs | MB | KL | ours | MB | KL | ratio (95%) | at most | verdict |\n"
-        "|---|---|---|---:|---:|---|---:|---:|---|---:|---|")  # fmt: skip
+HEAD = ("| what | model | theirs | MB | KL | ours | MB | KL | ratio (95%) | at most | verdict | decode |\n"
+        "|---|---|---|---:|---:|---|---:|---:|---|---:|---|---:|")  # fmt: skip
 
 
 def best_within(rows: Sequence[Row], size: int) -> Row | None:

@@ -20,7 +20,7 @@ import pytest
 from trilemma.core.errors import InputError, RecipeError
 from trilemma.core.recipe import Recipe, Step
 from trilemma.formats import FORMATS
-from trilemma.formats.artifact import load_any
+from trilemma.formats.artifact import load_any, write_artifact
 from trilemma.formats.gguf.blocks import target_of
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime import open_engine
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import quality_per_byte
 import weights_alone
-from quality import llama_cpp, recipes, verdicts, yard
+from quality import llama_cpp, recipes, speed, verdicts, yard
 
 CALIBRATE = "Once upon a time there was a little girl who lived beside the sea, and her boat was red. " * 60
 JUDGE = "A fox came down to the river one morning, and found that the water had gone away over night. " * 30
@@ -193,7 +193,8 @@ def test_verdicts_need_ratio_and_interval(ours, bar, verdict):
     bout = verdicts.Bout("same bytes", "m", row("llama.cpp", "Q", 1, 1.0) | {"windows": [1.0] * 6},
                          row("ours", "o", 1, 1.0) | {"windows": ours}, bar)  # fmt: skip
     assert bout.verdict == verdict
-    assert f"| {verdict} |" in bout.line()
+    speeds = {("m", "o", "Q"): {"ours": [30.0, 20.0], "theirs": [10.0, 24.0]}}
+    assert bout.line(speeds).endswith(f"| {verdict} | 1.25 |")
 
 
 def test_finished_rows_are_not_computed_again(small, tmp_path):
@@ -204,12 +205,12 @@ def test_finished_rows_are_not_computed_again(small, tmp_path):
         calls.append(1)
         return {name: value for name, value in row("", "", 10, len(calls)).items() if value not in ("", "y", "m")}
 
-    bench = quality_per_byte.Bench(made, None, path, [])
+    bench = quality_per_byte.Bench(made, None, tmp_path, path, [])
     first, second = bench.row("ours", "a", compute), bench.row("ours", "a", compute)
     assert (len(calls), first["kl"], second["kl"]) == (1, 1, 1)
     kept = [json.loads(line) for line in path.read_text().splitlines()]
-    assert quality_per_byte.Bench(made, None, path, kept).row("ours", "a", compute)["kl"] == 1
-    other = quality_per_byte.Bench(made, None, path, kept, again=["ours"])
+    assert quality_per_byte.Bench(made, None, tmp_path, path, kept).row("ours", "a", compute)["kl"] == 1
+    other = quality_per_byte.Bench(made, None, tmp_path, path, kept, again=["ours"])
     assert [other.row("ours", "a", compute)["kl"] for _ in range(2)] == [2, 2]  # anew once
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert "| 2.0000e+00 |" in quality_per_byte.report(lines, [made.key])  # the newest counts
@@ -219,14 +220,25 @@ def test_finished_rows_are_not_computed_again(small, tmp_path):
 def test_a_whole_run_without_peers(small, tmp_path):
     made, _ = small
     options = argparse.Namespace(types="", ours=["W4A8-g32", "hearth-7m=W8A8-g32", "other=W8A8"], exported=[],
-                                 kv_of=["f32"])  # fmt: skip
+                                 kv_of=["f32"], speed_rounds=0)  # fmt: skip
     rows: list[dict[str, object]] = []
-    quality_per_byte.measure(quality_per_byte.Bench(made, None, None, rows), options)
+    quality_per_byte.measure(quality_per_byte.Bench(made, None, tmp_path, None, rows), options)
     found = {(line["side"], line["name"], line.get("kv")): line for line in rows}
     assert set(found) == {("ours", "W4A8-g32", None), ("ours", "W8A8-g32", None), ("kv", "f32", "int8"),
                           ("kv", "f32", "int4")}  # fmt: skip
     assert 0 < found["kv", "f32", "int8"]["kl"] < found["kv", "f32", "int4"]["kl"]
     assert "| hearth-7m | f32 | int4 |" in quality_per_byte.report(rows, [])
+
+
+def test_decode_is_held_against_the_best_of_the_peers_set_ups(small, tmp_path):
+    made, _ = small
+    write_artifact(apply_recipe(load_any(made.model), scheme_to_recipe("W4A8-g32"), Build()), tmp_path / "a", Recipe())
+    answer = '[{"n_prompt": 0, "n_depth": 0, "samples_ts": [3, \'$rate\'], "build_commit": "c"}]'
+    tool(tmp_path, "llama-bench", f"case \"$*\" in *'-fa off'*) rate=50;; *) rate=40;; esac; echo '{answer}'")
+    found = speed.decode_rates(tmp_path / "a", tmp_path / "none.gguf", tmp_path / "llama-bench", 1, 2)
+    assert found["theirs"] == [50.0, 50.0]
+    assert len(found["ours"]) == 2
+    assert min(found["ours"]) > 0
 
 
 def test_weights_alone_round_nothing_but_weights(small):
