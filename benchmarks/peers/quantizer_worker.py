@@ -77,6 +77,7 @@ def auto_round(task: Task) -> tuple[Clock, Found]:
 def gptqmodel(task: Task) -> tuple[Clock, Found]:
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", str(max(2, task["threads"])))  # its own choice fails on two cores
     from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 
     more = {"offload_to_disk": False} | task["more"]  # weights on disk can not be looked at
     config = QuantizeConfig(bits=task["bits"], group_size=task["group"], **more)
@@ -86,6 +87,8 @@ def gptqmodel(task: Task) -> tuple[Clock, Found]:
     model.quantize(rows, batch_size=1, backend=BACKEND.TORCH)
     clock.stop()
     packed = {name: module for name, module in model.model.named_modules() if hasattr(module, "dequantize_weight")}
+    for module in packed.values():  # they are packed for a file whose readers add 1 to every zero
+        convert_gptq_v1_to_v2_format_module(module, task["bits"], module.pack_dtype)
     return clock, {name: module.dequantize_weight().T for name, module in packed.items()}
 
 

@@ -94,4 +94,4 @@ def kv_lines(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
-__all__ = ["HEAD", "Bout", "best_within", "bouts_of", "kv_lines"]
+__all__ = ["HEAD", "PAIRS", "Bout", "best_within", "bouts_of", "kv_lines"]
