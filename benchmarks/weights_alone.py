@@ -8,7 +8,8 @@ Symmetric codes in groups, embedding and head untouched, inputs not rounded. Eac
 f32 and run by the same engine in f32, so that nothing but the weights differs; KL is against the unquantized model on
 windows of a text that calibrated nothing. Peers run at their own defaults but for bits and group (a set-up such as
 `auto-round:iters=0` is one more contender), each time in a fresh process; their time is that of quantizing an opened
-model. Rounds go over all contenders in turn, and the least time of each counts.
+model. `@64` behind one of ours calibrates with that many of the same windows. Rounds go over all contenders in turn,
+and the least time of each counts.
 
 Each peer needs a Python of its own with its package (or TRILEMMA_AUTO_ROUND_PYTHON, TRILEMMA_GPTQMODEL_PYTHON,
 TRILEMMA_LLM_COMPRESSOR_PYTHON); those without one are left out. A run with the same --json goes on where it stopped.
@@ -44,7 +45,7 @@ from trilemma.techniques.technique import Build
 
 Row = dict[str, Any]
 PEERS = ("auto-round", "gptqmodel", "llm-compressor")
-OURS = ("gptq", "guided", "sign", "gptq+scales100", "guided+scales100")
+OURS = ("gptq", "gptq@64", "guided", "sign", "gptq+scales100", "guided+scales100")
 CASES = ("4-128", "4-32", "3-128")
 KL_BAR, TIME_BAR = 1.0, 0.5
 PLAIN = Recipe(name="f32", steps=(Step(technique="plain", settings={"dtype": "f32", "activations": "f32"}),))
@@ -58,15 +59,18 @@ def judged(yard: Yard, model: Model) -> list[float]:
 
 
 def run_ours(yard: Yard, word: str, bits: int, group: int) -> Row:
+    word, _, count = word.partition("@")
     method, plus, behind = word.partition("+")
     recipe = read_word(f"{method}:int{bits}-g{group}/bf16{plus}{behind}", yard.name)
     assert recipe is not None
     first, *others = recipe.steps
     weights_only = first.model_copy(update={"settings": first.settings | {"activations": "bf16"}})
     recipe = recipe.model_copy(update={"steps": (weights_only, *others)})
-    loaded = load_any(yard.model)
+    loaded, windows = load_any(yard.model), yard.calibration
+    if count:  # fewer of the same windows, spread evenly
+        windows = windows[np.linspace(0, len(windows) - 1, min(int(count), len(windows))).astype(int)]
     clock = Clock()
-    made = apply_recipe(loaded, recipe, Build(calibration=yard.calibration, threads=yard.threads))
+    made = apply_recipe(loaded, recipe, Build(calibration=windows, threads=yard.threads))
     return {**vars(clock.stop()), "windows": judged(yard, made)}
 
 
@@ -194,7 +198,7 @@ def _parser() -> argparse.ArgumentParser:
         name = f"TRILEMMA_{peer.replace('-', '_').upper()}_PYTHON"
         parser.add_argument(f"--{peer}-python", default=os.environ.get(name), help=f"by default ${name}")
     parser.add_argument("--peers", nargs="*", default=list(PEERS), metavar="PEER[:SETTING=VALUE,...]")
-    parser.add_argument("--ours", nargs="*", default=list(OURS), metavar="METHOD[+PART]")
+    parser.add_argument("--ours", nargs="*", default=list(OURS), metavar="METHOD[+PART][@WINDOWS]")
     parser.add_argument("--cases", nargs="*", default=list(CASES), metavar="BITS-GROUP")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--context", type=int, default=512)

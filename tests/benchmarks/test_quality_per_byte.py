@@ -250,6 +250,26 @@ def test_weights_alone_round_nothing_but_weights(small):
     assert weights_alone.judged(made, rounded) == weights_alone.judged(made, model.with_tensors(wide))
 
 
+def test_ours_may_use_fewer_of_the_windows(small, monkeypatch):
+    made, _ = small
+    seen = []
+
+    def apply(model, recipe, build):
+        seen.append((recipe.steps, build.calibration))
+        return model
+
+    monkeypatch.setattr(weights_alone, "apply_recipe", apply)
+    monkeypatch.setattr(weights_alone, "judged", lambda *_: [])
+    for word in ("gptq", "gptq+scales7@3"):
+        assert weights_alone.run_ours(made, word, 3, 128)["windows"] == []
+    (first, whole), (second, fewer) = seen
+    np.testing.assert_array_equal(whole, made.calibration)
+    np.testing.assert_array_equal(fewer, made.calibration[[0, 2, 4]])
+    wanted = {"weights": "int3-g128", "embedding": "bf16", "activations": "bf16"}
+    assert [steps[0].settings for steps in (first, second)] == [wanted, wanted]
+    assert [step.technique for step in second] == ["gptq", "tune-scales"]
+
+
 def test_the_report_of_weights_alone_holds_kl_and_time_against_their_bars():
     def run(side: str, who: str, kl: float, seconds: float) -> dict[str, object]:
         return row(side, who, 0, kl) | {"bits": 4, "group": 32, "who": who, "seconds": seconds, "cpu_seconds": seconds}
