@@ -15,7 +15,7 @@ from trilemma.model.decoder import Decoder
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.calibration import round_activations
-from trilemma.techniques.output_guide import output_moments
+from trilemma.techniques.output_guide import guide_outputs
 from trilemma.techniques.quantize.assignment import assign_runs
 from trilemma.techniques.quantize.gptaq import GptaqSettings, quantize_gptaq, wanted_weight
 from trilemma.techniques.quantize.gptq import gptq_codes
@@ -207,8 +207,8 @@ def test_moments_are_those_of_gradients_through_the_whole_model(tiny_model, wind
         score = log_probs[torch.arange(len(drawn)), drawn].sum()
         for name, gradient in zip(wanted, torch.autograd.grad(score, [outputs[name] for name in wanted]), strict=True):
             wanted[name] = wanted[name] + gradient[0].T @ gradient[0] / shown.size
-    found = output_moments(model, Build(calibration=shown, seed=5, threads=2), 1000)
-    apart = output_moments(model, Build(calibration=shown, seed=5, threads=1), 20)
+    found = guide_outputs(model, Build(calibration=shown, seed=5, threads=2), 1000).moments
+    apart = guide_outputs(model, Build(calibration=shown, seed=5, threads=1), 20).moments
     assert set(found) == set(wanted)
     for name, moment in wanted.items():
         np.testing.assert_allclose(found[name][0].numpy(), moment.numpy(), rtol=1e-3, atol=1e-3 * float(moment.max()))

@@ -4,6 +4,8 @@ g is that of the log-probability of a token which the model itself draws at ever
 matrix: for small errors e of a matrix's outputs the KL divergence of the model's answers grows by e^T E[g g^T] e / 2.
 Tseng et al., "Model-Preserving Adaptive Rounding", 2025 (arXiv:2505.22988), sketch B without its input weights.
 
+Embedding and head are rows of a vocabulary: `vocabulary_guide.py`.
+
 The windows go through in parts, forwards and back a layer at a time, so that in memory are one layer, the head and the
 part's hidden states, besides the result.
 """
@@ -11,6 +13,7 @@ part's hidden states, besides the result.
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +23,7 @@ from trilemma.model.decoder import DecoderLayer, layer_from_model
 from trilemma.model.model import Model
 from trilemma.techniques.calibration import calibration_tokens, embed, shares, side_by_side
 from trilemma.techniques.technique import Build, report
+from trilemma.techniques.vocabulary_guide import VocabularyGuide
 
 _PART_BYTES = 512 << 20  # of hidden states that wait for their way back
 _HEAD_ROWS = 256
@@ -28,8 +32,16 @@ Moments = dict[str, Tensor]
 """Matrix -> E[g g^T] in blocks along the diagonal, (blocks, rows, rows); the last block is filled with zeros."""
 
 
-def output_moments(model: Model, build: Build, block: int) -> Moments:
-    """Of every matrix inside layers, in blocks of at most `block` outputs, which lie in even shares.
+@dataclass(frozen=True)
+class OutputGuide:
+    """What output errors cost: of matrices inside layers, and of the vocabulary's rows."""
+
+    moments: Moments
+    vocabulary: VocabularyGuide
+
+
+def guide_outputs(model: Model, build: Build, block: int) -> OutputGuide:
+    """Moments in blocks of at most `block` outputs, which lie in even shares.
 
     `build.calibration` holds the windows; the same seed and threads give the same bits.
 
@@ -41,18 +53,20 @@ def output_moments(model: Model, build: Build, block: int) -> Moments:
     state_bytes = 4 * tokens.shape[1] * config.dim * (len(config.layers) + 1)
     step = max(1, _PART_BYTES // state_bytes)
     found: Moments = {}
+    vocabulary = VocabularyGuide(config.vocab_size, config.dim, build.device)
     for first in range(0, len(tokens), step):
         report(build, 0, len(config.layers), f"gradients of windows from {first + 1} of {len(tokens)}")
         numbers = range(first, min(first + step, len(tokens)))
         states = [embed(model, tokens[first : numbers[-1] + 1]).to(build.device)]
         for index in range(len(config.layers)):
             states.append(_forward(layer_from_model(model, index, device=build.device), states[-1], build))
-        gradient = _head_gradient(model, states.pop(), numbers, build)
+        gradient = _head_gradient(model, states.pop(), numbers, build, vocabulary)
         for index in reversed(range(len(config.layers))):
             layer = layer_from_model(model, index, device=build.device)
             for name, moment in _backward(layer, index, states.pop(), gradient, build, block).items():
                 found[name] = found[name] + moment if name in found else moment
-    return {name: moment / tokens.numel() for name, moment in found.items()}
+        vocabulary.read_entering(gradient * config.embedding_scale)
+    return OutputGuide({name: moment / tokens.numel() for name, moment in found.items()}, vocabulary)
 
 
 def block_size(rows: int, block: int) -> int:
@@ -71,7 +85,7 @@ def _forward(layer: DecoderLayer, x: Tensor, build: Build) -> Tensor:
     return out
 
 
-def _head_gradient(model: Model, x: Tensor, numbers: range, build: Build) -> Tensor:
+def _head_gradient(model: Model, x: Tensor, numbers: range, build: Build, vocabulary: VocabularyGuide) -> Tensor:
     """d log p(y) / dx of tokens y that the model draws, for the last layer's output x (windows, context, dim)."""
     norm = make_norm(model.config).to(build.device).requires_grad_(False)
     for name, parameter in norm.named_parameters():
@@ -95,6 +109,8 @@ def _head_gradient(model: Model, x: Tensor, numbers: range, build: Build) -> Ten
         gradient[at] = entering.grad
 
     side_by_side(window, range(len(x)), build.threads)
+    for entering in x:
+        vocabulary.read_answers(norm(entering), head, build.threads)
     return gradient
 
 

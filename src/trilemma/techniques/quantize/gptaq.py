@@ -6,7 +6,8 @@ what a matrix sees behind the compressed layers and X what it saw in the unchang
 does the rest. Qronos (arXiv:2505.11695) differs from this in the first column alone. A matrix that adds to the residual
 stream makes up for what that has drifted by, too.
 
-With `guided`, output errors are weighed by what the model's answers make of them (`output_guide.py`, `two_sided.py`).
+With `guided`, output errors are weighed by what the model's answers make of them (`output_guide.py`, `two_sided.py`),
+and so are those of the embedding and the head (`ends.py`).
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from trilemma.formats.quantize import find_grid
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.techniques.calibration import side_by_side
-from trilemma.techniques.output_guide import output_moments
+from trilemma.techniques.output_guide import guide_outputs
 from trilemma.techniques.quantize.assignment import assign_formats, assign_runs, fallbacks, named
+from trilemma.techniques.quantize.ends import quantize_ends
 from trilemma.techniques.quantize.gptq import GptqSettings, damped, gptq_codes
 from trilemma.techniques.quantize.refit import error_of, refit_scales
-from trilemma.techniques.quantize.rtn import round_matrix, scale_rule
+from trilemma.techniques.quantize.rtn import round_ends, round_matrix, scale_rule
 from trilemma.techniques.quantize.two_sided import two_sided_codes
 from trilemma.techniques.technique import Build, report
 from trilemma.techniques.two_paths import Pair, calibrate_beside
@@ -71,11 +73,12 @@ class Gptaq:
         runs = assign_runs(model.config, formats, settings.activations)
         if note := fallbacks(model.config, settings, formats):
             report(build, 0, len(model.config.layers), note)
-        ends = {}
-        for name in (name for name in formats if not name.startswith("layers.")):
-            report(build, 0, len(model.config.layers), f"rtn {name}")
-            ends[name] = round_matrix(name, model.tensor(name), formats[name])
-        moments = output_moments(model, build, settings.rows) if settings.guided else {}
+        guide = guide_outputs(model, build, settings.rows) if settings.guided else None
+        moments = {} if guide is None else guide.moments
+        if guide is None:
+            ends = round_ends(model, formats, build)
+        else:
+            ends = quantize_ends(model, formats, build, guide.vocabulary, settings)
 
         def choose(found: tuple[str, Pair]) -> StoredMatrix:
             name, pair = found

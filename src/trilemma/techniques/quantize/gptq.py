@@ -23,7 +23,7 @@ from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.techniques.calibration import Gram, calibrate_layers, side_by_side
 from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs, fallbacks, named
-from trilemma.techniques.quantize.rtn import ScaleChoice, round_matrix, scale_rule
+from trilemma.techniques.quantize.rtn import ScaleChoice, round_ends, round_matrix, scale_rule
 from trilemma.techniques.technique import Build, report
 
 _DAMPING_STEPS = 6
@@ -56,12 +56,8 @@ class Gptq:
         runs = assign_runs(model.config, formats, settings.activations)
         if note := fallbacks(model.config, settings, formats):
             report(build, 0, len(model.config.layers), note)
-        ends = {}
-        for name in (name for name in formats if not name.startswith("layers.")):
-            report(build, 0, len(model.config.layers), f"rtn {name}")
-            ends[name] = round_matrix(name, model.tensor(name), formats[name])
         before = model
-        model = model.with_tensors(ends, runs)
+        model = model.with_tensors(round_ends(model, formats, build), runs)
 
         def choose(found: tuple[str, Gram]) -> StoredMatrix:
             name, gram = found
@@ -110,12 +106,15 @@ def gptq_codes(
     damping: float = 0.01,
     block: int = 128,
     activation_order: bool = True,
+    directions: Tensor | None = None,
 ) -> Tensor:
     """Codes (out, in) int8 for given scales and minima (out, groups), all in the Hessian's dtype.
 
     Within a block errors go to the block's later columns at once; columns behind the block get the
     whole block's error in one product when it is done, and only then. Inputs that calibration never
     saw are rounded to nearest.
+
+    directions: (out, in); where given, a row's own Hessian is H + m m^T with its m of these.
     """
     dtype, device = hessian.dtype, hessian.device
     order = column_order(hessian, activation_order)
@@ -125,9 +124,10 @@ def gptq_codes(
     shift = None if minima is None else minima.to(device, dtype).T.contiguous()
     rest = weight.to(device, dtype).T[order].contiguous()  # (in, out): a column of the matrix is a row here
     codes = torch.empty(rest.shape, dtype=torch.int8, device=device)
+    own = None if directions is None else _OwnDirections(directions.to(device, dtype)[:, order], upper)
     for first in range(0, len(rest), block):
         last = min(first + block, len(rest))
-        errors = _block_codes(rest, codes, upper, scale, shift, group, spec, first, last)
+        errors = _block_codes(rest, codes, upper, scale, shift, group, spec, own, first, last)
         if last < len(rest):
             rest[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
     unordered = torch.empty_like(codes)
@@ -143,6 +143,7 @@ def _block_codes(
     shift: Tensor | None,
     group: Tensor,
     spec: Format,
+    own: _OwnDirections | None,
     first: int,
     last: int,
 ) -> Tensor:
@@ -151,15 +152,38 @@ def _block_codes(
     errors = torch.empty(last - first, rest.shape[1], dtype=rest.dtype, device=rest.device)
     for column, at in zip(range(first, last), group[first:last].tolist(), strict=True):
         values, step = rest[column], scale[at]
-        shifted = values if shift is None else values - shift[at]
+        wanted = values if own is None else values + own.pull(column) * upper[column, column]
+        shifted = wanted if shift is None else wanted - shift[at]
         code = nearest(torch.where(step != 0, shifted / step, torch.zeros_like(step)))
         codes[column] = code.to(torch.int8)
         rounded = code * step if shift is None else code * step + shift[at]
         error = (values - rounded) / upper[column, column]
         errors[column - first] = error
+        if own is not None:
+            own.add(column, error)
         if column + 1 < last:
             rest[column + 1 : last].addr_(upper[column, column + 1 : last], error, alpha=-1)
     return errors
+
+
+class _OwnDirections:
+    """What a direction m of each row adds to its targets, where its Hessian is H + m m^T.
+
+    With U of `inverse_factor` and the feedback of H alone, the error of a row along its m is that of the columns done.
+    To take it back over the columns left (Sherman and Morrison), each moves by U_jj (U m)_j over 1 + sum (U m)^2 of
+    those left. U m is the same for all columns, so a row needs one product and one running number.
+    """
+
+    def __init__(self, directions: Tensor, upper: Tensor) -> None:
+        self.along = upper @ directions.T  # (in, out)
+        self.left = 1 + self.along.square().flip(0).cumsum(0).flip(0)
+        self.error = torch.zeros_like(self.along[0])  # m^T (W - Q), as it would end with the feedback of H alone
+
+    def pull(self, column: int) -> Tensor:
+        return self.along[column] * self.error / self.left[column]
+
+    def add(self, column: int, error: Tensor) -> None:
+        self.error += error * self.along[column]
 
 
 def nearest_code(spec: Format, like: Tensor) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import ClassVar, Literal
 
 from pydantic import Field
@@ -61,6 +62,15 @@ def round_matrix(name: str, values: Float32, spec: Format, scale: ScaleChoice = 
         return pack(quantize_rtn(values, spec, scale=scale_rule(spec, scale)))
     except RecipeError as error:
         raise named(name, error) from None
+
+
+def round_ends(model: Model, formats: Mapping[str, Format], build: Build) -> dict[str, PackedMatrix | PlainMatrix]:
+    """Every matrix of `formats` outside layers: embedding, head, learned positions. Raises RecipeError."""
+    found = {}
+    for name in (name for name in formats if not name.startswith("layers.")):
+        report(build, 0, len(model.config.layers), f"rtn {name}")
+        found[name] = round_matrix(name, model.tensor(name), formats[name])
+    return found
 
 
 def scale_rule(spec: Format, choice: ScaleChoice) -> ScaleRule:

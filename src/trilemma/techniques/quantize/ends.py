@@ -1,0 +1,75 @@
+"""Embedding, head and learned positions: what stands outside layers, on grids of its own.
+
+Most quantizers round them to nearest (`round_ends`). With a guide, codes of embedding and head are chosen by GPTQ for
+what their errors cost in the model's answers, each row with a Hessian of its own (`vocabulary_guide.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trilemma.core.errors import RecipeError
+from trilemma.formats.grid import Format, QuantizedMatrix
+from trilemma.formats.pack import PackedMatrix, pack
+from trilemma.formats.quantize import find_grid
+from trilemma.model.model import Float32, Model
+from trilemma.model.plain import PlainMatrix
+from trilemma.techniques.calibration import side_by_side
+from trilemma.techniques.quantize.assignment import named
+from trilemma.techniques.quantize.gptq import GptqSettings, gptq_codes
+from trilemma.techniques.quantize.rtn import round_ends, scale_rule
+from trilemma.techniques.technique import Build, report
+from trilemma.techniques.vocabulary_guide import VocabularyGuide
+
+_ROWS = 4096  # of a vocabulary whose codes are chosen together
+
+
+def quantize_ends(
+    model: Model, formats: Mapping[str, Format], build: Build, guide: VocabularyGuide, settings: GptqSettings
+) -> dict[str, PackedMatrix | PlainMatrix]:
+    """Every matrix outside layers in its format; codes of embedding and head are chosen by the guide.
+
+    Raises:
+        RecipeError: naming the tensor, as `quantize_gptq`.
+    """
+    costs = {"embedding.weight": guide.tied() if model.config.tied else (guide.embedding(), None)}
+    if not model.config.tied:
+        costs["head.weight"] = guide.head()
+    chosen = {name: spec for name, spec in formats.items() if name in costs and not spec.floating}
+    found = round_ends(model, {name: spec for name, spec in formats.items() if name not in chosen}, build)
+    for name, spec in chosen.items():
+        report(build, 0, len(model.config.layers), f"choosing codes of {name}")
+        try:
+            found[name] = pack(_choose(model.tensor(name), *costs[name], spec, settings, build.threads))
+        except RecipeError as error:
+            raise named(name, error) from None
+    return found
+
+
+def _choose(
+    weight: Float32, hessian: Tensor, directions: Tensor | None, spec: Format, settings: GptqSettings,
+    threads: int | None,
+) -> QuantizedMatrix:  # fmt: skip
+    """weight, directions (vocab, dim); hessian (dim, dim)."""
+    importance = hessian.diagonal()
+    if directions is not None:
+        importance = importance + directions.square().mean(0)
+    grid = find_grid(
+        weight, spec, scale=scale_rule(spec, settings.scale), importance=importance.to("cpu", torch.float32).numpy()
+    )
+    steps, offsets = grid.steps(), grid.offsets()
+
+    def chosen(rows: slice) -> Tensor:
+        return gptq_codes(
+            torch.from_numpy(weight[rows]), hessian, torch.from_numpy(steps[rows]),
+            None if offsets is None else torch.from_numpy(offsets[rows]), spec,
+            damping=settings.damping, block=settings.block, activation_order=settings.activation_order,
+            directions=None if directions is None else directions[rows],
+        )  # fmt: skip
+
+    parts = [slice(first, first + _ROWS) for first in range(0, len(weight), _ROWS)]
+    return grid.with_codes(np.concatenate([codes.numpy() for codes in side_by_side(chosen, parts, threads)]))
