@@ -265,6 +265,7 @@ def compress(
     recipe: Recipe | str | Path | None = None,
     bits: float | None = None,
     formats: Sequence[str] = (),
+    method: str | None = None,
     calibration: NDArray[np.int32] | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     prepare: Literal["none", "book"] = "none",
@@ -282,7 +283,8 @@ def compress(
         scheme, recipe, bits: one of them: a short name, a recipe (or its YAML file), or how many bits a matrix value
             may take, scales included: each tensor then gets the format that lets the whole lose least (see
             `search.mixed_bits`).
-        formats: with `bits`, names of formats to choose from.
+        formats, method: with `bits`, names of formats to choose from, and how codes are chosen, as schemes say it:
+            rtn, gptq, gptaq or guided (the default: least KL, needs gradients).
         calibration, data: token windows, or text files to cut them from, for schemes that need them.
         prepare: 'book' joins hard line breaks and drops underscores.
         force: replace an artifact that is there already.
@@ -299,22 +301,22 @@ def compress(
     from trilemma.core.errors import RecipeError
     from trilemma.formats.artifact import check_output, load_any, read_artifact
     from trilemma.measure.energy.build_cost import BuildMeter
-    from trilemma.search.mixed_bits import mix_bits_for
+    from trilemma.search.mixed_bits import METHOD, mix_bits_for
     from trilemma.search.payback import time_payback
     from trilemma.techniques.apply import compress as apply
 
     texts = [data] if isinstance(data, str | Path) else data
     if bits is not None and (scheme is not None or recipe is not None or calibration is not None):
         raise RecipeError("Bits are shared out on text: give `bits` with `data`, and no scheme, recipe or calibration.")
-    if formats and bits is None:
-        raise RecipeError("Formats to choose from belong to `bits`.")
+    if (formats or method) and bits is None:
+        raise RecipeError("Formats to choose from and a method belong to `bits`.")
     found = None
     with BuildMeter() as meter:
         if bits is not None:
             check_output(output, force=force)
             found = mix_bits_for(
-                model, output, bits, texts or (), formats=formats, prepare=prepare, seed=seed, threads=threads,
-                progress=progress,
+                model, output, bits, texts or (), formats=formats, method=method or METHOD, prepare=prepare, seed=seed,
+                threads=threads, progress=progress,
             )  # fmt: skip
             recipe = found.recipe
         done = apply(

@@ -110,6 +110,8 @@ def test_from_the_command_line(tiny_checkpoint, tiny_text, tmp_path):
         ({"bits": 5.0, "data": None}, DataError, "--data"),
         ({"bits": 5.0, "scheme": "bf16"}, RecipeError, "no scheme"),
         ({"bits": 5.0, "formats": ["int4-g32"]}, RecipeError, "two formats"),
+        ({"bits": 5.0, "method": "best"}, RecipeError, "Methods: rtn"),
+        ({"scheme": "bf16", "method": "gptq"}, RecipeError, "belong to `bits`"),
         ({"bits": 5.0, "formats": ["int4-g32", "int9"]}, InputError, "int9"),
         ({"scheme": "bf16", "formats": ["int4-g32"]}, RecipeError, "belong to `bits`"),
     ],

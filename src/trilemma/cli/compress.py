@@ -25,6 +25,10 @@ def compress(
         list[str] | None,
         typer.Option("--formats", help="With --bits: formats to choose from; see `trilemma list formats`."),
     ] = None,
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="With --bits: rtn, gptq, gptaq or guided (default: least KL, needs gradients)."),
+    ] = None,
     data: options.Data = None,
     prepare: options.PrepareText = "none",
     seed: options.Seed = 0,
@@ -46,8 +50,8 @@ def compress(
         )
     with console.progress("compress") as update:
         result = apply(
-            model, output, scheme=scheme, recipe=recipe, bits=bits, formats=options.split_names(formats), data=data,
-            prepare=prepare, seed=seed, threads=threads, force=force, payback=payback, progress=update,
+            model, output, scheme=scheme, recipe=recipe, bits=bits, formats=options.split_names(formats), method=method,
+            data=data, prepare=prepare, seed=seed, threads=threads, force=force, payback=payback, progress=update,
         )  # fmt: skip
     if json:
         console.print_json(result)

@@ -4,7 +4,8 @@
     limits (`levels.py`) -> evolution by the true KL of whole models -> a recipe with a format for each tensor
 
 Candidates are put together from matrices that were quantized once for each format, in uniform models, so that one costs
-no more than its measurement. The recipe quantizes anew, each matrix on what those before it produce.
+no more than its measurement. There no matrix makes up for the others', which would be those of another candidate. The
+recipe quantizes anew, each matrix on what those before it produce.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from trilemma.data.documents import Prepare
 from trilemma.formats import FORMATS
 from trilemma.formats.pack import format_bytes
 from trilemma.model.checkpoint import model_hash
+from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.search.levels import Levels, LevelTable, choose, evolve
@@ -33,11 +35,15 @@ from trilemma.search.texts import Texts, read_texts
 from trilemma.search.workbench import Lengths, Workbench
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs
+from trilemma.techniques.schemes import QUANTIZERS
 from trilemma.techniques.technique import Build
 
 Progress = Callable[[int, int, str], None]
 FLOOR = "int8-g32"  # what all other tensors have while one is judged: as good as lossless, and fast to run
-DEFAULT_LEVELS = ("int3-g32-asym", "int4-g128-asym", "int4-g32", "int4-g32-asym", "int5-g32", "int6-g32", FLOOR)
+# Scales of two levels where rows are long enough for them (a multiple of 256 values), else the nearest bits with one.
+TWO_LEVELS = ("int2-g16-k", "int3-g16-k", "int4-g128-asym", "int4-g32-k", "int5-g32-k", "int6-g16-k", FLOOR)
+ONE_LEVEL = ("int2-g32-asym", "int3-g32-asym", "int4-g128-asym", "int4-g32-asym", "int5-g32-asym", "int6-g32", FLOOR)
+METHOD = "guided"
 GENERATIONS, OFFSPRING = 20, 8
 TABLE_TOKENS = 8192
 _ENDS = ("embedding.weight", "head.weight")
@@ -92,6 +98,7 @@ def mix_bits_for(
     data: Sequence[str | Path],
     *,
     formats: Sequence[str] = (),
+    method: str = METHOD,
     prepare: Prepare = "none",
     seed: int = 0,
     threads: int | None = None,
@@ -118,8 +125,8 @@ def mix_bits_for(
     folder = Path(output).with_name(Path(output).name + ".work")
     try:
         return mix_bits(
-            loaded, texts, bits, folder=folder, key=model_hash(loaded), levels=known or DEFAULT_LEVELS, seed=seed,
-            threads=threads, progress=progress,
+            loaded, texts, bits, folder=folder, key=model_hash(loaded), levels=known or default_levels(loaded.config),
+            method=method, seed=seed, threads=threads, progress=progress,
         )  # fmt: skip
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -132,8 +139,8 @@ def mix_bits(
     *,
     folder: Path,
     key: str,
-    levels: Sequence[str] = DEFAULT_LEVELS,
-    method: str = "gptq",
+    levels: Sequence[str],
+    method: str = METHOD,
     generations: int = GENERATIONS,
     tokens: int = TABLE_TOKENS,
     product_time: tuple[Callable[[tuple[int, int], str], float], float] | None = None,
@@ -147,14 +154,16 @@ def mix_bits(
     Args:
         folder: for the reference's log-probabilities; key: identity of `model`, under which they are found again.
         levels: names of formats to choose from.
-        method: the quantizer, `gptq` or another technique with the same settings.
+        method: how codes are chosen, as schemes say it: rtn, gptq, gptaq, guided, ...
         generations: of the evolution; 0 stops at the exact choice.
         tokens: of select text on which KL is measured.
         product_time: seconds of one token's product with a matrix (shape, format), and the most that all may take.
 
     Raises:
-        RecipeError: fewer than two formats, or no choice that fits.
+        RecipeError: fewer than two formats, an unknown method, or no choice that fits.
     """
+    if method not in QUANTIZERS:
+        raise RecipeError(f"No method is called '{method}'. Methods: {', '.join(QUANTIZERS)}.")
     shapes = [shape for shape in model.config.tensor_shapes().values() if len(shape) == 2]
     least = sum(min(format_bytes(level, (shape[0], shape[1])) for level in levels) for shape in shapes)
     if least > bits * sum(shape[0] * shape[1] for shape in shapes) / 8:  # by arithmetic, before any work
@@ -203,6 +212,12 @@ def mix_bits(
     )  # fmt: skip
 
 
+def default_levels(config: DecoderConfig) -> tuple[str, ...]:
+    """Formats from 2 to 8 bits that most of the model's matrices can have."""
+    long = [shape[1] % 256 == 0 for shape in config.tensor_shapes().values() if len(shape) == 2]
+    return TWO_LEVELS if all(long) else ONE_LEVEL
+
+
 def make_kit(
     model: Model, texts: Texts, levels: Sequence[str], method: str, *, seed: int, threads: int | None,
     progress: Progress,
@@ -222,7 +237,10 @@ def make_kit(
             progress(number * total + done, len(wanted) * total, f"all tensors as {level}")
 
         build = Build(texts.calibration, seed, threads, progress=step)
-        models.append(apply_recipe(model, recipe_of({}, method, level, seed, weights=level), build))
+        recipe = recipe_of({}, method, level, seed, weights=level)
+        if recipe.steps[0].technique == "gptaq":
+            recipe = recipe.model_copy(update={"steps": (_apart(recipe.steps[0]),)})
+        models.append(apply_recipe(model, recipe, build))
     sorts = assign_formats(model.config, WeightSettings.model_validate({"weights": wanted[0]}))
     names = tuple(name for name, spec in sorts.items() if spec.name == wanted[0] or name in _ENDS)
     return Kit(names, wanted, tuple(models))
@@ -265,7 +283,13 @@ def recipe_of(formats: Mapping[str, str], method: str, name: str, seed: int, *, 
                       if tensor.startswith("layers.") and value != common},
     }  # fmt: skip
     settings["head"] = formats.get("head.weight", settings["embedding"])
-    return Recipe(name=name, seed=seed, steps=(Step(technique=method, settings=settings),))
+    technique, more = QUANTIZERS[method]
+    return Recipe(name=name, seed=seed, steps=(Step(technique=technique, settings=settings | more),))
+
+
+def _apart(step: Step) -> Step:
+    """Matrices that do not make up for those before them."""
+    return step.model_copy(update={"settings": step.settings | {"pull": 0.0, "drift": 0.0}})
 
 
 def _nothing_fits(table: LevelTable, bits: float, values: int, limits: Sequence[float]) -> str:

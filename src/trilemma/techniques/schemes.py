@@ -34,7 +34,16 @@ _EMBEDDING = {"4": "int4-g32", "8": "int8-g32", "16": "bf16"}
 _K_FORMATS = {"2": "int2-g16-k", "3": "int3-g16-k", "4": "int4-g32-k", "5": "int5-g32-k", "6": "int6-g16-k"}
 _EMBEDDING_K = _K_FORMATS | {"8": "int8-g32", "16": "bf16"}
 _KV = {"4": "int4", "8": "int8", "16": "bf16", "32": "f32"}
-_QUANTIZERS = ("rtn", "hqq", "gptq", "gptaq", "sign-rounding")
+# How codes are chosen, as a scheme says it -> the technique and its settings.
+QUANTIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn": ("rtn", {}),
+    "hqq": ("hqq", {}),
+    "gptq": ("gptq", {}),
+    "gptaq": ("gptaq", {}),
+    "guided": ("gptaq", {"guided": True}),
+    "sign": ("sign-rounding", {}),
+}
+_TECHNIQUES = {technique for technique, _ in QUANTIZERS.values()}
 _OF_FORMATS = ("weights", "embedding", "activations")
 _ACTIVATIONS = {"8": "int8-g32", "16": "bf16"}
 
@@ -93,7 +102,7 @@ def scheme_to_recipe(name: str, *, seed: int = 0) -> Recipe:
     steps: list[Step] = []
     for part in name.split("+"):
         steps += _read_part(name, part)
-    quantized = [step for step in steps if step.technique in _QUANTIZERS]
+    quantized = [step for step in steps if step.technique in _TECHNIQUES]
     if len(quantized) > 1:
         raise _unknown(name, "its weights would be quantized twice; one W part is enough")
     for place, step in enumerate(steps):
@@ -127,12 +136,8 @@ def _quantize(match: re.Match[str]) -> list[Step]:
         "embedding": _embedding(match["rest"], weights),
         "activations": _pick("activation bits", match["activations"], _ACTIVATIONS),
     }
-    how = (match["how"] or "rtn").lower()
-    if how == "guided":
-        how, settings["guided"] = "gptaq", True
-    elif how == "sign":
-        how = "sign-rounding"
-    return [Step(technique=how, settings=settings), *_kv_steps(match["rest"])]
+    technique, more = QUANTIZERS[(match["how"] or "rtn").lower()]
+    return [Step(technique=technique, settings=settings | more), *_kv_steps(match["rest"])]
 
 
 def _experts(match: re.Match[str]) -> list[Step]:
