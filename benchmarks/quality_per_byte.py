@@ -53,11 +53,12 @@ KV_BARS = {"int8": 0.001, "int4": 0.02}
 EXPORTED_BAR = 0.7
 OURS = (
     "W8A8-g32",
-    "guided:int5-g32-k/int6-g16-k+scales100",
+    "guided:int5-g32/int6-g16-k+scales100",
     "guided:int4-g32-k/int6-g16-k+scales100",
     "guided:int4-g64/int5-g32-k+scales100",
     "guided:int3-g16-k/int6-g16-k+scales100",
     "guided:int3-g16-k/int4-g32-k+scales100",
+    "guided:int2-g16-k/int6-g16-k+scales100",
 )
 EXPORTED = ("W4A8-g32-guided+scales100",)
 LIKE = "Q4_0"

@@ -11,6 +11,7 @@ import lzma
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from kl_settings import divergence, windows_of
@@ -82,9 +83,24 @@ def split(windows: Sequence[Tokens], choosing: int) -> tuple[list[Tokens], list[
 
 def make_yard(model: Path, calibrate: str, judge: str, work: Path, *, context: int, windows: tuple[int, int, int],
               threads: int) -> Yard:  # fmt: skip
-    """Cut the windows (calibrating, choosing, judging) and compute the reference, or find it in `work`."""
-    loaded = load_any(model)
-    tokenizer = tokenizer_of(loaded)
+    """Cut the windows (calibrating, choosing, judging) and compute the reference, or find them in `work`."""
+    asked = repr((calibrate, judge, context, windows, (model / "tokenizer.json").read_bytes()))
+    cut = work / f"windows-{hashlib.sha256(asked.encode()).hexdigest()[:12]}.npz"
+    if not cut.exists():
+        np.savez(cut, **_cut(model, calibrate, judge, context, windows))
+    with np.load(cut) as held:
+        text, parts = str(held["text"]), [held[name] for name in ("calibration", "choosing", "judging")]
+    digest = hashlib.sha256(b"".join(part.tobytes() for part in parts))
+    key = f"{digest.hexdigest()[:12]}-{context}"
+    path = work / f"{model.name}-{key}-reference.npy"
+    if not path.exists():
+        _write_reference(model, path, [*parts[1], *parts[2]], threads)
+    return Yard(model, model.name, parts[0], text, parts[1], parts[2], np.load(path, mmap_mode="r"), key, threads)
+
+
+def _cut(model: Path, calibrate: str, judge: str, context: int, windows: tuple[int, int, int]) -> dict[str, Any]:
+    """The three kinds of windows, and the text whose tokens calibrate."""
+    tokenizer = tokenizer_of(load_any(model))
     calibrating, choosing = split(windows_of(model, calibrate, context, windows[0] + windows[1]), windows[1])
     text = "".join(tokenizer.decode(window.tolist()) for window in calibrating)
     tokens = np.asarray(tokenizer.encode(text), np.int32)
@@ -93,14 +109,7 @@ def make_yard(model: Path, calibrate: str, judge: str, work: Path, *, context: i
         whole[:, 0] = bos[0]  # as llama-imatrix does
     judging = np.stack(windows_of(model, judge, context, windows[2]))
     chosen = np.asarray(choosing, np.int32).reshape(-1, context)
-    digest = hashlib.sha256(b"".join(part.tobytes() for part in (whole, chosen, judging)))
-    key = f"{digest.hexdigest()[:12]}-{context}"
-    path = work / f"{model.name}-{key}-reference.npy"
-    if not path.exists():
-        _write_reference(model, path, [*chosen, *judging], threads)
-    return Yard(
-        model, model.name, whole, text, chosen, judging, np.load(path, mmap_mode="r"), key, threads
-    )  # fmt: skip
+    return {"text": np.asarray(text), "calibration": whole, "choosing": chosen, "judging": judging}
 
 
 def _write_reference(model: Path, path: Path, windows: Sequence[Tokens], threads: int) -> None:
