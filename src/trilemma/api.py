@@ -266,6 +266,7 @@ def compress(
     bits: float | None = None,
     formats: Sequence[str] = (),
     method: str | None = None,
+    tpot_ms: float | None = None,
     calibration: NDArray[np.int32] | None = None,
     data: str | Path | Sequence[str | Path] | None = None,
     prepare: Literal["none", "book"] = "none",
@@ -285,6 +286,7 @@ def compress(
             `search.mixed_bits`).
         formats, method: with `bits`, names of formats to choose from, and how codes are chosen, as schemes say it:
             rtn, gptq, gptaq or guided (the default: least KL, needs gradients).
+        tpot_ms: with `bits`, what a token may take on this host, by measured times of each product.
         calibration, data: token windows, or text files to cut them from, for schemes that need them.
         prepare: 'book' joins hard line breaks and drops underscores.
         force: replace an artifact that is there already.
@@ -308,15 +310,16 @@ def compress(
     texts = [data] if isinstance(data, str | Path) else data
     if bits is not None and (scheme is not None or recipe is not None or calibration is not None):
         raise RecipeError("Bits are shared out on text: give `bits` with `data`, and no scheme, recipe or calibration.")
-    if (formats or method) and bits is None:
-        raise RecipeError("Formats to choose from and a method belong to `bits`.")
+    if (formats or method or tpot_ms) and bits is None:
+        raise RecipeError("Formats to choose from, a method and milliseconds a token belong to `bits`.")
     found = None
     with BuildMeter() as meter:
         if bits is not None:
             check_output(output, force=force)
             found = mix_bits_for(
-                model, output, bits, texts or (), formats=formats, method=method or METHOD, prepare=prepare, seed=seed,
-                threads=threads, progress=progress,
+                model, output, bits, texts or (), formats=formats, method=method or METHOD,
+                tpot_s=None if tpot_ms is None else tpot_ms / 1e3, prepare=prepare, seed=seed, threads=threads,
+                progress=progress,
             )  # fmt: skip
             recipe = found.recipe
         done = apply(

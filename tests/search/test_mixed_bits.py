@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 import trilemma
 from trilemma.cli.main import app
-from trilemma.core.errors import DataError, InputError, RecipeError
+from trilemma.core.errors import DataError, InputError, LimitError, RecipeError
 from trilemma.formats.artifact import load_any, read_artifact
 from trilemma.formats.pack import format_bytes
 from trilemma.search.levels import choose
@@ -63,7 +63,7 @@ def test_one_tensor_at_a_time_against_all_combinations(tiny_model):
     def loss(candidate):
         return sum(float(np.square(candidate.tensor(name) - model.tensor(name)).sum()) for name in kit_names)
 
-    table = measure_table(kit, floor, loss, lambda shape, name: shape[0] * len(name) * 1e-9, lambda *_: None)
+    table = measure_table(kit, floor, loss, lambda tensor, name: len(tensor) * len(name) * 1e-9, lambda *_: None)
     for item, name in enumerate(kit_names):
         for level, format_name in enumerate(LEVELS):
             alone = kit.models[level].tensor(name) - model.tensor(name)
@@ -72,7 +72,7 @@ def test_one_tensor_at_a_time_against_all_combinations(tiny_model):
             assert table.loss[item, level] == pytest.approx(expected, rel=1e-3, abs=1e-9)
             shape = model.config.tensor_shapes()[name]
             assert table.takes[item, level, 0] == format_bytes(format_name, shape)
-            assert table.takes[item, level, 1] == pytest.approx(shape[0] * len(format_name) * 1e-9)
+            assert table.takes[item, level, 1] == pytest.approx(len(name) * len(format_name) * 1e-9)
     least, most = table.takes[:, :, 0].min(axis=1).sum(), table.takes[:, :, 0].max(axis=1).sum()
     limits = ((least + most) / 2, 1.0)
     chosen = choose(table, limits)
@@ -88,11 +88,12 @@ def test_from_the_command_line(tiny_checkpoint, tiny_text, tmp_path):
     out = tmp_path / "out"
     arguments = [
         "compress", str(tiny_checkpoint.path), "-o", str(out), "--bits", "6", "--formats", "int4-g32,int8-g32",
-        "--data", str(tiny_text), "--threads", "1",
+        "--method", "gptq", "--tpot-ms", "1000", "--data", str(tiny_text), "--threads", "1",
     ]  # fmt: skip
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 0, done.output
     assert "bits a value (" in done.stdout
+    assert "ms a token by its products' times" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing of the work stays
     again = trilemma.compress(
         tiny_checkpoint.path, tmp_path / "again", recipe=out / "recipe.yaml", data=tiny_text, threads=1
@@ -110,6 +111,8 @@ def test_from_the_command_line(tiny_checkpoint, tiny_text, tmp_path):
         ({"bits": 5.0, "data": None}, DataError, "--data"),
         ({"bits": 5.0, "scheme": "bf16"}, RecipeError, "no scheme"),
         ({"bits": 5.0, "formats": ["int4-g32"]}, RecipeError, "two formats"),
+        ({"bits": 5.0, "tpot_ms": 1e-5}, LimitError, "without any product it takes"),
+        ({"scheme": "bf16", "tpot_ms": 5.0}, RecipeError, "belong to `bits`"),
         ({"bits": 5.0, "method": "best"}, RecipeError, "Methods: rtn"),
         ({"scheme": "bf16", "method": "gptq"}, RecipeError, "belong to `bits`"),
         ({"bits": 5.0, "formats": ["int4-g32", "int9"]}, InputError, "int9"),

@@ -29,6 +29,10 @@ def compress(
         str | None,
         typer.Option("--method", help="With --bits: rtn, gptq, gptaq or guided (default: least KL, needs gradients)."),
     ] = None,
+    tpot_ms: Annotated[
+        float | None,
+        typer.Option("--tpot-ms", help="With --bits: milliseconds a token may take here, by times of its products."),
+    ] = None,
     data: options.Data = None,
     prepare: options.PrepareText = "none",
     seed: options.Seed = 0,
@@ -51,7 +55,8 @@ def compress(
     with console.progress("compress") as update:
         result = apply(
             model, output, scheme=scheme, recipe=recipe, bits=bits, formats=options.split_names(formats), method=method,
-            data=data, prepare=prepare, seed=seed, threads=threads, force=force, payback=payback, progress=update,
+            tpot_ms=tpot_ms, data=data, prepare=prepare, seed=seed, threads=threads, force=force, payback=payback,
+            progress=update,
         )  # fmt: skip
     if json:
         console.print_json(result)

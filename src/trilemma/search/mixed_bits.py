@@ -30,6 +30,7 @@ from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.search.levels import Levels, LevelTable, choose, evolve
 from trilemma.search.plan import plan_lengths
+from trilemma.search.product_seconds import time_products
 from trilemma.search.searchable import load_searchable
 from trilemma.search.texts import Texts, read_texts
 from trilemma.search.workbench import Lengths, Workbench
@@ -54,7 +55,8 @@ class MixedBits(Record):
 
     recipe: with a format for each tensor; bits: a matrix value takes in it, scales included; kl_mean: nats a token of
     the model put together, on text that calibrated nothing; added_kl: of the exact choice before evolution, as a sum
-    over tensors; exact_kl_mean: what that choice really lost; formats: tensor -> format.
+    over tensors; exact_kl_mean: what that choice really lost; formats: tensor -> format; tpot_s: a token on this host,
+    by the times of its products, where that was limited.
     """
 
     recipe: Recipe
@@ -63,11 +65,12 @@ class MixedBits(Record):
     exact_kl_mean: float
     added_kl: float
     formats: dict[str, str]
-    product_s: float | None = None
+    tpot_s: float | None = None
 
     def __str__(self) -> str:
         counts = ", ".join(f"{count} x {name}" for name, count in sorted(Counter(self.formats.values()).items()))
-        return f"{self.bits:.2f} bits a value ({counts}), KL {self.kl_mean:.2e} nats a token on text held back"
+        speed = "" if self.tpot_s is None else f", {1e3 * self.tpot_s:.3g} ms a token by its products' times"
+        return f"{self.bits:.2f} bits a value ({counts}), KL {self.kl_mean:.2e} nats a token on text held back{speed}"
 
 
 @dataclass(frozen=True)
@@ -99,6 +102,7 @@ def mix_bits_for(
     *,
     formats: Sequence[str] = (),
     method: str = METHOD,
+    tpot_s: float | None = None,
     prepare: Prepare = "none",
     seed: int = 0,
     threads: int | None = None,
@@ -126,7 +130,7 @@ def mix_bits_for(
     try:
         return mix_bits(
             loaded, texts, bits, folder=folder, key=model_hash(loaded), levels=known or default_levels(loaded.config),
-            method=method, seed=seed, threads=threads, progress=progress,
+            method=method, tpot_s=tpot_s, seed=seed, threads=threads, progress=progress,
         )  # fmt: skip
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -143,7 +147,7 @@ def mix_bits(
     method: str = METHOD,
     generations: int = GENERATIONS,
     tokens: int = TABLE_TOKENS,
-    product_time: tuple[Callable[[tuple[int, int], str], float], float] | None = None,
+    tpot_s: float | None = None,
     runtime: str = "native",
     seed: int = 0,
     threads: int | None = None,
@@ -157,7 +161,7 @@ def mix_bits(
         method: how codes are chosen, as schemes say it: rtn, gptq, gptaq, guided, ...
         generations: of the evolution; 0 stops at the exact choice.
         tokens: of select text on which KL is measured.
-        product_time: seconds of one token's product with a matrix (shape, format), and the most that all may take.
+        tpot_s: what a token may take here besides, by measured seconds of each product (`product_seconds.py`).
 
     Raises:
         RecipeError: fewer than two formats, an unknown method, or no choice that fits.
@@ -173,6 +177,12 @@ def mix_bits(
             "Allow more, or give smaller formats."
         )
     tell = progress or (lambda *_: None)
+    seconds = None
+    if tpot_s is not None:
+        names, highest = kit_names(model.config, levels[0]), FLOOR if FLOOR in levels else levels[-1]
+        nbytes = bits * sum(shape[0] * shape[1] for shape in shapes) / 8
+        seconds = time_products(model, names, levels, highest, nbytes, threads=threads, tell=tell)
+        seconds.limit(tpot_s, names)  # refuses what nothing reaches, before any work
     lengths = Lengths(context=texts.context, prompt_tokens=8, output_tokens=2, repetitions=1)
     bench = Workbench(model, lengths, folder, key, runtime, threads)
     with bench:
@@ -187,10 +197,12 @@ def mix_bits(
 
         kit = make_kit(model, texts, levels, method, seed=seed, threads=threads, progress=tell)
         floor = kit.models[kit.levels.index(FLOOR)] if FLOOR in kit.levels else kit.models[-1]
-        table = measure_table(kit, floor, kl_of, product_time and product_time[0], tell)
         tensors = model.config.tensor_shapes()
         values = sum(tensors[name][0] * tensors[name][1] for name in kit.names)
-        limits = [bits * values / 8, *([product_time[1]] if product_time else [])]
+        limits = [bits * values / 8]
+        if tpot_s is not None and seconds is not None:
+            limits.append(seconds.limit(tpot_s, kit.names))
+        table = measure_table(kit, floor, kl_of, None if seconds is None else seconds.of, tell)
         exact = choose(table, limits)
         if exact is None:
             raise RecipeError(_nothing_fits(table, bits, values, limits))
@@ -208,7 +220,7 @@ def mix_bits(
     return MixedBits(
         recipe=recipe.model_copy(update={"calibration": texts.calibration_record}),
         bits=float(8 * total[0] / values), kl_mean=loss, exact_kl_mean=known[0], added_kl=table.sum_of_losses(exact),
-        formats=formats, product_s=float(total[1]) if product_time else None,
+        formats=formats, tpot_s=None if tpot_s is None else tpot_s - limits[1] + float(total[1]),
     )  # fmt: skip
 
 
@@ -241,19 +253,23 @@ def make_kit(
         if recipe.steps[0].technique == "gptaq":
             recipe = recipe.model_copy(update={"steps": (_apart(recipe.steps[0]),)})
         models.append(apply_recipe(model, recipe, build))
-    sorts = assign_formats(model.config, WeightSettings.model_validate({"weights": wanted[0]}))
-    names = tuple(name for name, spec in sorts.items() if spec.name == wanted[0] or name in _ENDS)
-    return Kit(names, wanted, tuple(models))
+    return Kit(kit_names(model.config, wanted[0]), wanted, tuple(models))
+
+
+def kit_names(config: DecoderConfig, level: str) -> tuple[str, ...]:
+    """Tensors that get a format each: embedding, head, and all inside layers but routers."""
+    sorts = assign_formats(config, WeightSettings.model_validate({"weights": level}))
+    return tuple(name for name, spec in sorts.items() if not spec.floating or name in _ENDS)
 
 
 def measure_table(
     kit: Kit,
     floor: Model,
     kl_of: Callable[[Model], float],
-    seconds_of: Callable[[tuple[int, int], str], float] | None,
+    seconds_of: Callable[[str, str], float] | None,
     tell: Progress,
 ) -> LevelTable:
-    """KL, bytes (and seconds) of each tensor alone in each format, all others as in `floor`."""
+    """KL, bytes (and seconds, of a tensor's name and format) of each tensor alone in each, all others as in `floor`."""
     items, levels = len(kit.names), len(kit.levels)
     loss = np.zeros((items, levels))
     takes = np.full((items, levels, 1 if seconds_of is None else 2), np.inf)
@@ -267,7 +283,7 @@ def measure_table(
                 continue
             takes[item, level, 0] = format_bytes(format_name, shape)
             if seconds_of is not None:
-                takes[item, level, 1] = seconds_of(shape, format_name)
+                takes[item, level, 1] = seconds_of(name, format_name)
             if floor.format_of(name) != format_name:
                 loss[item, level] = max(0.0, kl_of(kit.assemble(floor, {item: level})) - least)
     return LevelTable(loss, takes)
