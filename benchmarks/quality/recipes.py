@@ -1,7 +1,8 @@
 """Ours: what a word on the command line means, and the same recipe with other formats at its ends.
 
 A word is a scheme (W4A8-g32-guided+scales100), the path of a recipe.yaml (MODEL=PATH for one model alone), or
-METHOD:LAYERS/EMBEDDING with scheme parts behind (guided:int4-g64/int5-g32-k+scales100), for what schemes can not name.
+METHOD:LAYERS/EMBEDDING, scheme parts before or behind (smooth+guided:int4-g64/int5-g32-k+scales100), for what schemes
+can not name.
 """
 
 from __future__ import annotations
@@ -35,15 +36,20 @@ def read_word(word: str, model: str) -> Recipe | None:
         return recipe if recipe.name else recipe.model_copy(update={"name": Path(path).stem})
     if ":" not in path:
         return scheme_to_recipe(path)
-    first, *behind = path.split("+")
-    method, _, formats = first.partition(":")
+    parts = path.split("+")
+    at = next(number for number, part in enumerate(parts) if ":" in part)
+    method, _, formats = parts[at].partition(":")
     if method not in METHODS or formats.count("/") != 1:
         raise InputError(f"'{word}' is no METHOD:LAYERS/EMBEDDING; methods: {', '.join(METHODS)}.")
     layers, embedding = formats.split("/")
     technique, settings = METHODS[method]
     step = Step(technique=technique, settings={"weights": layers, "embedding": embedding, **settings})
-    more = scheme_to_recipe("+".join(behind)).steps if behind else ()
-    return Recipe(name=path, steps=(step, *more))
+    before, behind = (_steps(some) for some in (parts[:at], parts[at + 1 :]))
+    return Recipe(name=path, steps=(*before, step, *behind))
+
+
+def _steps(parts: list[str]) -> tuple[Step, ...]:
+    return scheme_to_recipe("+".join(parts)).steps if parts else ()
 
 
 def _from_json(path: Path) -> Recipe:

@@ -29,8 +29,12 @@ class Bout:
 
     @property
     def verdict(self) -> str:
-        """PASS: the ratio is within the bar and its interval below 1 (within the bar, where that allows more)."""
-        if (ratio := self.ratio) is None or ratio.value > self.bar:
+        """PASS: the ratio is within the bar and its interval below 1 (within the bar, where that allows more).
+
+        NONE: nothing of ours that was measured fits."""
+        if (ratio := self.ratio) is None:
+            return "NONE"
+        if ratio.value > self.bar:
             return "FAIL"
         return "PASS" if ratio.high is not None and ratio.high <= max(1.0, self.bar) else "INCONCLUSIVE"
 

@@ -93,13 +93,15 @@ def test_divergences_are_near_nothing_unquantized_and_more_with_fewer_bits(small
     ("word", "technique", "formats", "steps"),
     [("W4A8-g32-gptq", "gptq", ("int4-g32", "int8-g32"), 1),
      ("guided:int4-g64/int5-g32-k", "gptaq", ("int4-g64", "int5-g32-k"), 1),
-     ("rtn:int3-g16/int4-g32-k+scales7", "rtn", ("int3-g16", "int4-g32-k"), 2)],
+     ("rtn:int3-g16/int4-g32-k+scales7", "rtn", ("int3-g16", "int4-g32-k"), 2),
+     ("smooth+sign:int3-g16/int4-g32-k+scales7", "sign-rounding", ("int3-g16", "int4-g32-k"), 3)],
 )  # fmt: skip
 def test_words(word, technique, formats, steps):
     recipe = recipes.read_word(word, "any")
     assert recipe.name == word
-    assert recipe.steps[0].technique == technique
-    assert (recipe.steps[0].settings["weights"], recipe.steps[0].settings["embedding"]) == formats
+    step = recipe.steps[steps == 3]
+    assert step.technique == technique
+    assert (step.settings["weights"], step.settings["embedding"]) == formats
     assert len(recipe.steps) == steps
 
 
@@ -179,7 +181,7 @@ def test_the_best_that_fits_stands_against_a_type():
     assert (free.ours["name"], equal.ours["name"]) == ("best", "equal")
     assert free.ratio.value == pytest.approx(0.4)
     assert (free.verdict, equal.verdict) == ("PASS", "FAIL")
-    assert found["same bytes", "Q2_K"].ours is None
+    assert (found["same bytes", "Q2_K"].ours, found["same bytes", "Q2_K"].verdict) == (None, "NONE")
     assert "nothing fits" in found["same bytes", "Q2_K"].line()
     assert found["scheme", "Q8_0"].verdict == "PASS"
 
