@@ -12,7 +12,8 @@ from trilemma.core.errors import DataError, InputError, LimitError, RecipeError
 from trilemma.formats.artifact import load_any, read_artifact
 from trilemma.formats.pack import format_bytes
 from trilemma.search.levels import choose
-from trilemma.search.mixed_bits import Kit, measure_table, mix_bits, recipe_of
+from trilemma.search.mixed_bits import mix_bits
+from trilemma.search.tensor_kit import Kit, measure_table, recipe_of
 from trilemma.search.texts import read_texts
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.technique import Build
@@ -63,7 +64,7 @@ def test_one_tensor_at_a_time_against_all_combinations(tiny_model):
     def loss(candidate):
         return sum(float(np.square(candidate.tensor(name) - model.tensor(name)).sum()) for name in kit_names)
 
-    table = measure_table(kit, floor, loss, lambda tensor, name: len(tensor) * len(name) * 1e-9, lambda *_: None)
+    table = measure_table(kit, loss, lambda tensor, name: len(tensor) * len(name) * 1e-9, lambda *_: None)
     for item, name in enumerate(kit_names):
         for level, format_name in enumerate(LEVELS):
             alone = kit.models[level].tensor(name) - model.tensor(name)
@@ -77,7 +78,7 @@ def test_one_tensor_at_a_time_against_all_combinations(tiny_model):
     limits = ((least + most) / 2, 1.0)
     chosen = choose(table, limits)
     losses = {
-        levels: loss(kit.assemble(floor, dict(enumerate(levels))))
+        levels: loss(kit.assemble(dict(enumerate(levels))))
         for levels in itertools.product(range(3), repeat=3)
         if table.fits(levels, limits)
     }

@@ -47,13 +47,17 @@ class ProductSeconds:
         shape = self.config.tensor_shapes()[name]
         return self.cells[(shape[0], shape[1]), format_name] * _share(self.config, name)
 
+    def beside(self, names: Sequence[str]) -> float:
+        """What a step does besides the products of these matrices."""
+        return self.step_s - sum(self.of(name, self.floor) for name in names)
+
     def limit(self, tpot_s: float, names: Sequence[str]) -> float:
         """What products may take where a token may take `tpot_s`.
 
         Raises:
             LimitError: a token takes that long without any product.
         """
-        beside = self.step_s - sum(self.of(name, self.floor) for name in names)
+        beside = self.beside(names)
         if tpot_s <= beside:
             raise LimitError(
                 f"A token can not take {1e3 * tpot_s:.3g} ms: without any product it takes {1e3 * beside:.3g} ms on "
