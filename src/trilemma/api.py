@@ -283,7 +283,7 @@ def compress(
         output: folder for the artifact.
         scheme, recipe, bits: one of them: a short name, a recipe (or its YAML file), or how many bits a matrix value
             may take, scales included: each tensor then gets the format that lets the whole lose least (see
-            `search.mixed_bits`).
+            `search.mixed_bits`). A scheme beside bits says what prepares and tunes the model: 'smooth+scales100'.
         formats, method: with `bits`, names of formats to choose from, and how codes are chosen, as schemes say it:
             rtn, gptq, gptaq or guided (the default: least KL, needs gradients).
         tpot_ms: with `bits`, what a token may take on this host, by measured times of each product.
@@ -306,10 +306,11 @@ def compress(
     from trilemma.search.mixed_bits import METHOD, mix_bits_for
     from trilemma.search.payback import time_payback
     from trilemma.techniques.apply import compress as apply
+    from trilemma.techniques.schemes import scheme_to_recipe
 
     texts = [data] if isinstance(data, str | Path) else data
-    if bits is not None and (scheme is not None or recipe is not None or calibration is not None):
-        raise RecipeError("Bits are shared out on text: give `bits` with `data`, and no scheme, recipe or calibration.")
+    if bits is not None and (recipe is not None or calibration is not None):
+        raise RecipeError("Bits are shared out on text: give `bits` with `data`, and no recipe or calibration.")
     if (formats or method or tpot_ms) and bits is None:
         raise RecipeError("Formats to choose from, a method and milliseconds a token belong to `bits`.")
     found = None
@@ -318,10 +319,11 @@ def compress(
             check_output(output, force=force)
             found = mix_bits_for(
                 model, output, bits, texts or (), formats=formats, method=method or METHOD,
-                tpot_s=None if tpot_ms is None else tpot_ms / 1e3, prepare=prepare, seed=seed, threads=threads,
-                progress=progress,
+                tpot_s=None if tpot_ms is None else tpot_ms / 1e3,
+                around=() if scheme is None else scheme_to_recipe(scheme).steps, prepare=prepare, seed=seed,
+                threads=threads, progress=progress,
             )  # fmt: skip
-            recipe = found.recipe
+            scheme, recipe = None, found.recipe
         done = apply(
             model, output, scheme=scheme, recipe=recipe, calibration=calibration, data=texts, prepare=prepare,
             seed=seed, threads=threads, force=force, progress=progress,

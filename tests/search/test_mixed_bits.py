@@ -12,10 +12,11 @@ from trilemma.core.errors import DataError, InputError, LimitError, RecipeError
 from trilemma.formats.artifact import load_any, read_artifact
 from trilemma.formats.pack import format_bytes
 from trilemma.search.levels import choose
-from trilemma.search.mixed_bits import mix_bits
+from trilemma.search.mixed_bits import mix_bits, split_around
 from trilemma.search.tensor_kit import Kit, measure_table, recipe_of
 from trilemma.search.texts import read_texts
 from trilemma.techniques.apply import apply_recipe
+from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.technique import Build
 
 LEVELS = ("int4-g32", "int5-g32", "int8-g32")
@@ -52,6 +53,17 @@ def test_the_recipe_gives_each_tensor_its_format(mixed):
     model, texts, found = mixed
     made = apply_recipe(model, found.recipe, Build(texts.calibration, threads=1))
     assert {name: made.format_of(name) for name in found.formats} == found.formats
+
+
+def test_a_scheme_beside_bits_prepares_before_and_tunes_after(mixed, tmp_path):
+    model, texts, _ = mixed
+    steps = scheme_to_recipe("smooth+scales3").steps
+    found = mix_bits(
+        model, texts, 6.5, folder=tmp_path, key="tiny", levels=LEVELS, method="gptq", generations=0, tokens=200,
+        around=steps, threads=1,
+    )  # fmt: skip
+    assert [step.technique for step in found.recipe.steps] == ["smooth", "gptq", "tune-scales"]
+    assert split_around(steps) == (steps[:1], steps[1:])
 
 
 def test_one_tensor_at_a_time_against_all_combinations(tiny_model):
@@ -110,7 +122,7 @@ def test_from_the_command_line(tiny_checkpoint, tiny_text, tmp_path):
         ({"bits": 2.0}, RecipeError, "the smallest formats take"),
         ({"bits": -1.0}, RecipeError, "can not take -1 bits"),
         ({"bits": 5.0, "data": None}, DataError, "--data"),
-        ({"bits": 5.0, "scheme": "bf16"}, RecipeError, "no scheme"),
+        ({"bits": 5.0, "scheme": "smooth+W4A8-g32"}, RecipeError, "quantizes by itself"),
         ({"bits": 5.0, "formats": ["int4-g32"]}, RecipeError, "two formats"),
         ({"bits": 5.0, "tpot_ms": 1e-5}, LimitError, "without any product it takes"),
         ({"scheme": "bf16", "tpot_ms": 5.0}, RecipeError, "belong to `bits`"),

@@ -48,9 +48,11 @@ def compress(
     from trilemma.cli import console
     from trilemma.core.errors import RecipeError
 
-    if sum(given is not None for given in (scheme, recipe, bits)) != 1:
+    given = [name for name, value in (("scheme", scheme), ("recipe", recipe), ("bits", bits)) if value is not None]
+    if len(given) != 1 and given != ["scheme", "bits"]:
         raise RecipeError(
-            "Give one of --scheme (for example W4A8-g32-gptq), --recipe (a recipe.yaml) and --bits (for example 4.5)."
+            "Give one of --scheme (for example W4A8-g32-gptq), --recipe (a recipe.yaml) and --bits (for example 4.5; "
+            "a scheme beside it prepares and tunes the model: --scheme smooth+scales100)."
         )
     with console.progress("compress") as update:
         result = apply(

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from trilemma.core.errors import DataError, RecipeError
-from trilemma.core.recipe import Recipe
+from trilemma.core.recipe import Recipe, Step
 from trilemma.core.record import Record
 from trilemma.data.documents import Prepare
 from trilemma.formats import FORMATS
@@ -41,10 +41,13 @@ from trilemma.search.tensor_kit import (
 )
 from trilemma.search.texts import Texts, read_texts
 from trilemma.search.workbench import Lengths, Workbench
+from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.schemes import QUANTIZERS
+from trilemma.techniques.technique import Build
 
 METHOD = "guided"
 GENERATIONS, OFFSPRING = 20, 8
+_TUNING = ("tune-scales", "tune-norms")
 TABLE_TOKENS = 8192
 
 
@@ -80,6 +83,7 @@ def mix_bits_for(
     formats: Sequence[str] = (),
     method: str = METHOD,
     tpot_s: float | None = None,
+    around: Sequence[Step] = (),
     prepare: Prepare = "none",
     seed: int = 0,
     threads: int | None = None,
@@ -107,7 +111,7 @@ def mix_bits_for(
     try:
         return mix_bits(
             loaded, texts, bits, folder=folder, key=model_hash(loaded), levels=known or default_levels(loaded.config),
-            method=method, tpot_s=tpot_s, seed=seed, threads=threads, progress=progress,
+            method=method, tpot_s=tpot_s, around=around, seed=seed, threads=threads, progress=progress,
         )  # fmt: skip
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -125,6 +129,7 @@ def mix_bits(
     generations: int = GENERATIONS,
     tokens: int = TABLE_TOKENS,
     tpot_s: float | None = None,
+    around: Sequence[Step] = (),
     runtime: str = "native",
     seed: int = 0,
     threads: int | None = None,
@@ -139,9 +144,10 @@ def mix_bits(
         generations: of the evolution; 0 stops at the exact choice.
         tokens: of select text on which KL is measured.
         tpot_s: what a token may take here besides, by measured seconds of each product (`product_seconds.py`).
+        around: steps that prepare the model (`smooth`), and those that tune what was quantized (`tune-scales`).
 
     Raises:
-        RecipeError: fewer than two formats, an unknown method, or no choice that fits.
+        RecipeError: fewer than two formats, an unknown method, a second quantizer, or no choice that fits.
         LimitError: a token that takes longer than that without any product.
     """
     if method not in QUANTIZERS:
@@ -152,8 +158,8 @@ def mix_bits(
         seconds = time_levels(model, levels, bits, threads=threads, progress=progress)
         seconds.limit(tpot_s, kit_names(model.config, levels[0]))  # refuses what nothing reaches, before any work
     measured = Measured(
-        model, texts, folder=folder, key=key, levels=levels, method=method, tokens=tokens, seconds=seconds,
-        runtime=runtime, seed=seed, threads=threads, progress=progress,
+        model, texts, folder=folder, key=key, levels=levels, method=method, around=around, tokens=tokens,
+        seconds=seconds, runtime=runtime, seed=seed, threads=threads, progress=progress,
     )  # fmt: skip
     return measured.choose(bits, tpot_s, generations=generations)
 
@@ -176,15 +182,19 @@ class Measured:
 
     def __init__(
         self, model: Model, texts: Texts, *, folder: Path, key: str, levels: Sequence[str], method: str = METHOD,
-        tokens: int = TABLE_TOKENS, seconds: ProductSeconds | None = None, runtime: str = "native", seed: int = 0,
-        threads: int | None = None, progress: Progress | None = None,
+        around: Sequence[Step] = (), tokens: int = TABLE_TOKENS, seconds: ProductSeconds | None = None,
+        runtime: str = "native", seed: int = 0, threads: int | None = None, progress: Progress | None = None,
     ) -> None:  # fmt: skip
-        self.model, self.texts, self.seconds = model, texts, seconds
+        self.texts, self.seconds = texts, seconds
         self._method, self._seed = method, seed
         self._tell = progress or (lambda *_: None)
         lengths = Lengths(context=texts.context, prompt_tokens=8, output_tokens=2, repetitions=1)
         self._bench = Workbench(model, lengths, folder, key, runtime, threads)
         self._bench.refer("select", texts.token_set("select", tokens))
+        self._before, self._after = split_around(around)
+        if self._before:
+            build = Build(texts.calibration, seed, threads, progress=self._tell)
+            model = apply_recipe(model, Recipe(name="prepared", seed=seed, steps=self._before), build)
         self.kit = make_kit(model, texts, levels, method, seed=seed, threads=threads, progress=self._tell)
         self.table = measure_table(self.kit, self._kl_of, None if seconds is None else seconds.of, self._tell)
 
@@ -195,7 +205,7 @@ class Measured:
             RecipeError: no choice fits. LimitError: as `ProductSeconds.limit`.
         """
         kit, table = self.kit, self.table
-        tensors = self.model.config.tensor_shapes()
+        tensors = kit.floor.config.tensor_shapes()
         values = sum(tensors[name][0] * tensors[name][1] for name in kit.names)
         limits = [bits * values / 8]
         if self.seconds is not None:
@@ -218,7 +228,12 @@ class Measured:
         name = f"mix{8 * total[0] / values:.2f}-{self._method}"
         recipe = recipe_of(formats, self._method, name, self._seed)
         return MixedBits(
-            recipe=recipe.model_copy(update={"calibration": self.texts.calibration_record}),
+            recipe=recipe.model_copy(
+                update={
+                    "calibration": self.texts.calibration_record,
+                    "steps": (*self._before, *recipe.steps, *self._after),
+                }
+            ),
             bits=float(8 * total[0] / values), kl_mean=loss, exact_kl_mean=known[0],
             added_kl=table.sum_of_losses(exact), formats=formats,
             tpot_s=None if self.seconds is None else self.seconds.beside(kit.names) + float(total[1]),
@@ -230,6 +245,17 @@ class Measured:
             return self._bench.quality(engine, "select")["kl_mean"].value or 0.0
         finally:
             engine.close()
+
+
+def split_around(steps: Sequence[Step]) -> tuple[tuple[Step, ...], tuple[Step, ...]]:
+    """(steps before the quantizer, steps after it): those from the first that tunes. Raises RecipeError."""
+    if quantizers := [step.technique for step in steps if step.technique in {name for name, _ in QUANTIZERS.values()}]:
+        raise RecipeError(
+            f"Sharing out bits quantizes by itself; '{quantizers[0]}' beside it would do so twice. Give only what "
+            "prepares the model or tunes it: smooth, smooth+scales100."
+        )
+    first = next((at for at, step in enumerate(steps) if step.technique in _TUNING), len(steps))
+    return tuple(steps[:first]), tuple(steps[first:])
 
 
 def _shapes(config: DecoderConfig) -> list[tuple[int, int]]:
