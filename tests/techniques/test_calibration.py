@@ -7,6 +7,7 @@ import torch
 
 from trilemma.model.model import LinearRun
 from trilemma.techniques import calibration
+from trilemma.techniques import threads as sharing
 from trilemma.techniques.technique import Build
 
 
@@ -24,7 +25,7 @@ def gather(model, windows, runs, threads):
 
 def test_threads_do_not_mix_up_windows(tiny_model, random_generator, monkeypatch):
     """Rounded inputs are shared by q, k and v; a share that crossed threads would mix windows."""
-    monkeypatch.setattr(calibration, "_BATCH_TOKENS", 32)
+    monkeypatch.setattr(sharing, "_BATCH_TOKENS", 32)
     model = tiny_model()
     windows = random_generator.integers(0, model.config.vocab_size, (96, 32)).astype(np.int32)
     runs = {name: LinearRun(activation="int8-g32") for name in model.config.linear_names()}

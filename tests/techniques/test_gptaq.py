@@ -133,10 +133,10 @@ def test_the_wanted_weight_is_the_damped_least_squares_of_all_tokens(random_gene
     weight = random_generator.standard_normal((rows, columns))
     pair = Pair(nn.Linear(columns, rows), "cpu", beside=True, drifts=True)
     half = tokens // 3
-    other = Pair(nn.Linear(columns, rows), "cpu", beside=True, drifts=True)
-    for each, part in ((pair, slice(0, half)), (other, slice(half, tokens))):
-        each.update_pair(*(torch.from_numpy(values[part]) for values in (after, before, drift)))
-    pair.add_pair(other)
+    for part in (slice(0, half), slice(half, tokens)):
+        for task in pair.pair_tasks(*(torch.from_numpy(values[part]) for values in (after, before, drift))):
+            task()
+    pair.close()
     settings = GptaqSettings(weights="int4-g32", pull=0.7, drift=0.4, damping=0.05)
     strength = np.sqrt(0.05 * np.square(after).sum(0).mean())
     wanted_outputs = (0.7 * before + 0.3 * after) @ weight.T + 0.4 * drift

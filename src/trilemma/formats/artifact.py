@@ -36,7 +36,7 @@ from trilemma.formats.artifact_record import (
     part_of,
     weights_bytes,
 )
-from trilemma.formats.artifact_write import check_output, replace_folder, write_artifact
+from trilemma.formats.artifact_write import check_output, replace_folder, write_artifact, write_tensors
 from trilemma.formats.blobs import BlobReader
 from trilemma.formats.pack import PackedMatrix, check_layout
 from trilemma.model.gguf import find_gguf
@@ -51,6 +51,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "ArtifactRecord",
     "ArtifactSource",
+    "TensorFile",
     "TensorRecord",
     "blob_specs",
     "check_output",
@@ -61,24 +62,26 @@ __all__ = [
     "replace_folder",
     "weights_bytes",
     "write_artifact",
+    "write_tensors",
 ]
 
 
-class ArtifactSource:
-    """Reads tensors of an artifact on demand."""
+class TensorFile:
+    """Reads tensors that `write_tensors` wrote, on demand.
 
-    random = False
+    Raises:
+        CheckpointError: the file is missing, truncated, or lacks a tensor of the records.
+    """
 
-    def __init__(self, folder: Path, record: ArtifactRecord) -> None:
-        self._record = record
-        self.files = [folder / RECORD_FILE, folder / WEIGHTS_FILE]
-        self._blobs = BlobReader(folder / WEIGHTS_FILE)
+    def __init__(self, path: Path, records: Mapping[str, TensorRecord]) -> None:
+        self.path, self._records = path, records
+        self._blobs = BlobReader(path)
         names = set(self._blobs.names())
-        for name, tensor in record.tensors.items():
+        for name, tensor in records.items():
             for blob in blob_specs(name, tensor.format, tensor.shape):
                 if blob.name not in names:
                     raise CheckpointError(
-                        f"'{folder}' has no blob '{blob.name}'. The artifact is damaged: make it again."
+                        f"'{path.parent}' has no blob '{blob.name}'. The artifact is damaged: make it again."
                     )
 
     def stored_dtype(self, name: str) -> str:
@@ -105,12 +108,22 @@ class ArtifactSource:
         }
         encoding = "rows" if FORMATS.get(tensor.format).floating else "panels"
         shape = (tensor.shape[0], tensor.shape[1])
-        return Located(encoding, tensor.format, shape, name, self.files[1], self._blobs.nbytes, pieces)
+        return Located(encoding, tensor.format, shape, name, self.path, self._blobs.nbytes, pieces)
 
     def _tensor(self, name: str) -> TensorRecord:
-        if name not in self._record.tensors:
+        if name not in self._records:
             raise CheckpointError(f"The artifact has no tensor '{name}'. It is damaged: make it again.")
-        return self._record.tensors[name]
+        return self._records[name]
+
+
+class ArtifactSource(TensorFile):
+    """Reads tensors of an artifact on demand."""
+
+    random = False
+
+    def __init__(self, folder: Path, record: ArtifactRecord) -> None:
+        super().__init__(folder / WEIGHTS_FILE, record.tensors)
+        self.files = [folder / RECORD_FILE, folder / WEIGHTS_FILE]
 
 
 def is_artifact(folder: str | Path) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,7 @@ def write_artifact(model: Model, folder: str | Path, recipe: Recipe) -> None:
 
 
 def _write_files(model: Model, folder: Path, recipe: Recipe) -> None:
-    tensors, digest = _write_weights(model, folder / WEIGHTS_FILE)
+    tensors, digest = write_tensors(model, model.names(), folder / WEIGHTS_FILE)
     record = ArtifactRecord(
         config=model.config, run=model.run, weights_sha256=digest, recipe_hash=recipe.hash,
         tensors=tensors,
@@ -96,8 +96,10 @@ def _write_files(model: Model, folder: Path, recipe: Recipe) -> None:
             shutil.copyfile(model.path / name, folder / name)
 
 
-def _write_weights(model: Model, path: Path) -> tuple[dict[str, TensorRecord], str]:
-    shapes = model.config.tensor_shapes()
+def write_tensors(model: Model, names: Iterable[str], path: Path) -> tuple[dict[str, TensorRecord], str]:
+    """Write tensors of a model to one file, one at a time; returns their records and the file's SHA-256."""
+    every = model.config.tensor_shapes()
+    shapes = {name: every[name] for name in names}
     formats = {name: stored_format(model, name) for name in shapes}
     specs = {name: blob_specs(name, formats[name], shapes[name]) for name in shapes}
     writer = BlobWriter(path, [blob for blobs in specs.values() for blob in blobs])

@@ -5,6 +5,7 @@ A layout is a versioned name (`panel16.v1`); one that this release does not know
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -123,6 +124,16 @@ def unpack(matrix: PackedMatrix) -> QuantizedMatrix:
         None if sub_scales is None else panel16.unpack_scales(sub_scales, factors)[:, :groups],
         None if sub_minima is None else panel16.unpack_scales(sub_minima, factors)[:, :groups],
     )  # fmt: skip
+
+
+def join_rows(parts: Sequence[PackedMatrix]) -> PackedMatrix:
+    """One matrix of packed ones of the same columns below each other; all but the last have whole panels of rows."""
+    first = parts[0]
+    assert all(part.shape[0] % panel16.PANEL_ROWS == 0 for part in parts[:-1])
+    if len(parts) == 1:
+        return first
+    joined = {name: np.concatenate([part.parts()[name] for part in parts]) for name in first.parts()}
+    return PackedMatrix(first.spec, (sum(part.shape[0] for part in parts), first.shape[1]), **joined)
 
 
 def check_blobs(matrix: PackedMatrix) -> None:

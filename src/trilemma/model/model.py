@@ -6,7 +6,7 @@ with the model it came from, so the whole is never twice in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
@@ -140,6 +140,14 @@ class Model:
     ) -> Model:
         return self._copy(replaced={**self.replaced, **tensors}, linears={**self.linears, **(linears or {})})
 
+    def with_source(self, source: TensorSource, names: Collection[str]) -> Model:
+        """Tensors of these names are read from `source` when asked for, and no longer held."""
+        held = {name: tensor for name, tensor in self.replaced.items() if name not in names}
+        others = dict.fromkeys(names, source)
+        if isinstance(self.source, _Patched):
+            return self._copy(source=_Patched(self.source.base, {**self.source.others, **others}), replaced=held)
+        return self._copy(source=_Patched(self.source, others), replaced=held)
+
     def with_run(self, run: RunSettings) -> Model:
         return self._copy(run=run)
 
@@ -189,3 +197,20 @@ class _Renamed:
 
     def locate(self, name: str) -> Located | None:
         return self._source.locate(self._rename(name)) if isinstance(self._source, FileSource) else None
+
+
+class _Patched:
+    """A source of which some tensors are read elsewhere."""
+
+    def __init__(self, base: TensorSource, others: Mapping[str, TensorSource]) -> None:
+        self.base, self.others = base, others
+
+    def stored_dtype(self, name: str) -> str:
+        return self.others.get(name, self.base).stored_dtype(name)
+
+    def read(self, name: str) -> Float32 | StoredMatrix:
+        return self.others.get(name, self.base).read(name)
+
+    def locate(self, name: str) -> Located | None:
+        source = self.others.get(name, self.base)
+        return source.locate(name) if isinstance(source, FileSource) else None

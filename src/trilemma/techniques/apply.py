@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
+from trilemma.core.environment import cpu_name, usable_cores
 from trilemma.core.errors import RecipeError, UnsupportedModelError
 from trilemma.core.measurement import Measurement
 from trilemma.core.payback import Payback
@@ -20,6 +23,7 @@ from trilemma.data.documents import Prepare
 from trilemma.formats.artifact import check_output, load_any, read_artifact, weights_bytes, write_artifact
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Model
+from trilemma.model.write import model_hash
 from trilemma.techniques import TECHNIQUES
 from trilemma.techniques.calibration_text import read_calibration
 from trilemma.techniques.schemes import scheme_to_recipe
@@ -89,9 +93,29 @@ def apply_recipe(model: Model, recipe: Recipe, build: Build) -> Model:
                 f"or use a scheme that needs none, such as W4A8-g32{' or magnitude50' * (technique.name == 'wanda')}."
             )
     build = replace(build, original=build.original or model)
-    for technique, settings in steps:
-        model = technique.apply(model, settings, build)
+    keys = (
+        _keys(model, recipe, build) if build.work is not None and build.calibration is not None else [""] * len(steps)
+    )
+    for (technique, settings), key in zip(steps, keys, strict=True):
+        model = technique.apply(model, settings, replace(build, key=key))
     return model
+
+
+def _keys(model: Model, recipe: Recipe, build: Build) -> list[str]:
+    """Of every step, 16 hex digits of all that decides what comes out of it."""
+    assert build.calibration is not None
+    digest = hashlib.sha256(model_hash(model).encode())
+    digest.update(f"{build.calibration.shape} {build.calibration.dtype} ".encode())
+    digest.update(np.ascontiguousarray(build.calibration).data)
+    digest.update(
+        f"{build.seed} {build.threads or usable_cores()} {build.device} {cpu_name()} {version('trilemma')} "
+        f"{version('torch')} {np.__version__}".encode()
+    )
+    keys = []
+    for step in recipe.steps:
+        digest.update(step.model_dump_json().encode())
+        keys.append(digest.hexdigest()[:16])
+    return keys
 
 
 def build_artifact(model: Model, recipe: Recipe, output: str | Path, build: Build) -> Model:
@@ -123,8 +147,8 @@ def compress(
         prepare: 'book' or 'none', see `data.read_documents`; a recipe that says how is followed.
         force: replace an artifact that is there already.
 
-    A step that trains keeps its checkpoint in `<output>.work` until the artifact is written: when it is stopped, the
-    same call goes on from there.
+    A step that trains keeps its checkpoint in `<output>.work` until the artifact is written, and one that quantizes
+    on calibration text its finished layers: when it is stopped, the same call goes on from there.
 
     Raises:
         StoppedError: the user stopped a step that trains.

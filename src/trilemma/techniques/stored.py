@@ -1,13 +1,18 @@
-"""Putting changed weights back the way they were stored: techniques that change values but choose no format."""
+"""Weights the way they are stored: changed values put back, and rows read without making all of a matrix f32."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 
 from trilemma.core.errors import RecipeError
+from trilemma.formats.pack import PackedMatrix, unpack
+from trilemma.formats.panel16 import PANEL_ROWS
 from trilemma.formats.plain import to_plain
 from trilemma.model.model import Float32, Model, StoredMatrix
-from trilemma.model.plain import PlainDtype
+from trilemma.model.plain import PlainDtype, PlainMatrix
 
 _PLAIN: dict[str, PlainDtype] = {"f32": "f32", "f16": "f16", "bf16": "bf16"}
 
@@ -29,3 +34,20 @@ def refuse_packed(model: Model, technique: str, example: str) -> None:
                 f"'{technique}' changes weights, and '{name}' is stored as {model.format_of(name)} already. "
                 f"Start from the unquantized model and quantize afterwards: {example}."
             )
+
+
+def row_reader(stored: Float32 | StoredMatrix) -> Callable[[NDArray[np.integer] | slice], Float32]:
+    """A function from numbers of rows, or a slice of them, to their values (rows, in) f32."""
+    if isinstance(stored, PlainMatrix):
+        return lambda index: PlainMatrix(stored.dtype, stored.bits[index]).dequantize()
+    if isinstance(stored, PackedMatrix):
+        codes, count = unpack(stored), np.arange(stored.shape[0])
+        return lambda index: codes.rows(count[index]).dequantize()
+    values = stored if isinstance(stored, np.ndarray) else stored.dequantize()
+    return lambda index: values[index]
+
+
+def row_parts(shape: tuple[int, ...], values: int) -> list[slice]:
+    """Slices of a matrix's rows, whole panels of about so many values, to be joined by `join_rows`."""
+    step = max(1, values // (shape[1] * PANEL_ROWS)) * PANEL_ROWS
+    return [slice(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]

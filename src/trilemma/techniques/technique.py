@@ -28,7 +28,9 @@ class Build:
 
     calibration: token windows, (n, context) int32, or None when the recipe has no data;
     original: the model before the recipe's first step (healing learns from it); `apply_recipe` sets it;
-    work: a folder for what a long step needs to resume after an interruption, or None;
+    work: a folder for what a long step needs to resume after an interruption, or None; the model that comes out may
+        have tensors that are read from there;
+    key: names everything that decides what comes out of this step; `apply_recipe` sets it where there is a work folder;
     progress: called with (done, total, what) now and then.
     """
 
@@ -38,6 +40,7 @@ class Build:
     device: str = "cpu"
     original: Model | None = None
     work: Path | None = None
+    key: str = ""
     progress: Callable[[int, int, str], None] | None = None
 
 

@@ -2,38 +2,38 @@
 
 A layer is walked in halves, attention and feed-forward, and in stages of matrices that share an input: a stage's
 statistics come from this layer's earlier stages as they were replaced. In memory are one layer of both models, its
-statistics and the hidden states of both (windows, context, dim). A half runs twice for the changed model (less its last
-product) and once for the unchanged one.
+statistics and a batch of windows; the hidden states of both models lie in files. A half runs twice for the changed
+model (less its last product) and once for the unchanged one.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from trilemma.core.errors import RecipeError
+from trilemma.model.config import LayerSpec
 from trilemma.model.decoder import DecoderLayer, layer_from_model
 from trilemma.model.model import Float32, LinearRun, Model, StoredMatrix
-from trilemma.techniques.calibration import (
-    MOST_GRAM_BYTES,
+from trilemma.techniques.calibration import calibration_tokens, embedder
+from trilemma.techniques.gather import (
     Gram,
-    calibration_tokens,
-    embed,
+    Group,
+    captured,
     input_groups,
     linear_of,
+    refuse_not_finite,
     rounding_hooks,
-    shares,
-    side_by_side,
+    stripes,
 )
+from trilemma.techniques.states import States
 from trilemma.techniques.technique import Build, report
+from trilemma.techniques.threads import Task, by_batches
+from trilemma.techniques.walk_folder import WalkFolder
 
 Half = Literal["attention", "ffn"]
-Group = tuple[str, ...]
 Stage = list[Group]
 
 
@@ -51,21 +51,15 @@ class Pair(Gram):
         self.cross = torch.zeros_like(self.matrix) if beside else self.matrix
         self.drift = torch.zeros(linear.out_features, linear.in_features, device=device) if drifts else None
 
-    def update_pair(self, x: Tensor, before: Tensor | None, drift: Tensor | None) -> None:
-        """x, before (..., in): inputs in the changed and the unchanged model; drift (..., out)."""
-        self.update(x)
-        flat = x.reshape(-1, x.shape[-1]).float()
-        if before is not None:
-            self.cross.addmm_(before.reshape(flat.shape).float().T, flat)
-        if self.drift is not None and drift is not None:
-            self.drift.addmm_(drift.reshape(len(flat), -1).float().T, flat)
-
-    def add_pair(self, other: Pair) -> None:
-        self.add(other)
+    def pair_tasks(self, x: Tensor | None, before: Tensor | None, drift: Tensor) -> list[Task]:
+        """x, before (..., in): inputs in the changed and the unchanged model, or None; drift (..., out)."""
+        flat = self.matrix[:0] if x is None else x.reshape(-1, x.shape[-1]).float()
+        found = self.tasks(x)
         if self.cross is not self.matrix:
-            self.cross += other.cross
-        if self.drift is not None and other.drift is not None:
-            self.drift += other.drift
+            found += stripes(self.cross, flat if before is None else before.reshape(flat.shape).float(), flat)
+        if self.drift is not None:
+            found += stripes(self.drift, drift.reshape(-1, len(self.drift))[: len(flat)].float(), flat)
+        return found
 
 
 Replace = Callable[[Mapping[str, Pair]], Mapping[str, Float32 | StoredMatrix]]
@@ -85,19 +79,27 @@ def calibrate_beside(
         RecipeError: as `calibrate_layers`.
     """
     tokens = calibration_tokens(model, build)
-    walk = _Walk(build, runs, embed(model, tokens).to(build.device), embed(unchanged, tokens).to(build.device))
     total = len(model.config.layers)
-    for index in range(total):
-        beside = layer_from_model(unchanged, index, device=build.device)
-        walk.enter(index, beside)
-        for half, stages in _halves(model, index).items():
-            for stage in stages:
-                report(build, index, total, f"layer {index}: reading activations")
-                layer = layer_from_model(model, index, device=build.device)
-                found = walk.gather(layer, beside, half, stage, last=stage is stages[-1])
-                report(build, index, total, f"layer {index}: choosing codes")
-                model = model.with_tensors(replace(found))
-            walk.advance(layer_from_model(model, index, device=build.device), half)
+    with WalkFolder(build, (*tokens.shape, model.config.dim), kept=True) as folder:
+        entered = model
+        model = folder.resumed(model)
+        walk = _Walk(
+            build, runs, folder, folder.states("changed", lambda: embedder(entered, tokens)),
+            folder.states("unchanged", lambda: embedder(unchanged, tokens)),
+        )  # fmt: skip
+        for index in range(folder.finished, total):
+            before = model
+            walk.enter(index, model.config.layers[index])
+            for half, stages in _halves(model, index).items():
+                for stage in stages:
+                    report(build, index, total, f"layer {index}: reading activations")
+                    found = walk.gather(model, unchanged, half, stage, last=stage is stages[-1])
+                    report(build, index, total, f"layer {index}: choosing codes")
+                    model = model.with_tensors(replace(found))
+                    del found
+                report(build, index, total, f"layer {index}: handing on")
+                walk.advance(model, half)
+            model = folder.finish(index, before, model, {"changed": walk.changed, "unchanged": walk.unchanged})
     report(build, total, total, "layers done")
     return model
 
@@ -112,106 +114,88 @@ def _halves(model: Model, index: int) -> dict[Half, list[Stage]]:
     return {half: [stage for stage in stages if stage] for half, stages in found.items()}
 
 
-class _Stop(Exception):  # noqa: N818
-    """Nothing behind this product is needed."""
-
-
 class _Walk:
     """The hidden states of both models, and the layer that they stand before or in."""
 
-    def __init__(self, build: Build, runs: Mapping[str, LinearRun], changed: Tensor, unchanged: Tensor) -> None:
-        self.build, self.runs = build, runs
+    def __init__(
+        self, build: Build, runs: Mapping[str, LinearRun], folder: WalkFolder, changed: States, unchanged: States
+    ) -> None:
+        self.build, self.runs, self.folder = build, runs, folder
         self.changed, self.unchanged = changed, unchanged  # (windows, context, dim)
-        self.index = 0
-        self.entering = (changed, unchanged)
+        self._behind = unchanged  # this half, once its last stage was gathered
 
-    def enter(self, index: int, layer: DecoderLayer) -> None:
-        """Remember what enters the layer where its feed-forward half reads that, not the attention's output."""
-        self.index = index
-        parallel = layer.spec.parallel and layer.attention is not None
-        states = (self.changed, self.unchanged)
-        self.entering = (states[0].clone(), states[1].clone()) if parallel else states
+    def enter(self, index: int, spec: LayerSpec) -> None:
+        parallel = spec.parallel and spec.attention is not None
+        self.index, self._entering = index, (self.changed, self.unchanged) if parallel else None
 
-    def gather(
-        self, layer: DecoderLayer, beside: DecoderLayer, half: Half, stage: Stage, *, last: bool
-    ) -> dict[str, Pair]:
-        """The Pair of every matrix of a stage; after the last stage of a half the unchanged states are behind it."""
+    def gather(self, model: Model, unchanged: Model, half: Half, stage: Stage, *, last: bool) -> dict[str, Pair]:
+        """The Pair of every matrix of a stage; the last stage takes the unchanged states through the half."""
+        layer, beside = self._layer(model), self._layer(unchanged)
         rounding_hooks(layer, self.index, self.runs)
-        whole_stream = {"attention": layer.attention_post_norm, "ffn": layer.ffn_post_norm}[half] is None
-        linears = {group: linear_of(layer, group[-1]) for group in stage}
-        mine = threading.local()
+        pairs = self._pairs(layer, half, stage)
+        if last:
+            self._behind = self.folder.fresh("unchanged", f"{self.index}-{half}")
+        with captured(layer, stage) as look, captured(beside, stage) as look_beside:
 
-        def fresh() -> dict[Group, Pair]:
-            return {
-                group: Pair(
-                    linear, self.changed.device, beside=".experts." not in group[0],
-                    drifts=whole_stream and group[0].split(".")[-2] in ("o", "down") and ".experts." not in group[0],
-                )
-                for group, linear in linears.items()
-            }  # fmt: skip
-
-        def gather(share: list[slice]) -> dict[Group, Pair]:
-            pairs = fresh()
-            for batch in share:
+            def gather(batch: slice) -> Sequence[Task]:
+                seen_before = look_beside(lambda: self._pass(beside, half, batch, keep=last), stop=not last)
+                seen = look(lambda: _through(layer, half, self.changed[batch], self._enter(0, batch)), stop=True)
                 drift = self.unchanged[batch] - self.changed[batch]
-                mine.seen, mine.stop = {}, not last and len(stage) == 1
-                with suppress(_Stop):
-                    passed = _through(beside, half, self.unchanged[batch], self.entering[1][batch])
-                    if last:
-                        self.unchanged[batch] = passed
-                before, mine.seen, mine.stop = mine.seen, {}, len(stage) == 1
-                with suppress(_Stop):
-                    _through(layer, half, self.changed[batch], self.entering[0][batch])
-                for group, pair in pairs.items():
-                    if group in mine.seen:
-                        same = pair.cross is not pair.matrix
-                        pair.update_pair(mine.seen[group], before[group] if same else None, drift)
-            return pairs
+                return [
+                    task
+                    for group, pair in pairs.items()
+                    for task in pair.pair_tasks(
+                        seen.get(group), seen_before[group] if pair.cross is not pair.matrix else None, drift
+                    )
+                ]
 
-        size = sum(4 * each.in_features * (2 * each.in_features + each.out_features) for each in linears.values())
-        with _captured(layer, stage, mine), _captured(beside, stage, mine):
-            parts = shares(self.changed, self.build, MOST_GRAM_BYTES // size)
-            first, *others = side_by_side(gather, parts, self.build.threads)
-        for group, pair in first.items():
-            for other in others:
-                pair.add_pair(other[group])
-            if not torch.isfinite(pair.matrix).all():
-                raise RecipeError(f"The inputs of '{group[0]}' are not finite on the calibration text. Use bf16 here.")
-        return {name: pair for group, pair in first.items() for name in group}
+            by_batches(gather, *self.changed.shape[:2], self.build.threads)
+        for group, pair in pairs.items():
+            pair.close()
+            refuse_not_finite(group, pair)
+        return {name: pair for group, pair in pairs.items() for name in group}
 
-    def advance(self, layer: DecoderLayer, half: Half) -> None:
-        """Take the changed model's states through a half, in place."""
+    def advance(self, model: Model, half: Half) -> None:
+        """Take the changed model's states through a half, as the last stage has taken the unchanged ones."""
+        layer = self._layer(model)
         rounding_hooks(layer, self.index, self.runs)
+        behind = self.folder.fresh("changed", f"{self.index}-{half}")
 
-        def advance(share: list[slice]) -> None:
-            for batch in share:
-                self.changed[batch] = _through(layer, half, self.changed[batch], self.entering[0][batch])
+        def advance(batch: slice) -> Sequence[Task]:
+            behind[batch] = _through(layer, half, self.changed[batch], self._enter(0, batch))
+            return ()
 
-        side_by_side(advance, shares(self.changed, self.build), self.build.threads)
+        by_batches(advance, *self.changed.shape[:2], self.build.threads)
+        self.changed, self.unchanged = behind, self._behind
+
+    def _pass(self, beside: DecoderLayer, half: Half, batch: slice, *, keep: bool) -> None:
+        passed = _through(beside, half, self.unchanged[batch], self._enter(1, batch))
+        if keep:
+            self._behind[batch] = passed
+
+    def _enter(self, which: int, batch: slice) -> Tensor | None:
+        """What entered the layer, where its feed-forward half reads that and not the attention's output."""
+        return None if self._entering is None else self._entering[which][batch]
+
+    def _layer(self, model: Model) -> DecoderLayer:
+        return layer_from_model(model, self.index, device=self.build.device)
+
+    def _pairs(self, layer: DecoderLayer, half: Half, stage: Stage) -> dict[Group, Pair]:
+        whole_stream = {"attention": layer.attention_post_norm, "ffn": layer.ffn_post_norm}[half] is None
+        return {
+            group: Pair(
+                linear_of(layer, group[-1]), self.build.device, beside=".experts." not in group[0],
+                drifts=whole_stream and group[0].split(".")[-2] in ("o", "down") and ".experts." not in group[0],
+            )
+            for group in stage
+        }  # fmt: skip
 
 
-@contextmanager
-def _captured(layer: DecoderLayer, stage: Stage, mine: threading.local) -> Iterator[None]:
-    """Let `mine.seen` have what enters each group of the stage, and stop there when `mine.stop` says so."""
+def _through(layer: DecoderLayer, half: Half, x: Tensor, entering: Tensor | None) -> Tensor:
+    """x (batch, time, dim) behind one half of the layer, as `DecoderLayer.forward` computes it.
 
-    def capture(group: Group, x: Tensor) -> None:
-        mine.seen[group] = x
-        if mine.stop:
-            raise _Stop
-
-    hooks = [
-        linear_of(layer, group[-1]).register_forward_pre_hook(lambda _, args, group=group: capture(group, args[0]))
-        for group in stage
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _through(layer: DecoderLayer, half: Half, x: Tensor, entering: Tensor) -> Tensor:
-    """x (batch, time, dim) behind one half of the layer, as `DecoderLayer.forward` computes it."""
+    entering: what the feed-forward half reads, where that is not x.
+    """
     if half == "attention":
         assert layer.attention is not None
         assert layer.attention_norm is not None
@@ -220,6 +204,6 @@ def _through(layer: DecoderLayer, half: Half, x: Tensor, entering: Tensor) -> Te
     else:
         assert layer.ffn is not None
         assert layer.ffn_norm is not None
-        out, post = layer.ffn(layer.ffn_norm(entering)), layer.ffn_post_norm
+        out, post = layer.ffn(layer.ffn_norm(x if entering is None else entering)), layer.ffn_post_norm
     behind: Tensor = x + (out if post is None else post(out))
     return behind

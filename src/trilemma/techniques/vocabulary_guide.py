@@ -9,13 +9,20 @@ model's answers at what enters the first layer. A tied row costs both.
 
 from __future__ import annotations
 
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from trilemma.core.environment import usable_cores
-from trilemma.techniques.calibration import side_by_side
+from trilemma.core.errors import CheckpointError
+from trilemma.techniques.states import written
+from trilemma.techniques.threads import side_by_side
 
-_MOST_MEANS_BYTES = 1 << 30
+_MOST_MEANS_BYTES = 1 << 28  # beside a head that is whole in f32
+_FILE = "vocabulary.npz"
 _MOST_CHANCES = 1 << 24  # that are computed together: tokens x vocabulary
 
 
@@ -23,7 +30,7 @@ class VocabularyGuide:
     """Sums over `tokens` positions; everything in f32.
 
     spread: (dim, dim) of p (1 - p) h h^T over tokens and rows; weights: (vocab,) of p (1 - p); sums: (vocab, dim) of
-    p (1 - p) h, or None where they would take over a gigabyte; entering: (dim, dim) of g g^T.
+    p (1 - p) h, or None where they would take over 268 MB; entering: (dim, dim) of g g^T.
     """
 
     def __init__(self, vocabulary: int, dim: int, device: str | torch.device = "cpu") -> None:
@@ -67,6 +74,28 @@ class VocabularyGuide:
         """Add gradients (..., dim) at what enters the first layer."""
         flat = gradient.reshape(-1, gradient.shape[-1])
         self.entering.addmm_(flat.T, flat)
+
+    def save(self, folder: Path) -> None:
+        """Keep the sums in a folder. Raises OutputError."""
+        with written(folder):
+            arrays = {name: tensor.cpu().numpy() for name, tensor in self._tensors().items()}
+            np.savez(folder / _FILE, allow_pickle=False, tokens=np.array(self.tokens), **arrays)
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` has kept. Raises CheckpointError."""
+        try:
+            with np.load(folder / _FILE) as kept:
+                self.tokens = int(kept["tokens"])
+                for name, tensor in self._tensors().items():
+                    tensor.copy_(torch.from_numpy(kept[name]))
+        except (OSError, ValueError, KeyError, BadZipFile) as error:
+            raise CheckpointError(
+                f"'{folder / _FILE}' is damaged ({error}). Delete '{folder.parent}' to begin again."
+            ) from None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        found = {"spread": self.spread, "entering": self.entering, "weights": self.weights}
+        return found if self.sums is None else {**found, "sums": self.sums}
 
     def head(self) -> tuple[Tensor, Tensor | None]:
         """A row's H (dim, dim) and its direction m (vocab, dim), H + m m^T its Hessian: for rows of equal weight."""

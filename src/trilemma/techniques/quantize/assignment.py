@@ -11,8 +11,8 @@ from pydantic import Field, field_validator
 from trilemma.core.errors import RecipeError
 from trilemma.formats import FORMATS, Format
 from trilemma.model.config import DecoderConfig, is_router
-from trilemma.model.model import Activation, LinearRun
-from trilemma.techniques.technique import TechniqueSettings
+from trilemma.model.model import Activation, LinearRun, Model
+from trilemma.techniques.technique import Build, TechniqueSettings, report
 
 # What takes the place of scales of two levels where rows do not fit them: the same bits, or the next more.
 ONE_LEVEL = {
@@ -53,6 +53,14 @@ def _known(name: str) -> str:
     if name not in FORMATS:
         raise ValueError(f"no format is called '{name}'; valid: {', '.join(FORMATS)}")
     return name
+
+
+def assign(model: Model, settings: WeightSettings, build: Build) -> tuple[dict[str, Format], dict[str, LinearRun]]:
+    """Formats and runs of all matrices, and a word where they are not those asked for; errors as `assign_formats`."""
+    formats = assign_formats(model.config, settings)
+    if note := fallbacks(model.config, settings, formats):
+        report(build, 0, len(model.config.layers), note)
+    return formats, assign_runs(model.config, formats, settings.activations)
 
 
 def assign_formats(config: DecoderConfig, settings: WeightSettings) -> dict[str, Format]:

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from trilemma.core.errors import RecipeError
-from trilemma.formats.grid import Format, QuantizedMatrix
-from trilemma.formats.pack import PackedMatrix, pack
+from trilemma.formats.grid import Format
+from trilemma.formats.pack import PackedMatrix, join_rows, pack
 from trilemma.formats.quantize import find_grid
-from trilemma.model.model import Float32, Model
+from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.model.plain import PlainMatrix
 from trilemma.techniques.calibration import side_by_side
 from trilemma.techniques.quantize.assignment import named
 from trilemma.techniques.quantize.gptq import GptqSettings, gptq_codes
 from trilemma.techniques.quantize.rtn import round_ends, scale_rule
+from trilemma.techniques.stored import row_parts, row_reader
 from trilemma.techniques.technique import Build, report
 from trilemma.techniques.vocabulary_guide import VocabularyGuide
 
@@ -44,32 +44,32 @@ def quantize_ends(
     for name, spec in chosen.items():
         report(build, 0, len(model.config.layers), f"choosing codes of {name}")
         try:
-            found[name] = pack(_choose(model.tensor(name), *costs[name], spec, settings, build.threads))
+            found[name] = _choose(model.stored(name), *costs[name], spec, settings, build.threads)
         except RecipeError as error:
             raise named(name, error) from None
     return found
 
 
 def _choose(
-    weight: Float32, hessian: Tensor, directions: Tensor | None, spec: Format, settings: GptqSettings,
+    stored: Float32 | StoredMatrix, hessian: Tensor, directions: Tensor | None, spec: Format, settings: GptqSettings,
     threads: int | None,
-) -> QuantizedMatrix:  # fmt: skip
-    """weight, directions (vocab, dim); hessian (dim, dim)."""
+) -> PackedMatrix:  # fmt: skip
+    """stored, directions (vocab, dim); hessian (dim, dim)."""
     importance = hessian.diagonal()
     if directions is not None:
         importance = importance + directions.square().mean(0)
-    grid = find_grid(
-        weight, spec, scale=scale_rule(spec, settings.scale), importance=importance.to("cpu", torch.float32).numpy()
-    )
-    steps, offsets = grid.steps(), grid.offsets()
+    heavy, read = importance.to("cpu", torch.float32).numpy(), row_reader(stored)
 
-    def chosen(rows: slice) -> Tensor:
-        return gptq_codes(
-            torch.from_numpy(weight[rows]), hessian, torch.from_numpy(steps[rows]),
-            None if offsets is None else torch.from_numpy(offsets[rows]), spec,
+    def chosen(rows: slice) -> PackedMatrix:
+        weight = read(rows)
+        grid = find_grid(weight, spec, scale=scale_rule(spec, settings.scale), importance=heavy)
+        offsets = grid.offsets()
+        codes = gptq_codes(
+            torch.from_numpy(weight), hessian, torch.from_numpy(grid.steps()),
+            None if offsets is None else torch.from_numpy(offsets), spec,
             damping=settings.damping, block=settings.block, activation_order=settings.activation_order,
             directions=None if directions is None else directions[rows],
         )  # fmt: skip
+        return pack(grid.with_codes(codes.numpy()))
 
-    parts = [slice(first, first + _ROWS) for first in range(0, len(weight), _ROWS)]
-    return grid.with_codes(np.concatenate([codes.numpy() for codes in side_by_side(chosen, parts, threads)]))
+    return join_rows(side_by_side(chosen, row_parts(stored.shape, _ROWS * stored.shape[1]), threads))

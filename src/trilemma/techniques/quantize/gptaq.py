@@ -29,14 +29,19 @@ from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.techniques.calibration import side_by_side
 from trilemma.techniques.output_guide import guide_outputs
-from trilemma.techniques.quantize.assignment import assign_formats, assign_runs, fallbacks, named
+from trilemma.techniques.quantize.assignment import assign, named
 from trilemma.techniques.quantize.ends import quantize_ends
 from trilemma.techniques.quantize.gptq import GptqSettings, damped, gptq_codes
 from trilemma.techniques.quantize.refit import error_of, refit_scales
 from trilemma.techniques.quantize.rtn import round_ends, round_matrix, scale_rule
 from trilemma.techniques.quantize.two_sided import two_sided_codes
-from trilemma.techniques.technique import Build, report
+from trilemma.techniques.stored import row_parts
+from trilemma.techniques.technique import Build
 from trilemma.techniques.two_paths import Pair, calibrate_beside
+from trilemma.techniques.walk_folder import made_once
+
+_COLUMNS = 1024  # of a matrix of statistics that are copied at a time
+_DOUBLES = 1 << 22  # weights that are solved for at a time
 
 
 class GptaqSettings(GptqSettings):
@@ -69,16 +74,16 @@ class Gptaq:
         return True
 
     def apply(self, model: Model, settings: GptaqSettings, build: Build) -> Model:
-        formats = assign_formats(model.config, settings)
-        runs = assign_runs(model.config, formats, settings.activations)
-        if note := fallbacks(model.config, settings, formats):
-            report(build, 0, len(model.config.layers), note)
+        formats, runs = assign(model, settings, build)
         guide = guide_outputs(model, build, settings.rows) if settings.guided else None
-        moments = {} if guide is None else guide.moments
-        if guide is None:
-            ends = round_ends(model, formats, build)
-        else:
-            ends = quantize_ends(model, formats, build, guide.vocabulary, settings)
+        moments: Mapping[str, Tensor] = {} if guide is None else guide.moments
+
+        def ends() -> Mapping[str, StoredMatrix]:
+            if guide is None:
+                return round_ends(model, formats, build)
+            return quantize_ends(model, formats, build, guide.vocabulary, settings)
+
+        rounded = made_once(model, build, "ends", ends).with_tensors({}, runs)
 
         def choose(found: tuple[str, Pair]) -> StoredMatrix:
             name, pair = found
@@ -87,7 +92,7 @@ class Gptaq:
         def quantized(pairs: Mapping[str, Pair]) -> dict[str, Float32 | StoredMatrix]:
             return dict(zip(pairs, side_by_side(choose, pairs.items(), build.threads), strict=True))
 
-        return calibrate_beside(model.with_tensors(ends, runs), model, build, runs, quantized)
+        return calibrate_beside(rounded, model, build, runs, quantized)
 
 
 def _choose(
@@ -97,21 +102,27 @@ def _choose(
         return round_matrix(name, weight, spec, settings.scale)
     try:
         target = wanted_weight(torch.from_numpy(weight), pair, settings).cpu().numpy()
-        return pack(quantize_gptaq(target, pair.hessian(), moments, spec, settings))
+        return pack(quantize_gptaq(target, pair.matrix, moments, spec, settings))
     except RecipeError as error:
         raise named(name, error) from None
 
 
 def wanted_weight(weight: Tensor, pair: Pair, settings: GptaqSettings) -> Tensor:
     """W' (out, in) of least |W' X~ - W X - drift (R - R~)|^2, damped towards W as H is in GPTQ."""
-    missing = (settings.pull * (weight.to(pair.matrix) @ (pair.cross - pair.matrix))).double()
-    if pair.drift is not None:
-        missing += settings.drift * pair.drift
     lower, failed = torch.linalg.cholesky_ex(damped(pair.matrix, settings.damping).double())
     if failed:
         raise RecipeError(f"The calibration statistics can not be inverted. Use more than damping {settings.damping}.")
-    moved: Tensor = torch.cholesky_solve(missing.T, lower).T
-    return (weight.to(moved) + moved).float()
+    weight = weight.to(pair.matrix)
+    found = torch.empty_like(weight)
+    columns = [slice(first, first + _COLUMNS) for first in range(0, weight.shape[1], _COLUMNS)]
+    for rows in row_parts(tuple(weight.shape), _DOUBLES):
+        own = weight[rows]
+        missing = torch.cat([own @ (pair.cross[:, part] - pair.matrix[:, part]) for part in columns], 1)
+        missing = settings.pull * missing.double()
+        if pair.drift is not None:
+            missing += settings.drift * pair.drift[rows]
+        found[rows] = (own.double() + torch.cholesky_solve(missing.T, lower).T).float()
+    return found
 
 
 def quantize_gptaq(
@@ -171,9 +182,6 @@ def _solve(
     """Codes (rows, in) and factors (scales and perhaps minima, rows, f16 groups) in f16: the best that were seen."""
     size = spec.group_size(target.shape[1])
     members = torch.arange(target.shape[1], device=target.device) // size
-    heavy = damped(hessian, settings.damping)
-    weights = None if moment is None else damped(moment.to(hessian), settings.damping)
-
     per = 1 if spec.supergroup is None else spec.supergroup // size
 
     def chosen(factors: Tensor) -> Tensor:
@@ -183,6 +191,8 @@ def _solve(
     codes = chosen(factors)
     if not settings.refits:
         return codes, factors
+    heavy = damped(hessian, settings.damping)
+    weights = None if moment is None else damped(moment.to(hessian), settings.damping)
     seen = []
     for again in range(settings.refits):
         if again:

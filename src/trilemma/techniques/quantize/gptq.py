@@ -22,11 +22,13 @@ from trilemma.formats.quantize import code_borders, find_grid, usable_codes
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.techniques.calibration import Gram, calibrate_layers, side_by_side
-from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs, fallbacks, named
+from trilemma.techniques.quantize.assignment import WeightSettings, assign, named
 from trilemma.techniques.quantize.rtn import ScaleChoice, round_ends, round_matrix, scale_rule
-from trilemma.techniques.technique import Build, report
+from trilemma.techniques.technique import Build
+from trilemma.techniques.walk_folder import made_once
 
 _DAMPING_STEPS = 6
+_LEAF = 128  # rows that LAPACK inverts
 
 
 class GptqSettings(WeightSettings):
@@ -52,12 +54,9 @@ class Gptq:
         return True
 
     def apply(self, model: Model, settings: GptqSettings, build: Build) -> Model:
-        formats = assign_formats(model.config, settings)
-        runs = assign_runs(model.config, formats, settings.activations)
-        if note := fallbacks(model.config, settings, formats):
-            report(build, 0, len(model.config.layers), note)
+        formats, runs = assign(model, settings, build)
         before = model
-        model = model.with_tensors(round_ends(model, formats, build), runs)
+        model = made_once(model, build, "ends", lambda: round_ends(before, formats, build)).with_tensors({}, runs)
 
         def choose(found: tuple[str, Gram]) -> StoredMatrix:
             name, gram = found
@@ -74,13 +73,13 @@ def _choose(name: str, weight: Float32, gram: Gram, spec: Format, settings: Gptq
     if spec.floating or not gram.tokens:  # an expert that no calibration token chose is rounded to nearest
         return round_matrix(name, weight, spec, settings.scale)
     try:
-        return pack(quantize_gptq(weight, gram.hessian(), spec, settings))
+        return pack(quantize_gptq(weight, gram.matrix, spec, settings))
     except RecipeError as error:
         raise named(name, error) from None
 
 
 def quantize_gptq(weight: Float32, hessian: Tensor, spec: Format, settings: GptqSettings) -> QuantizedMatrix:
-    """One matrix (out, in) on its grid, for inputs whose H = 2 X^T X is `hessian` (in, in).
+    """One matrix (out, in) on its grid, for inputs whose H = X^T X is `hessian` (in, in), in any scale.
 
     Raises:
         RecipeError: values that the format can not hold, or a Hessian that no damping makes positive.
@@ -118,7 +117,7 @@ def gptq_codes(
     """
     dtype, device = hessian.dtype, hessian.device
     order = column_order(hessian, activation_order)
-    upper = inverse_factor(hessian[order][:, order], damping)  # (in, in)
+    upper = inverse_factor(hessian, damping, order)  # (in, in)
     group = order // spec.group_size(weight.shape[1])
     scale = scales.to(device, dtype).T.contiguous()  # (groups, out)
     shift = None if minima is None else minima.to(device, dtype).T.contiguous()
@@ -203,36 +202,56 @@ def column_order(hessian: Tensor, activation_order: bool) -> Tensor:
     return torch.argsort(hessian.diagonal(), descending=True, stable=True)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
     """Upper triangular U with U^T U = (H + damping mean(diag H) I)^-1, in the Hessian's dtype.
 
-    Falls back to f64, then to ever more damping.
+    Falls back to f64, then to ever more damping. Beside H, one matrix of its size is held.
+
+    Args:
+        order: takes rows and columns of H in this order.
 
     Raises:
         RecipeError: no damping up to 10^5 times the given one is enough.
     """
     for dtype in (hessian.dtype, torch.float64):
         for step in range(1 if dtype != torch.float64 else _DAMPING_STEPS):
-            factor = _factor(damped(hessian.to(dtype), damping * 10**step))
-            if factor is not None:
-                return factor.to(hessian.dtype)
+            made = damped(hessian, damping * 10**step, order).to(dtype)
+            if _invert_factor(made) and torch.isfinite(made).all():
+                return made.to(hessian.dtype)
     raise RecipeError("The calibration statistics can not be inverted. Use other calibration text or more of it.")
 
 
-def damped(hessian: Tensor, damping: float) -> Tensor:
-    """H + damping mean(diag H) I; an input never seen has the mean there, so no error is passed on from it."""
-    diagonal = hessian.diagonal()
+def damped(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
+    """H + damping mean(diag H) I, new; an input never seen has the mean there, so no error is passed on from it."""
+    diagonal = hessian.diagonal() if order is None else hessian.diagonal()[order]
     alive = diagonal > 0
     mean = diagonal[alive].mean() if alive.any() else torch.ones((), dtype=hessian.dtype, device=hessian.device)
-    made = hessian.clone()
+    made = hessian.clone() if order is None else hessian[order[:, None], order]
     made.diagonal()[~alive] = mean
     made.diagonal().add_(mean * damping)
     return made
 
 
-def _factor(positive: Tensor) -> Tensor | None:
-    lower, failed = torch.linalg.cholesky_ex(positive)
-    if failed:
-        return None
-    upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    return None if failed or not torch.isfinite(upper).all() else upper
+def _invert_factor(h: Tensor) -> bool:
+    """Put U, upper triangular with U^T U = h^-1, in the place of h; False where h is not positive.
+
+    h = R R^T with R upper triangular, and U = R^-1: of [[a, b], [b^T, c]] first c's, then that of
+    a - (b U_c^T)(b U_c^T)^T.
+    """
+    if len(h) <= _LEAF:
+        lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))
+        if not failed:
+            eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
+            h.copy_(torch.linalg.solve_triangular(lower, eye, upper=False).flip(0, 1))
+        return not failed
+    half = len(h) // 2
+    a, b, c = h[:half, :half], h[:half, half:], h[half:, half:]
+    if not _invert_factor(c):
+        return False
+    outer = b @ c.T
+    a.addmm_(outer, outer.T, alpha=-1)
+    if not _invert_factor(a):
+        return False
+    torch.mm(a, outer @ c, out=b).neg_()
+    h[half:, :half] = 0
+    return True

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar, Literal
 
+import numpy as np
 from pydantic import Field
 
 from trilemma.core.errors import RecipeError
 from trilemma.formats.grid import Format
-from trilemma.formats.pack import PackedMatrix, pack
+from trilemma.formats.pack import PackedMatrix, join_rows, pack
 from trilemma.formats.plain import to_plain
 from trilemma.formats.quantize import ScaleRule, quantize_rtn
 from trilemma.model.config import DecoderConfig
-from trilemma.model.model import Float32, Model
+from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.model.plain import PlainDtype, PlainMatrix
 from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs, fallbacks, named
+from trilemma.techniques.stored import row_parts, row_reader
 from trilemma.techniques.technique import Build, report
 
+_BLOCK_VALUES = 1 << 24  # of a matrix that are f32 at the same time
 ScaleChoice = Literal["auto", "absmax", "mse"]
 
 
@@ -49,7 +52,7 @@ class RoundToNearest:
         replaced = {}
         for done, (name, spec) in enumerate(formats.items()):
             report(build, done, len(formats), f"rtn {name}")
-            replaced[name] = round_matrix(name, model.tensor(name), spec, settings.scale)
+            replaced[name] = round_stored(name, model.stored(name), spec, settings.scale)
         report(build, len(formats), len(formats), "rtn")
         return model.with_tensors(replaced, assign_runs(model.config, formats, settings.activations))
 
@@ -69,8 +72,26 @@ def round_ends(model: Model, formats: Mapping[str, Format], build: Build) -> dic
     found = {}
     for name in (name for name in formats if not name.startswith("layers.")):
         report(build, 0, len(model.config.layers), f"rtn {name}")
-        found[name] = round_matrix(name, model.tensor(name), formats[name])
+        found[name] = round_stored(name, model.stored(name), formats[name])
     return found
+
+
+def round_stored(
+    name: str, stored: Float32 | StoredMatrix, spec: Format, scale: ScaleChoice = "auto"
+) -> PackedMatrix | PlainMatrix:
+    """`round_matrix` of a matrix as a model keeps it, of which a part at a time becomes f32."""
+    if spec.floating:
+        if isinstance(stored, PlainMatrix) and stored.format == spec.name:
+            return stored
+        return round_matrix(name, stored if isinstance(stored, np.ndarray) else stored.dequantize(), spec)
+    rows = row_reader(stored)
+
+    def rounded(part: slice) -> PackedMatrix:
+        found = round_matrix(name, rows(part), spec, scale)
+        assert isinstance(found, PackedMatrix)
+        return found
+
+    return join_rows([rounded(part) for part in row_parts(stored.shape, _BLOCK_VALUES)])
 
 
 def scale_rule(spec: Format, choice: ScaleChoice) -> ScaleRule:

@@ -36,8 +36,8 @@ def two_sided_codes(
     `damping` is added to both diagonals as a share of their means; `block` changes speed only.
     """
     columns, rows = column_order(hessian, activation_order), column_order(moment, True)
-    factor = inverse_factor(hessian[columns][:, columns], damping)
-    down = inverse_factor(moment[rows][:, rows], damping).flip(0, 1)  # lower triangular: a row feeds those above it
+    factor = inverse_factor(hessian, damping, columns)
+    down = inverse_factor(moment, damping, rows).flip(0, 1)  # lower triangular: a row feeds those above it
     rows = rows.flip(0)
     members = columns // spec.group_size(weight.shape[1])
     scale, shift = scales[rows][:, members], None if minima is None else minima[rows][:, members]
