@@ -12,6 +12,7 @@ work folder, keeps its states in a temporary folder and nothing else.
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -40,9 +41,10 @@ class KeptStates(Record):
 
 
 class KeptPart(Record):
-    """A finished part of the work: its tensors, and by role the hidden states behind it."""
+    """A finished part of the work: its tensors and their file's SHA-256, and by role the hidden states behind it."""
 
     tensors: dict[str, TensorRecord]
+    sha256: str
     states: dict[str, KeptStates] = {}
 
 
@@ -149,28 +151,32 @@ def _keep(folder: Path, name: str, model: Model, names: Collection[str], states:
     path = folder / f"{name}.safetensors"
     beside = path.with_suffix(".partial")
     try:
-        records, _ = write_tensors(model, names, beside)
+        records, digest = write_tensors(model, names, beside)
         beside.replace(path)
     except OSError as error:
         raise OutputError(f"Can not write '{path}': {error.strerror or error}. Free space there.") from None
-    part = KeptPart(tensors=records, states=dict(states))
+    part = KeptPart(tensors=records, sha256=digest, states=dict(states))
     write_whole(folder / f"{name}.json", part.model_dump_json() + "\n")
     return _patched(model, folder, name, part)
 
 
 def _read(folder: Path, name: str) -> KeptPart | None:
+    """What an earlier run has kept under this name, checked; None where it has not come so far."""
     path = folder / f"{name}.json"
     if not path.is_file():
         return None
+    tensors = folder / f"{name}.safetensors"
     try:
-        return KeptPart.model_validate_json(path.read_bytes())
+        part = KeptPart.model_validate_json(path.read_bytes())
+        with tensors.open("rb") as file:
+            whole = hashlib.file_digest(file, "sha256").hexdigest() == part.sha256
     except (OSError, ValidationError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"'{path}' is damaged ({reason}). Delete '{folder}' to begin again.") from None
+    if not whole:
+        raise CheckpointError(f"'{tensors}' was cut short or changed. Delete '{folder}' to begin again.")
+    return part
 
 
 def _patched(model: Model, folder: Path, name: str, part: KeptPart) -> Model:
-    try:
-        return model.with_source(TensorFile(folder / f"{name}.safetensors", part.tensors), part.tensors)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error} Delete '{folder}' to begin again.") from None
+    return model.with_source(TensorFile(folder / f"{name}.safetensors", part.tensors), part.tensors)
