@@ -109,7 +109,9 @@ def _choose(
 
 def wanted_weight(weight: Tensor, pair: Pair, settings: GptaqSettings) -> Tensor:
     """W' (out, in) of least |W' X~ - W X - drift (R - R~)|^2, damped towards W as H is in GPTQ."""
-    lower, failed = torch.linalg.cholesky_ex(damped(pair.matrix, settings.damping).double())
+    lower = damped(pair.matrix, settings.damping).double()
+    failed = torch.empty((), dtype=torch.int32, device=lower.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, failed))  # in its place: it is the largest of all
     if failed:
         raise RecipeError(f"The calibration statistics can not be inverted. Use more than damping {settings.damping}.")
     weight = weight.to(pair.matrix)

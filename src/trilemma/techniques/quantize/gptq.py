@@ -63,8 +63,10 @@ class Gptq:
             return _choose(name, before.tensor(name), gram, formats[name], settings)
 
         def replace(grams: Mapping[str, Gram]) -> dict[str, Float32 | StoredMatrix]:
-            # Columns are too short to be shared by threads: matrices go side by side instead.
-            return dict(zip(grams, side_by_side(choose, grams.items(), build.threads), strict=True))
+            # Columns are too short to be shared by threads: matrices go side by side instead, those of long rows first.
+            found = sorted(grams.items(), key=lambda each: -len(each[1].matrix))
+            codes = side_by_side(choose, found, build.threads)
+            return {name: matrix for (name, _), matrix in zip(found, codes, strict=True)}
 
         return calibrate_layers(model, build, runs, replace)
 
