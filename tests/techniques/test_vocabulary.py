@@ -15,6 +15,7 @@ from trilemma.model.tokenizer import Tokenizer
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.output_guide import guide_outputs
+from trilemma.techniques.quantize import gptaq
 from trilemma.techniques.quantize.gptq import gptq_codes
 
 
@@ -110,3 +111,20 @@ def test_a_guided_vocabulary_loses_less_than_a_rounded_one(hearth_path, texts_pa
         return float((wanted.exp() * (wanted - found)).sum(-1).mean())
 
     assert lost("gptaq", {"guided": True}) < 0.6 * lost("rtn", {})
+
+
+def test_recipes_that_share_a_guide_make_the_same_bytes_as_alone(tiny_model, windows, monkeypatch):
+    model, kept, made = tiny_model(seed=4), {}, []
+    shown = windows(model, 4, 16)
+    monkeypatch.setattr(gptaq, "guide_outputs", lambda *args: made.append(args[0]) or guide_outputs(*args))
+    for level in ("int4-g32", "int8-g32"):
+        settings = {"weights": level, "guided": True}
+        recipe = Recipe(name=level, seed=0, steps=(Step(technique="gptaq", settings=settings),))
+        shared, alone = (
+            apply_recipe(model, recipe, Build(shown, threads=1, kept=each)) for each in (kept, None)
+        )  # fmt: skip
+        assert all(np.array_equal(shared.tensor(name), alone.tensor(name)) for name in model.config.linear_names())
+    assert len(made) == 3  # once for both that share, and once for each alone
+    other = tiny_model(seed=5)
+    apply_recipe(other, recipe, Build(shown, threads=1, kept=kept))
+    assert made[-1] is other  # never another model's

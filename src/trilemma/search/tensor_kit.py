@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -78,12 +79,13 @@ def make_kit(
     if len(wanted) < 2:
         raise RecipeError(f"Choosing bits needs two formats or more, not {', '.join(wanted) or 'none'}.")
     models = []
+    kept: dict[str, Any] = {}  # gradients are those of the same model every time
     for number, level in enumerate(wanted):
 
         def step(done: int, total: int, _: str, number: int = number, level: str = level) -> None:
             progress(number * total + done, len(wanted) * total, f"all tensors as {level}")
 
-        build = Build(texts.calibration, seed, threads, progress=step)
+        build = Build(texts.calibration, seed, threads, kept=kept, progress=step)
         recipe = recipe_of({}, method, level, seed, weights=level)
         if recipe.steps[0].technique == "gptaq":
             recipe = recipe.model_copy(update={"steps": (_apart(recipe.steps[0]),)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,8 @@ from trilemma.core.recipe import explain
 from trilemma.core.record import Record
 from trilemma.model.config import DecoderConfig
 from trilemma.model.model import Model
+
+Kept = TypeVar("Kept")
 
 
 class TechniqueSettings(Record):
@@ -31,6 +33,7 @@ class Build:
     work: a folder for what a long step needs to resume after an interruption, or None; the model that comes out may
         have tensors that are read from there;
     key: names everything that decides what comes out of this step; `apply_recipe` sets it where there is a work folder;
+    kept: what several recipes on the same model, text and seed may share, by name; None keeps nothing;
     progress: called with (done, total, what) now and then.
     """
 
@@ -41,7 +44,17 @@ class Build:
     original: Model | None = None
     work: Path | None = None
     key: str = ""
+    kept: dict[str, tuple[Model, Any]] | None = None
     progress: Callable[[int, int, str], None] | None = None
+
+    def once(self, name: str, model: Model, make: Callable[[], Kept]) -> Kept:
+        """What `make` gives of this very model, from `kept` where it is there."""
+        if self.kept is None:
+            return make()
+        if name not in self.kept or self.kept[name][0] is not model:
+            self.kept[name] = model, make()
+        found: Kept = self.kept[name][1]
+        return found
 
 
 class Technique(Protocol):

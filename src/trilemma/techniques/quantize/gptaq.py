@@ -75,7 +75,9 @@ class Gptaq:
 
     def apply(self, model: Model, settings: GptaqSettings, build: Build) -> Model:
         formats, runs = assign(model, settings, build)
-        guide = guide_outputs(model, build, settings.rows) if settings.guided else None
+        guide = None
+        if settings.guided:
+            guide = build.once(f"guide {settings.rows}", model, lambda: guide_outputs(model, build, settings.rows))
         moments: Mapping[str, Tensor] = {} if guide is None else guide.moments
 
         def ends() -> Mapping[str, StoredMatrix]:
