@@ -140,6 +140,7 @@ def write(task: Task, weights: Found) -> int:
 def main() -> None:
     task = json.loads(sys.argv[1])
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(task["threads"])}
+    os.chdir(Path(task["output"]).parent)  # some leave logs where they run
     import torch
 
     torch.set_num_threads(task["threads"])
