@@ -71,4 +71,4 @@ def test_an_engine_in_a_child_process_is_ours():
         alive = noise._children_s()
         child.communicate(b"\n")
     assert alive - before >= 0.19
-    assert noise._children_s() >= alive
+    assert noise._children_s() >= alive - 1e-6  # sums of hundredths, in another order
