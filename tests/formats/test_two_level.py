@@ -52,7 +52,7 @@ def test_factors_are_nearly_the_best_of_all_for_their_steps(name, weighted, rand
 @pytest.mark.parametrize("name", NAMES)
 def test_the_search_is_never_worse_than_covering_and_weights_count(name, columns, random_generator):
     spec = FORMATS.get(name)
-    values = random_generator.standard_t(4, (9, columns)).astype(np.float32) * 0.02
+    values = random_generator.standard_t(4, (60, columns)).astype(np.float32) * 0.02
     weight = random_generator.uniform(0.01, 10, columns).astype(np.float32)
     plain, searched = quantize_rtn(values, spec), quantize_rtn(values, spec, scale="mse")
     assert squared(searched, values) < 0.9 * squared(plain, values)
