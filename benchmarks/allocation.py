@@ -20,7 +20,7 @@ from typing import Any
 
 from quality.yard import Yard, make_yard, read_text
 
-from trilemma.core.errors import TrilemmaError
+from trilemma.core.errors import InputError, TrilemmaError
 from trilemma.core.recipe import Recipe
 from trilemma.formats.artifact import load_any
 from trilemma.formats.artifact_record import weights_bytes
@@ -88,6 +88,8 @@ def by_bits(rows: Rows, measured: Measured, bits: list[float], generations: int)
     ]
     for wanted in bits:
         alike = [rows.row(uniform(level)) for level in UNIFORM if _bits_of(rows.model, level) <= wanted]
+        if not alike:
+            raise InputError(f"No uniform format fits {wanted:g} bits. Give more to --bits.")
         best = min(alike, key=lambda row: row["kl"])
         found = measured.choose(wanted, generations=generations)
         mixed = rows.row(plain(found))

@@ -311,7 +311,7 @@ def compress(
     texts = [data] if isinstance(data, str | Path) else data
     if bits is not None and (recipe is not None or calibration is not None):
         raise RecipeError("Bits are shared out on text: give `bits` with `data`, and no recipe or calibration.")
-    if (formats or method or tpot_ms) and bits is None:
+    if (formats or method or tpot_ms is not None) and bits is None:
         raise RecipeError("Formats to choose from, a method and milliseconds a token belong to `bits`.")
     found = None
     with BuildMeter() as meter:

@@ -37,5 +37,6 @@ def test_looked_up_rows_cost_nothing_and_experts_their_share(tiny_model, random_
 def test_a_token_can_not_take_less_than_what_is_not_a_product(tiny_model):
     found = ProductSeconds(tiny_model().config, {((97, 48), "int8-g32"): 2e-3}, step_s=5e-3, floor="int8-g32")
     assert found.limit(4e-3, ["embedding.weight"]) == pytest.approx(1e-3)
-    with pytest.raises(LimitError, match="without any product it takes 3 ms"):
-        found.limit(3e-3, ["embedding.weight"])
+    for wrong in (3e-3, -1.0, float("nan"), float("inf")):
+        with pytest.raises(LimitError, match="without any product it takes 3 ms"):
+            found.limit(wrong, ["embedding.weight"])

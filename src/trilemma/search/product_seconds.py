@@ -7,6 +7,7 @@ model in one format, timed in the same rounds, less that model's products.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -58,10 +59,10 @@ class ProductSeconds:
             LimitError: a token takes that long without any product.
         """
         beside = self.beside(names)
-        if tpot_s <= beside:
+        if not beside < tpot_s < math.inf:  # which no number that is none passes either
             raise LimitError(
                 f"A token can not take {1e3 * tpot_s:.3g} ms: without any product it takes {1e3 * beside:.3g} ms on "
-                "this host. Allow more."
+                "this host. Give a number above that."
             )
         return tpot_s - beside
 
