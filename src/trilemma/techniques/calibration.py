@@ -18,7 +18,8 @@ from torch import Tensor
 from trilemma.core.errors import RecipeError
 from trilemma.model.decoder import layer_from_model
 from trilemma.model.model import Float32, LinearRun, Model, StoredMatrix
-from trilemma.techniques.gather import ACTIVATION_GROUP, Gram, advance, gather, input_groups, round_activations
+from trilemma.techniques.gather import Gram, advance, gather, input_groups
+from trilemma.techniques.products import ACTIVATION_GROUP, round_activations
 from trilemma.techniques.stored import row_reader
 from trilemma.techniques.technique import Build, report
 from trilemma.techniques.threads import side_by_side

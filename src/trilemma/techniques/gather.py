@@ -14,12 +14,12 @@ from trilemma.core.errors import RecipeError
 from trilemma.model.config import DecoderConfig
 from trilemma.model.decoder import DecoderLayer
 from trilemma.model.model import LinearRun
+from trilemma.techniques.products import prepare_products
 from trilemma.techniques.states import States
 from trilemma.techniques.technique import Build
 from trilemma.techniques.threads import Task, by_batches
 
-ACTIVATION_GROUP = 32
-_STRIPE = 1024  # rows of X^T X that one thread adds to at a time
+_STRIPE = 256  # rows of X^T X that one thread adds to at a time
 _INPUTS = {**dict.fromkeys(("q", "k", "v", "gate", "up", "router"), "in"), "o": "o", "down": "down"}
 Group = tuple[str, ...]
 
@@ -67,8 +67,8 @@ class Gram:
 
     def _look(self, flat: Tensor) -> None:
         if len(flat):
-            low, high = torch.aminmax(flat, dim=0)
-            self.largest = torch.maximum(self.largest, torch.maximum(high, -low))
+            largest = torch.maximum(flat.amax(0), -flat.amin(0))  # `aminmax` down the columns is 5 times slower
+            self.largest = torch.maximum(self.largest, largest)
             self.total += flat.sum(0)
         if self.every:
             self._kept.append(flat[:: self.every].clone())
@@ -103,7 +103,7 @@ def gather(
     ]
     if not groups:
         return {}
-    rounding_hooks(layer, index, runs)
+    prepare_products(layer, index, runs)
     grams = {group: Gram(linear_of(layer, group[-1]).in_features, build.device, every) for group in groups}
 
     with captured(layer, groups) as capture:
@@ -123,7 +123,7 @@ def advance(
     layer: DecoderLayer, index: int, hidden: States, behind: States, runs: Mapping[str, LinearRun], build: Build
 ) -> None:
     """Take hidden states through the layer."""
-    rounding_hooks(layer, index, runs)
+    prepare_products(layer, index, runs)
 
     def through(batch: slice) -> Sequence[Task]:
         behind[batch] = layer(hidden[batch])
@@ -198,30 +198,3 @@ def captured(layer: DecoderLayer, groups: Iterable[Group]) -> Iterator[Capture]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def rounding_hooks(layer: DecoderLayer, index: int, runs: Mapping[str, LinearRun]) -> None:
-    """Let every product whose activations will be int8 see them rounded."""
-    mine = threading.local()  # the input rounded last and its rounding: q, k and v (gate and up) share one
-
-    def rounded(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if getattr(mine, "input", None) is not args[0]:
-            mine.input, mine.rounded = args[0], round_activations(args[0])
-        return (mine.rounded, *args[1:])
-
-    for path, module in layer.named_modules():
-        run = runs.get(f"layers.{index}.{path}.weight")
-        if isinstance(module, nn.Linear) and run is not None and run.activation == "int8-g32":
-            module.register_forward_pre_hook(rounded)
-
-
-def round_activations(x: Tensor, group: int = ACTIVATION_GROUP) -> Tensor:
-    """x (..., in) rounded to int8 in groups along the last dimension, absolute maximum at 127."""
-    columns = x.shape[-1]
-    padded = nn.functional.pad(x, (0, -columns % group))
-    grouped = padded.reshape(*x.shape[:-1], -1, group)
-    low, high = torch.aminmax(grouped, dim=-1, keepdim=True)
-    scale = torch.maximum(high, -low) / 127
-    rounded = (grouped / scale.clamp(min=torch.finfo(scale.dtype).tiny)).round_().mul_(scale)
-    whole: Tensor = rounded.reshape(padded.shape)[..., :columns]
-    return whole

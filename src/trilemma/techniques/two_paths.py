@@ -25,9 +25,9 @@ from trilemma.techniques.gather import (
     input_groups,
     linear_of,
     refuse_not_finite,
-    rounding_hooks,
     stripes,
 )
+from trilemma.techniques.products import prepare_products
 from trilemma.techniques.states import States
 from trilemma.techniques.technique import Build, report
 from trilemma.techniques.threads import Task, by_batches
@@ -60,6 +60,10 @@ class Pair(Gram):
         if self.drift is not None:
             found += stripes(self.drift, drift.reshape(-1, len(self.drift))[: len(flat)].float(), flat)
         return found
+
+    def forget_paths(self) -> None:
+        """Let go of what was gathered beside the Gram."""
+        self.cross, self.drift = self.matrix, None
 
 
 Replace = Callable[[Mapping[str, Pair]], Mapping[str, Float32 | StoredMatrix]]
@@ -131,7 +135,7 @@ class _Walk:
     def gather(self, model: Model, unchanged: Model, half: Half, stage: Stage, *, last: bool) -> dict[str, Pair]:
         """The Pair of every matrix of a stage; the last stage takes the unchanged states through the half."""
         layer, beside = self._layer(model), self._layer(unchanged)
-        rounding_hooks(layer, self.index, self.runs)
+        prepare_products(layer, self.index, self.runs)
         pairs = self._pairs(layer, half, stage)
         if last:
             self._behind = self.folder.fresh("unchanged", f"{self.index}-{half}")
@@ -158,7 +162,7 @@ class _Walk:
     def advance(self, model: Model, half: Half) -> None:
         """Take the changed model's states through a half, as the last stage has taken the unchanged ones."""
         layer = self._layer(model)
-        rounding_hooks(layer, self.index, self.runs)
+        prepare_products(layer, self.index, self.runs)
         behind = self.folder.fresh("changed", f"{self.index}-{half}")
 
         def advance(batch: slice) -> Sequence[Task]:

@@ -31,7 +31,7 @@ from trilemma.techniques.calibration import side_by_side
 from trilemma.techniques.output_guide import guide_outputs
 from trilemma.techniques.quantize.assignment import assign, named
 from trilemma.techniques.quantize.ends import quantize_ends
-from trilemma.techniques.quantize.gptq import GptqSettings, damped, gptq_codes
+from trilemma.techniques.quantize.gptq import GptqSettings, damp, damped, gptq_codes
 from trilemma.techniques.quantize.refit import error_of, refit_scales
 from trilemma.techniques.quantize.rtn import round_ends, round_matrix, scale_rule
 from trilemma.techniques.quantize.two_sided import two_sided_codes
@@ -87,45 +87,66 @@ class Gptaq:
 
         rounded = made_once(model, build, "ends", ends).with_tensors({}, runs)
 
-        def choose(found: tuple[str, Pair]) -> StoredMatrix:
+        def choose(found: tuple[str, Pair, Tensor | None]) -> StoredMatrix:
+            name, pair, missing = found
+            return _choose(name, model.tensor(name), pair, missing, moments.get(name), formats[name], settings)
+
+        def lack(found: tuple[str, Pair]) -> Tensor | None:
             name, pair = found
-            return _choose(name, model.tensor(name), pair, moments.get(name), formats[name], settings)
+            return (
+                None
+                if formats[name].floating
+                else missing_outputs(torch.from_numpy(model.tensor(name)), pair, settings)
+            )
 
         def quantized(pairs: Mapping[str, Pair]) -> dict[str, Float32 | StoredMatrix]:
-            return dict(zip(pairs, side_by_side(choose, pairs.items(), build.threads), strict=True))
+            missing = side_by_side(lack, pairs.items(), build.threads)
+            for pair in pairs.values():
+                pair.forget_paths()
+            codes = side_by_side(choose, zip(pairs, pairs.values(), missing, strict=True), build.threads)
+            return dict(zip(pairs, codes, strict=True))
 
         return calibrate_beside(rounded, model, build, runs, quantized)
 
 
 def _choose(
-    name: str, weight: Float32, pair: Pair, moments: Tensor | None, spec: Format, settings: GptaqSettings
+    name: str,
+    weight: Float32,
+    pair: Pair,
+    missing: Tensor | None,
+    moments: Tensor | None,
+    spec: Format,
+    settings: GptaqSettings,
 ) -> StoredMatrix:
-    if spec.floating or not pair.tokens:  # an expert that no calibration token chose is rounded to nearest
+    if missing is None or not pair.tokens:  # an expert that no calibration token chose is rounded to nearest
         return round_matrix(name, weight, spec, settings.scale)
     try:
-        target = wanted_weight(torch.from_numpy(weight), pair, settings).cpu().numpy()
+        target = wanted_weight(torch.from_numpy(weight), pair.matrix, missing, settings.damping).cpu().numpy()
         return pack(quantize_gptaq(target, pair.matrix, moments, spec, settings))
     except RecipeError as error:
         raise named(name, error) from None
 
 
-def wanted_weight(weight: Tensor, pair: Pair, settings: GptaqSettings) -> Tensor:
-    """W' (out, in) of least |W' X~ - W X - drift (R - R~)|^2, damped towards W as H is in GPTQ."""
-    lower = damped(pair.matrix, settings.damping).double()
+def missing_outputs(weight: Tensor, pair: Pair, settings: GptaqSettings) -> Tensor:
+    """(W X + drift (R - R~) - W X~) X~^T (out, in): what the outputs that are wanted have beyond those of W."""
+    weight = weight.to(pair.matrix)
+    columns = [slice(first, first + _COLUMNS) for first in range(0, weight.shape[1], _COLUMNS)]
+    missing = torch.cat([weight @ (pair.cross[:, part] - pair.matrix[:, part]) for part in columns], 1)
+    missing *= settings.pull
+    return missing if pair.drift is None else missing.add_(pair.drift, alpha=settings.drift)
+
+
+def wanted_weight(weight: Tensor, hessian: Tensor, missing: Tensor, damping: float) -> Tensor:
+    """W' (out, in) of least |W' X~ - W X - drift (R - R~)|^2, damped towards W as H = X~ X~^T is in GPTQ."""
+    lower = hessian.double()
+    damp(lower, damping)
     failed = torch.empty((), dtype=torch.int32, device=lower.device)
     torch.linalg.cholesky_ex(lower, out=(lower, failed))  # in its place: it is the largest of all
     if failed:
-        raise RecipeError(f"The calibration statistics can not be inverted. Use more than damping {settings.damping}.")
-    weight = weight.to(pair.matrix)
-    found = torch.empty_like(weight)
-    columns = [slice(first, first + _COLUMNS) for first in range(0, weight.shape[1], _COLUMNS)]
+        raise RecipeError(f"The calibration statistics can not be inverted. Use more than damping {damping}.")
+    found = weight.to(hessian, copy=True)
     for rows in row_parts(tuple(weight.shape), _DOUBLES):
-        own = weight[rows]
-        missing = torch.cat([own @ (pair.cross[:, part] - pair.matrix[:, part]) for part in columns], 1)
-        missing = settings.pull * missing.double()
-        if pair.drift is not None:
-            missing += settings.drift * pair.drift[rows]
-        found[rows] = (own.double() + torch.cholesky_solve(missing.T, lower).T).float()
+        found[rows] = (found[rows].double() + torch.cholesky_solve(missing[rows].double().T, lower).T).float()
     return found
 
 

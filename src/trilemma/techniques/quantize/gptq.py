@@ -225,13 +225,18 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
 
 def damped(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
     """H + damping mean(diag H) I, new; an input never seen has the mean there, so no error is passed on from it."""
-    diagonal = hessian.diagonal() if order is None else hessian.diagonal()[order]
+    made = hessian.clone() if order is None else hessian[order[:, None], order]
+    damp(made, damping)
+    return made
+
+
+def damp(hessian: Tensor, damping: float) -> None:
+    """The same in its place."""
+    diagonal = hessian.diagonal()
     alive = diagonal > 0
     mean = diagonal[alive].mean() if alive.any() else torch.ones((), dtype=hessian.dtype, device=hessian.device)
-    made = hessian.clone() if order is None else hessian[order[:, None], order]
-    made.diagonal()[~alive] = mean
-    made.diagonal().add_(mean * damping)
-    return made
+    diagonal[~alive] = mean
+    diagonal.add_(mean * damping)
 
 
 def _invert_factor(h: Tensor) -> bool:
