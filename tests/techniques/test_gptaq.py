@@ -17,8 +17,8 @@ from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.calibration import round_activations
 from trilemma.techniques.output_guide import guide_outputs
 from trilemma.techniques.quantize.assignment import assign_runs
-from trilemma.techniques.quantize.gptaq import GptaqSettings, missing_outputs, quantize_gptaq, wanted_weight
-from trilemma.techniques.quantize.gptq import gptq_codes
+from trilemma.techniques.quantize.gptaq import GptaqSettings, missing_outputs, quantize_gptaq
+from trilemma.techniques.quantize.gptq import Feedback, find_feedback, gptq_codes
 from trilemma.techniques.quantize.refit import refit_scales
 from trilemma.techniques.quantize.two_sided import two_sided_codes
 from trilemma.techniques.two_paths import Pair, calibrate_beside
@@ -68,7 +68,7 @@ def test_two_sided_codes_are_those_of_the_whole_hessian(name, random_generator):
     shift = None if minima is None else torch.from_numpy(minima.astype(np.float64))
     for block in (1, 2, 128):
         found = two_sided_codes(
-            torch.from_numpy(weight), torch.from_numpy(hessian), torch.from_numpy(moment),
+            torch.from_numpy(weight), Feedback.of(torch.from_numpy(hessian)), torch.from_numpy(moment),
             torch.from_numpy(scales.astype(np.float64)), shift, spec, damping=0.01, block=block,
         ).numpy()  # fmt: skip
         assert (found == wanted).mean() > 0.98  # a value half-way between two codes may fall to either side
@@ -79,7 +79,7 @@ def test_two_sided_codes_have_less_weighed_error_than_rows_alone(random_generato
     weight = random_generator.standard_normal((48, 64)).astype(np.float32)
     hessian, moment = second_moment(random_generator, 64), second_moment(random_generator, 48)
     scales, _ = fit_grid(weight, spec, scale="mse")
-    args = torch.from_numpy(weight), torch.from_numpy(hessian)
+    args = torch.from_numpy(weight), Feedback.of(torch.from_numpy(hessian))
     scale = torch.from_numpy(scales.astype(np.float64))
     both = two_sided_codes(*args, torch.from_numpy(moment), scale, None, spec)
     alone = gptq_codes(*args, scale, None, spec)
@@ -144,7 +144,8 @@ def test_the_wanted_weight_is_the_damped_least_squares_of_all_tokens(random_gene
         np.vstack([after, strength * np.eye(columns)]), np.vstack([wanted_outputs, strength * weight.T]), rcond=None
     )[0].T
     start = torch.from_numpy(weight.astype(np.float32))
-    found = wanted_weight(start, pair.matrix, missing_outputs(start, pair, settings), settings.damping).numpy()
+    missing = missing_outputs(start, pair, settings)
+    found = (start + find_feedback(pair.matrix, settings).solve(missing)).numpy()
     np.testing.assert_allclose(found, wanted, atol=2e-4)
 
 
@@ -237,7 +238,7 @@ def test_a_matrix_of_several_blocks_of_rows(rows, minima, random_generator):
     args = torch.from_numpy(hessian.astype(np.float32)), torch.from_numpy(blocks.astype(np.float32)), spec
     first, last = (
         weighed_error(
-            quantize_gptaq(weight, *args, GptaqSettings(weights=spec.name, refits=refits)).dequantize() - weight,
+            quantize_gptaq(weight, None, *args, GptaqSettings(weights=spec.name, refits=refits)).dequantize() - weight,
             damped(hessian, 0.01), within,
         )
         for refits in (0, 3)
@@ -251,7 +252,7 @@ def test_scales_of_two_levels_are_fitted_too(name, random_generator):
     weight = random_generator.standard_normal((9, 512)).astype(np.float32)
     hessian, moment = second_moment(random_generator, 512), second_moment(random_generator, 9)
     args = torch.from_numpy(hessian.astype(np.float32)), torch.from_numpy(moment.astype(np.float32))[None], spec
-    made = [quantize_gptaq(weight, *args, GptaqSettings(weights=name, refits=refits)) for refits in (0, 2)]
+    made = [quantize_gptaq(weight, None, *args, GptaqSettings(weights=name, refits=refits)) for refits in (0, 2)]
     errors = [
         weighed_error(each.dequantize() - weight, damped(hessian, 0.01), damped(moment, 0.01)) for each in made
     ]  # fmt: skip
@@ -272,8 +273,8 @@ def test_scales_of_two_levels_stay_on_their_grid(name, guided, random_generator)
     weight = random_generator.standard_normal((32, 256)).astype(np.float32)
     hessian, moment = second_moment(random_generator, 256), second_moment(random_generator, 32)
     found = quantize_gptaq(
-        weight, torch.from_numpy(hessian.astype(np.float32)), torch.from_numpy(moment)[None] if guided else None, spec,
-        GptaqSettings(weights=name),
+        weight, None, torch.from_numpy(hessian.astype(np.float32)),
+        torch.from_numpy(moment)[None] if guided else None, spec, GptaqSettings(weights=name),
     )  # fmt: skip
     rounded = quantize_rtn(weight, spec, scale="mse", importance=np.diag(hessian).astype(np.float32))
     np.testing.assert_array_equal(found.sub_scales, rounded.sub_scales)

@@ -13,7 +13,7 @@ from trilemma.formats.quantize import find_grid, quantize_rtn
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.calibration import Gram, calibrate_layers, input_groups, round_activations
-from trilemma.techniques.quantize.gptq import GptqSettings, gptq_codes, inverse_factor, quantize_gptq
+from trilemma.techniques.quantize.gptq import Feedback, GptqSettings, gptq_codes, inverse_factor, quantize_gptq
 from trilemma.techniques.schemes import scheme_to_recipe
 
 # (out, in): several groups, a ragged last one, several blocks
@@ -77,7 +77,9 @@ def problem(rng, shape, name):
 def run(weight, hessian, scales, minima, spec, **settings):
     shift = None if minima is None else torch.from_numpy(minima.astype(np.float64))
     scale = torch.from_numpy(scales.astype(np.float64))
-    return gptq_codes(torch.from_numpy(weight), torch.from_numpy(hessian), scale, shift, spec, **settings).numpy()
+    block = settings.pop("block", 128)
+    feedback = Feedback.of(torch.from_numpy(hessian), **settings)
+    return gptq_codes(torch.from_numpy(weight), feedback, scale, shift, spec, block=block).numpy()
 
 
 @pytest.mark.parametrize("activation_order", [False, True])

@@ -16,7 +16,7 @@ from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.output_guide import guide_outputs
 from trilemma.techniques.quantize import gptaq
-from trilemma.techniques.quantize.gptq import gptq_codes
+from trilemma.techniques.quantize.gptq import Feedback, gptq_codes
 
 
 def second_moment(rng: np.random.Generator, size: int) -> np.ndarray:
@@ -50,9 +50,10 @@ def test_codes_of_rows_with_a_direction_each_are_those_of_their_own_hessians(nam
             work[remaining] -= error * inverse[0, 1:] / inverse[0, 0]
     for block in (1, 7, 128):
         found = gptq_codes(
-            torch.from_numpy(weight), torch.from_numpy(hessian), torch.from_numpy(scales.astype(np.float64)),
-            None if minima is None else torch.from_numpy(minima.astype(np.float64)), spec, damping=0.01, block=block,
-            activation_order=order, directions=torch.from_numpy(directions),
+            torch.from_numpy(weight), Feedback.of(torch.from_numpy(hessian), activation_order=order),
+            torch.from_numpy(scales.astype(np.float64)),
+            None if minima is None else torch.from_numpy(minima.astype(np.float64)), spec, block=block,
+            directions=torch.from_numpy(directions),
         ).numpy()  # fmt: skip
         assert (found == wanted).mean() > 0.98  # a value half-way between two codes may fall to either side
 

@@ -6,11 +6,12 @@ busy machine.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import torch
@@ -46,6 +47,8 @@ def side_by_side(
                 stop()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+        finally:
+            give_back_memory()
 
 
 def by_batches(work: Callable[[slice], Sequence[Task]], windows: int, context: int, threads: int | None) -> None:
@@ -95,6 +98,12 @@ class _Turns:
         with self._changed:
             self.over = True
             self._changed.notify_all()
+
+
+def give_back_memory() -> None:
+    """Let the system have what was freed: glibc keeps a heap for each thread, and holes in it count as resident."""
+    with suppress(OSError, AttributeError):  # another C library has no such call
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @contextmanager

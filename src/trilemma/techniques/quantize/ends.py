@@ -19,7 +19,7 @@ from trilemma.model.model import Float32, Model, StoredMatrix
 from trilemma.model.plain import PlainMatrix
 from trilemma.techniques.calibration import side_by_side
 from trilemma.techniques.quantize.assignment import named
-from trilemma.techniques.quantize.gptq import GptqSettings, gptq_codes
+from trilemma.techniques.quantize.gptq import GptqSettings, find_feedback, gptq_codes
 from trilemma.techniques.quantize.rtn import round_ends, scale_rule
 from trilemma.techniques.stored import row_parts, row_reader
 from trilemma.techniques.technique import Build, report
@@ -59,15 +59,15 @@ def _choose(
     if directions is not None:
         importance = importance + directions.square().mean(0)
     heavy, read = importance.to("cpu", torch.float32).numpy(), row_reader(stored)
+    feedback = find_feedback(hessian, settings)
 
     def chosen(rows: slice) -> PackedMatrix:
         weight = read(rows)
         grid = find_grid(weight, spec, scale=scale_rule(spec, settings.scale), importance=heavy)
         offsets = grid.offsets()
         codes = gptq_codes(
-            torch.from_numpy(weight), hessian, torch.from_numpy(grid.steps()),
-            None if offsets is None else torch.from_numpy(offsets), spec,
-            damping=settings.damping, block=settings.block, activation_order=settings.activation_order,
+            torch.from_numpy(weight), feedback, torch.from_numpy(grid.steps()),
+            None if offsets is None else torch.from_numpy(offsets), spec, block=settings.block,
             directions=None if directions is None else directions[rows],
         )  # fmt: skip
         return pack(grid.with_codes(codes.numpy()))

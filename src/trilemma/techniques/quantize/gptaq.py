@@ -31,17 +31,15 @@ from trilemma.techniques.calibration import side_by_side
 from trilemma.techniques.output_guide import guide_outputs
 from trilemma.techniques.quantize.assignment import assign, named
 from trilemma.techniques.quantize.ends import quantize_ends
-from trilemma.techniques.quantize.gptq import GptqSettings, damp, damped, gptq_codes
+from trilemma.techniques.quantize.gptq import Feedback, GptqSettings, damped, find_feedback, gptq_codes
 from trilemma.techniques.quantize.refit import error_of, refit_scales
 from trilemma.techniques.quantize.rtn import round_ends, round_matrix, scale_rule
 from trilemma.techniques.quantize.two_sided import two_sided_codes
-from trilemma.techniques.stored import row_parts
 from trilemma.techniques.technique import Build
 from trilemma.techniques.two_paths import Pair, calibrate_beside
 from trilemma.techniques.walk_folder import made_once
 
 _COLUMNS = 1024  # of a matrix of statistics that are copied at a time
-_DOUBLES = 1 << 22  # weights that are solved for at a time
 
 
 class GptaqSettings(GptqSettings):
@@ -121,8 +119,7 @@ def _choose(
     if missing is None or not pair.tokens:  # an expert that no calibration token chose is rounded to nearest
         return round_matrix(name, weight, spec, settings.scale)
     try:
-        target = wanted_weight(torch.from_numpy(weight), pair.matrix, missing, settings.damping).cpu().numpy()
-        return pack(quantize_gptaq(target, pair.matrix, moments, spec, settings))
+        return pack(quantize_gptaq(weight, missing, pair.matrix, moments, spec, settings))
     except RecipeError as error:
         raise named(name, error) from None
 
@@ -136,36 +133,31 @@ def missing_outputs(weight: Tensor, pair: Pair, settings: GptaqSettings) -> Tens
     return missing if pair.drift is None else missing.add_(pair.drift, alpha=settings.drift)
 
 
-def wanted_weight(weight: Tensor, hessian: Tensor, missing: Tensor, damping: float) -> Tensor:
-    """W' (out, in) of least |W' X~ - W X - drift (R - R~)|^2, damped towards W as H = X~ X~^T is in GPTQ."""
-    lower = hessian.double()
-    damp(lower, damping)
-    failed = torch.empty((), dtype=torch.int32, device=lower.device)
-    torch.linalg.cholesky_ex(lower, out=(lower, failed))  # in its place: it is the largest of all
-    if failed:
-        raise RecipeError(f"The calibration statistics can not be inverted. Use more than damping {damping}.")
-    found = weight.to(hessian, copy=True)
-    for rows in row_parts(tuple(weight.shape), _DOUBLES):
-        found[rows] = (found[rows].double() + torch.cholesky_solve(missing[rows].double().T, lower).T).float()
-    return found
-
-
 def quantize_gptaq(
-    target: Float32, hessian: Tensor, moments: Tensor | None, spec: Format, settings: GptaqSettings
+    weight: Float32,
+    missing: Tensor | None,
+    hessian: Tensor,
+    moments: Tensor | None,
+    spec: Format,
+    settings: GptaqSettings,
 ) -> QuantizedMatrix:
     """One matrix (out, in) on its grid: codes, then scales for them, `refits` times over.
 
+    missing: as `missing_outputs`, or None where the weight itself is wanted;
     moments: blocks of E[g g^T] along the outputs, as `output_moments` gives them, or None where all outputs are equal.
 
     Raises:
         RecipeError: as `quantize_gptq`.
     """
     importance = hessian.diagonal().to("cpu", torch.float32).numpy()
-    grid = find_grid(target, spec, scale=scale_rule(spec, settings.scale), importance=importance)
+    feedback = find_feedback(hessian, settings)
+    target = torch.from_numpy(weight).to(hessian)
+    if missing is not None:
+        target = target + feedback.solve(missing)  # of least error, damped towards the weight
+    grid = find_grid(target.cpu().numpy(), spec, scale=scale_rule(spec, settings.scale), importance=importance)
     factors, units = (torch.from_numpy(each).to(hessian) for each in _levels(grid))
-    weight = torch.from_numpy(target).to(hessian)
     found = [
-        _solve(weight[rows], hessian, moment, factors[:, rows], units[:, rows], spec, settings)
+        _solve(target[rows], hessian, feedback, moment, factors[:, rows], units[:, rows], spec, settings)
         for rows, moment in _blocks(len(target), moments)
     ]
     codes = torch.cat([codes for codes, _ in found]).cpu().numpy()
@@ -198,6 +190,7 @@ def _blocks(rows: int, moments: Tensor | None) -> list[tuple[slice, Tensor | Non
 def _solve(
     target: Tensor,
     hessian: Tensor,
+    feedback: Feedback,
     moment: Tensor | None,
     factors: Tensor,
     units: Tensor,
@@ -211,7 +204,7 @@ def _solve(
 
     def chosen(factors: Tensor) -> Tensor:
         steps = factors.repeat_interleave(per, 2)[..., : units.shape[2]] * units
-        return _codes(target, hessian, moment, steps, spec, settings)
+        return _codes(target, feedback, moment, steps, spec, settings)
 
     codes = chosen(factors)
     if not settings.refits:
@@ -232,16 +225,10 @@ def _solve(
 
 
 def _codes(
-    target: Tensor, hessian: Tensor, moment: Tensor | None, steps: Tensor, spec: Format, settings: GptaqSettings
+    target: Tensor, feedback: Feedback, moment: Tensor | None, steps: Tensor, spec: Format, settings: GptaqSettings
 ) -> Tensor:
     """steps: scales and perhaps minima (1 or 2, rows, groups)."""
     scale, shift = steps[0], None if spec.symmetric else steps[1]
     if moment is None:
-        return gptq_codes(
-            target, hessian, scale, shift, spec,
-            damping=settings.damping, block=settings.block, activation_order=settings.activation_order,
-        )  # fmt: skip
-    return two_sided_codes(
-        target, hessian, moment.to(hessian), scale, shift, spec,
-        damping=settings.damping, activation_order=settings.activation_order,
-    )  # fmt: skip
+        return gptq_codes(target, feedback, scale, shift, spec, block=settings.block)
+    return two_sided_codes(target, feedback, moment.to(feedback.upper), scale, shift, spec, damping=settings.damping)

@@ -9,6 +9,7 @@ free, and no group ever sees half of its columns updated. Embedding and head are
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -90,26 +91,47 @@ def quantize_gptq(weight: Float32, hessian: Tensor, spec: Format, settings: Gptq
     grid = find_grid(weight, spec, scale=scale_rule(spec, settings.scale), importance=importance)
     offsets = grid.offsets()
     codes = gptq_codes(
-        torch.from_numpy(weight), hessian, torch.from_numpy(grid.steps()),
-        None if offsets is None else torch.from_numpy(offsets), spec,
-        damping=settings.damping, block=settings.block, activation_order=settings.activation_order,
+        torch.from_numpy(weight), find_feedback(hessian, settings), torch.from_numpy(grid.steps()),
+        None if offsets is None else torch.from_numpy(offsets), spec, block=settings.block,
     )  # fmt: skip
     return grid.with_codes(codes.numpy())
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """What is left of a Hessian (in, in) once columns have their turns: that order, and U of `inverse_factor` in it."""
+
+    order: Tensor
+    upper: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor, damping: float = 0.01, *, activation_order: bool = True) -> Feedback:
+        """Raises RecipeError as `inverse_factor`."""
+        order = column_order(hessian, activation_order)
+        return cls(order, inverse_factor(hessian, damping, order))
+
+    def solve(self, values: Tensor) -> Tensor:
+        """values (rows, in) times the inverse of the damped Hessian."""
+        found = torch.empty_like(values)
+        found[:, self.order] = values[:, self.order] @ self.upper.T @ self.upper
+        return found
+
+
+def find_feedback(hessian: Tensor, settings: GptqSettings) -> Feedback:
+    return Feedback.of(hessian, settings.damping, activation_order=settings.activation_order)
+
+
 def gptq_codes(
     weight: Tensor,
-    hessian: Tensor,
+    feedback: Feedback,
     scales: Tensor,
     minima: Tensor | None,
     spec: Format,
     *,
-    damping: float = 0.01,
     block: int = 128,
-    activation_order: bool = True,
     directions: Tensor | None = None,
 ) -> Tensor:
-    """Codes (out, in) int8 for given scales and minima (out, groups), all in the Hessian's dtype.
+    """Codes (out, in) int8 for given scales and minima (out, groups), all in the feedback's dtype.
 
     Within a block errors go to the block's later columns at once; columns behind the block get the
     whole block's error in one product when it is done, and only then. Inputs that calibration never
@@ -117,9 +139,8 @@ def gptq_codes(
 
     directions: (out, in); where given, a row's own Hessian is H + m m^T with its m of these.
     """
-    dtype, device = hessian.dtype, hessian.device
-    order = column_order(hessian, activation_order)
-    upper = inverse_factor(hessian, damping, order)  # (in, in)
+    order, upper = feedback.order, feedback.upper
+    dtype, device = upper.dtype, upper.device
     group = order // spec.group_size(weight.shape[1])
     scale = scales.to(device, dtype).T.contiguous()  # (groups, out)
     shift = None if minima is None else minima.to(device, dtype).T.contiguous()
@@ -225,18 +246,13 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
 
 def damped(hessian: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
     """H + damping mean(diag H) I, new; an input never seen has the mean there, so no error is passed on from it."""
-    made = hessian.clone() if order is None else hessian[order[:, None], order]
-    damp(made, damping)
-    return made
-
-
-def damp(hessian: Tensor, damping: float) -> None:
-    """The same in its place."""
-    diagonal = hessian.diagonal()
+    diagonal = hessian.diagonal() if order is None else hessian.diagonal()[order]
     alive = diagonal > 0
     mean = diagonal[alive].mean() if alive.any() else torch.ones((), dtype=hessian.dtype, device=hessian.device)
-    diagonal[~alive] = mean
-    diagonal.add_(mean * damping)
+    made = hessian.clone() if order is None else hessian[order[:, None], order]
+    made.diagonal()[~alive] = mean
+    made.diagonal().add_(mean * damping)
+    return made
 
 
 def _invert_factor(h: Tensor) -> bool:

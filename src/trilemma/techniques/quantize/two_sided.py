@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from trilemma.formats.grid import Format
-from trilemma.techniques.quantize.gptq import column_order, inverse_factor, nearest_code
+from trilemma.techniques.quantize.gptq import Feedback, column_order, inverse_factor, nearest_code
 
 _BLOCK = 128  # rows that go together; later ones get all their errors at once
 
 
 def two_sided_codes(
     weight: Tensor,
-    hessian: Tensor,
+    feedback: Feedback,
     moment: Tensor,
     scales: Tensor,
     minima: Tensor | None,
@@ -29,19 +29,18 @@ def two_sided_codes(
     *,
     damping: float = 0.01,
     block: int = _BLOCK,
-    activation_order: bool = True,
 ) -> Tensor:
-    """Codes (out, in) int8 for H = `hessian`, G = `moment` and given scales and minima (out, groups), in H's dtype.
+    """Codes (out, in) int8 for H of `feedback`, G = `moment` and given scales and minima (out, groups), in H's dtype.
 
-    `damping` is added to both diagonals as a share of their means; `block` changes speed only.
+    `damping` is added to G's diagonal as a share of its mean, as it was to H's; `block` changes speed only.
     """
-    columns, rows = column_order(hessian, activation_order), column_order(moment, True)
-    factor = inverse_factor(hessian, damping, columns)
+    columns, rows = feedback.order, column_order(moment, True)
+    factor = feedback.upper
     down = inverse_factor(moment, damping, rows).flip(0, 1)  # lower triangular: a row feeds those above it
     rows = rows.flip(0)
     members = columns // spec.group_size(weight.shape[1])
     scale, shift = scales[rows][:, members], None if minima is None else minima[rows][:, members]
-    rest = weight.to(hessian.dtype)[rows][:, columns]
+    rest = weight.to(factor.dtype)[rows][:, columns]
     codes, nearest = torch.empty_like(rest), nearest_code(spec, rest)
     for last in range(len(rest), 0, -block):
         part = slice(max(0, last - block), last)
@@ -64,10 +63,11 @@ def _block_codes(
 ) -> Tensor:
     """Codes of some rows, the last row first, diagonal by diagonal; returns their scaled errors (rows, in).
 
-    rest: targets (rows, in), of which later rows' are changed; a row's own columns are fed back in `fed` alone.
+    rest: targets (rows, in), of which later rows' are changed; a row's own columns are fed back in `fed` alone,
+    which is read once everywhere: what is added behind that changes nothing.
     """
     count, columns = rest.shape
-    right, above = factor.triu(1), down.tril(-1).contiguous()
+    above = down.tril(-1).contiguous()
     wide, high = factor.diagonal(), down.diagonal()
     fed, values = torch.zeros_like(rest), torch.empty_like(rest)
     for at in range(1 - count, columns):
@@ -80,7 +80,7 @@ def _block_codes(
         value = code * step if shift is None else code * step + shift.diagonal(at)
         codes.diagonal(at).copy_(code)
         values.diagonal(at).copy_(value)
-        fed[top:bottom, left + 1 :].addcmul_(right[left:end, left + 1 :], ((now - value) / wide[left:end])[:, None])
+        fed[top:bottom, left + 1 :].addcmul_(factor[left:end, left + 1 :], ((now - value) / wide[left:end])[:, None])
         if bottom > 1:
             error = (target - value) / high[top:bottom]
             rest[: bottom - 1, left:end].addcmul_(above[top:bottom, : bottom - 1].T, error[None], value=-1)
