@@ -137,6 +137,10 @@ def test_equal_formats_cost_the_same_whatever_noise_says():
     steps = (Step(technique="awq", settings=settings), *tuned.recipe.steps, Step(technique="tune-scales"))
     longer = tuned.model_copy(update={"recipe": Recipe(steps=steps)})
     assert best_of([plain, longer, INT8], "tpot_s", BASELINE) == longer
+    for turned, best in (({}, "turned"), ({"tied": "untie"}, "plain")):  # untied, the head is read beside the embedding
+        steps = (Step(technique="rotate", settings=turned), *tuned.recipe.steps)
+        rotated = tuned.model_copy(update={"recipe": Recipe(steps=steps)})
+        assert best_of([plain, rotated, INT8], "tpot_s", BASELINE) == {"turned": rotated, "plain": plain}[best]
     other = tuned.model_copy(
         update={"recipe": Recipe(steps=(Step(technique="gptq", settings=settings | {"embedding": "bf16"}),))}
     )

@@ -29,7 +29,7 @@ _CODE_SETTINGS = frozenset({
     "scale", "damping", "block", "activation_order", "pull", "drift", "refits", "guided", "rows", "power", "strength",
     "growth", "steps", "fit", "batch_size", "learning_rate", "ranges", "start",
 })  # fmt: skip
-_COSTS_NOTHING = frozenset({"smooth", "awq", "tune-norms", "tune-scales"})  # other values in the same places
+_COSTS_NOTHING = frozenset({"smooth", "awq", "rotate", "tune-norms", "tune-scales"})  # other values in the same places
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _form(trial: Trial) -> str:
     steps = [
         ("codes" if step.technique in _CODE_CHOOSERS else step.technique,
          {name: value for name, value in step.settings.items() if name not in _CODE_SETTINGS})
-        for step in trial.recipe.steps if step.technique not in _COSTS_NOTHING
+        for step in trial.recipe.steps if step.technique not in _COSTS_NOTHING or step.settings.get("tied") == "untie"
     ]  # fmt: skip
     return json.dumps(steps, sort_keys=True)
 
