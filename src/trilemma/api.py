@@ -328,7 +328,8 @@ def compress(
             model, output, scheme=scheme, recipe=recipe, calibration=calibration, data=texts, prepare=prepare,
             seed=seed, threads=threads, force=force, progress=progress,
         )  # fmt: skip
-    done = done.model_copy(update={"build": meter.results(), "notes": () if found is None else (str(found),)})
+    build, notes = meter.results(), () if found is None else (str(found),)
+    done = done.model_copy(update={"build": build, "notes": notes, "seconds": build["build_s"].value})
     if not payback:
         return done
     original = load_any(model) if isinstance(model, str | Path) else model

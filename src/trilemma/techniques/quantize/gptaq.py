@@ -91,11 +91,9 @@ class Gptaq:
 
         def lack(found: tuple[str, Pair]) -> Tensor | None:
             name, pair = found
-            return (
-                None
-                if formats[name].floating
-                else missing_outputs(torch.from_numpy(model.tensor(name)), pair, settings)
-            )
+            if formats[name].floating:
+                return None
+            return missing_outputs(torch.from_numpy(model.tensor(name)), pair, settings)
 
         def quantized(pairs: Mapping[str, Pair]) -> dict[str, Float32 | StoredMatrix]:
             missing = side_by_side(lack, pairs.items(), build.threads)
