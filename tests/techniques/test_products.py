@@ -1,5 +1,8 @@
 """Products of a layer under calibration: rounded inputs, bf16 where the model runs in no more, f32 where it does."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -44,6 +47,21 @@ def test_f32_stays_exact(activation, fast, tiny_model, random_generator, monkeyp
     prepare_products(prepared, 0, {} if activation is None else runs_of(model.config, activation))
     with torch.no_grad():
         assert torch.equal(plain(x), prepared(x))
+
+
+def test_a_layer_goes_as_soon_as_nobody_holds_it(tiny_model, monkeypatch):
+    """Layers are most of the memory of calibration, and cycles may wait long to be found."""
+    monkeypatch.setattr("trilemma.techniques.products.has_fast_bf16", lambda device: True)
+    model = tiny_model(seed=6)
+    layer = layer_from_model(model, 0)
+    prepare_products(layer, 0, runs_of(model.config, "int8-g32"))
+    parameters = [weakref.ref(parameter) for parameter in layer.parameters()]
+    gc.disable()
+    try:
+        del layer
+        assert not any(held() is not None for held in parameters)
+    finally:
+        gc.enable()
 
 
 def test_bf16_is_for_devices_known_to_be_fast_at_it(monkeypatch):

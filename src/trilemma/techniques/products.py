@@ -39,9 +39,10 @@ def prepare_products(layer: DecoderLayer, index: int, runs: Mapping[str, LinearR
 def compute_in_bf16(linear: nn.Linear) -> None:
     """Take the product in bf16 and give it back in the dtype of its input; the weights stay in bf16 alone."""
     linear.to(torch.bfloat16).requires_grad_(False)
+    weight, bias = linear.weight, linear.bias  # to hold the module itself would keep it until cycles are looked for
 
     def product(x: Tensor) -> Tensor:
-        return nn.functional.linear(x.to(torch.bfloat16), linear.weight, linear.bias).to(x.dtype)
+        return nn.functional.linear(x.to(torch.bfloat16), weight, bias).to(x.dtype)
 
     linear.forward = product  # type: ignore[method-assign,assignment]
 
