@@ -102,7 +102,7 @@ class _Turns:
 
 def give_back_memory() -> None:
     """Let the system have what was freed: glibc keeps a heap for each thread, and holes in it count as resident."""
-    with suppress(OSError, AttributeError):  # another C library has no such call
+    with suppress(OSError, AttributeError, TypeError):  # another C library has no such call
         ctypes.CDLL(None).malloc_trim(0)
 
 
