@@ -24,7 +24,7 @@ $(BIN)/python:
 
 # Build tools first: the extension is built without isolation, so that a rebuild costs seconds.
 $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja
+	$(PIP) install --quiet -c constraints.txt scikit-build-core nanobind cmake ninja setuptools wheel
 	CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) $(PIP) install --quiet --no-build-isolation -c constraints.txt -e '.[test,lint]'
 	@touch $(INSTALLED) $(BUILT)
 
