@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -15,7 +19,7 @@ namespace trilemma {
 namespace {
 
 struct Support {
-  bool avx2 = false, avxvnni = false, avx512 = false, avx512bf16 = false, neon = false;
+  bool avx2 = false, avxvnni = false, avx512 = false, avx512bf16 = false, amx = false, neon = false;
 };
 
 #if defined(__x86_64__)
@@ -24,6 +28,17 @@ unsigned long long saved_state() {
   unsigned low, high;
   __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
   return (static_cast<unsigned long long>(high) << 32) | low;
+}
+
+// The system gives a process the tiles' registers when asked: 8 KB more for every thread that uses them. It refuses where a
+// thread has an alternate signal stack too small to hold them.
+bool allow_tiles() {
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 Support detect() {
@@ -37,9 +52,12 @@ Support detect() {
   s.avx2 = (state & 6) == 6 && fma && f16c && (b & bit_AVX2);
   const unsigned needed = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
   s.avx512 = s.avx2 && (state & 0xe6) == 0xe6 && (b & needed) == needed && (c & bit_AVX512VNNI);
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kTileState = 3u << 17;
+  const bool tiles = (d & kAmxTile) && (d & kAmxBf16) && (state & kTileState) == kTileState;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return s;
   s.avxvnni = s.avx2 && (a & bit_AVXVNNI);
   s.avx512bf16 = s.avx512 && (a & bit_AVX512BF16);
+  s.amx = s.avx512bf16 && tiles && allow_tiles();
   return s;
 }
 #elif defined(__aarch64__)
@@ -70,6 +88,7 @@ std::vector<std::string> supported_isas() {
   if (support().avxvnni) names.push_back("avxvnni");
   if (support().avx512) names.push_back("avx512");
   if (support().avx512bf16) names.push_back("avx512bf16");
+  if (support().amx) names.push_back("amx");
   if (support().neon) names.push_back("neon");
   return names;
 }
@@ -84,6 +103,7 @@ const Kernels& pick_kernels(const std::string& asked) {
     valid += (valid.empty() ? "" : ", ") + isa;
     if (isa != name) continue;
 #if defined(__x86_64__)
+    if (name == "amx") return kernels_amx;
     if (name == "avx512bf16") return kernels_avx512bf16;
     if (name == "avx512") return kernels_avx512;
     if (name == "avxvnni") return kernels_avxvnni;
@@ -94,7 +114,7 @@ const Kernels& pick_kernels(const std::string& asked) {
     return kernels_scalar;
   }
   bool known = false;
-  for (const char* isa : {"avx2", "avxvnni", "avx512", "avx512bf16", "neon"}) known |= name == isa;
+  for (const char* isa : {"avx2", "avxvnni", "avx512", "avx512bf16", "amx", "neon"}) known |= name == isa;
   throw EngineFault("Instruction set '" + name + "' " + (known ? "is not supported by this processor" : "is unknown") +
                     ". Usable here: " + valid + ".");
 }

@@ -8,7 +8,7 @@
 
 namespace trilemma {
 
-// Names, slowest first: scalar, avx2, avxvnni, avx512, avx512bf16; on ARM scalar, neon.
+// Names, slowest first: scalar, avx2, avxvnni, avx512, avx512bf16, amx; on ARM scalar, neon.
 std::vector<std::string> supported_isas();
 
 // `name` empty: TRILEMMA_ISA if set, else the fastest. Throws EngineFault when it is unknown or the host lacks it.

@@ -17,6 +17,15 @@ constexpr long long kLeftOver = 4;  // a round leaves one part in so many to the
 // Weights that should stay in L2 while tiles of tokens walk over them.
 constexpr std::size_t kCachedBytes = 256 << 10;
 
+// The input with room to work in, where its kernels ask for that.
+Int8Input with_workspace(const Kernels& kernels, Int8Input input) {
+  if (!input.bf16) return input;
+  thread_local AlignedBuffer room;
+  if (room.bytes() < kernels.workspace_bytes) room = AlignedBuffer(kernels.workspace_bytes);
+  input.workspace = room.data();
+  return input;
+}
+
 void run_panels(const Kernels& kernels, const ProductInput& input, const Product& p, int begin, int end) {
   const Matrix& w = *p.linear->weight;
   const Output out{p.y, p.ld, p.linear->bias, p.accumulate};
@@ -31,16 +40,20 @@ void run_panels(const Kernels& kernels, const ProductInput& input, const Product
       return kernels.matmul_pairs(w.pair_view(), input.floats(p.part, rounded), rows, begin, end, out);
     case Matrix::Layout::kPanels:
       if (w.activation() == Activation::kInt8)
-        return kernels.matmul_int8(w.packed_view(), input.int8(p.part, w.grid().shares_row_scale()), rows, begin, end, out);
+        return kernels.matmul_int8(w.packed_view(), with_workspace(kernels, input.int8(p.part, w.grid().shares_row_scale())),
+                                   rows, begin, end, out);
       if (bf16)
         return bf16->matmul_packed(w.packed_view(), input.bf16(p.part), input.bf16_sums(p.part), rows, begin, end, out);
       return kernels.matmul_float(w.packed_view(), input.floats(p.part, rounded), rows, begin, end, out);
   }
 }
 
-// Of many tokens, as many panels as stay in L2 while tiles of tokens walk over them.
-int panels_at_once(const Matrix& w, int tokens) {
-  if (tokens == 1) return w.panels();
+// Whether an input of so many rows is held for products that need a workspace.
+bool in_tiles(const Kernels& kernels, int rows) { return kernels.workspace_bytes && rows >= kTokenTile; }
+
+// Of many tokens, as many panels as stay in L2 while tiles of tokens walk over them; kernels with a workspace see to that.
+int panels_at_once(const Kernels& kernels, const Matrix& w, int tokens) {
+  if (tokens == 1 || in_tiles(kernels, tokens)) return w.panels();
   const std::size_t panel_bytes = w.bytes() / std::size_t(w.panels()) + 1;
   return std::clamp(int(kCachedBytes / panel_bytes), 1, w.panels());
 }
@@ -63,7 +76,7 @@ void run_range(const Kernels& kernels, const ProductInput& input, std::span<cons
                long long end) {
   for (const Product& p : products) {
     const Matrix& w = *p.linear->weight;
-    const int tokens = input.rows(p.part), most = panels_at_once(w, tokens);
+    const int tokens = input.rows(p.part), most = panels_at_once(kernels, w, tokens);
     const auto panel = [&](long long at) { return int(std::clamp<long long>(at / tokens, 0, w.panels())); };
     for (int first = panel(begin), last = panel(end); first < last; first += most)
       run_panels(kernels, input, p, first, std::min(first + most, last));
@@ -124,13 +137,14 @@ void ProductInput::reserve(const Kernels& kernels, const InputForms& forms, int 
   bf16_tiles_ = AlignedBuffer(sizes.bf16_tiles);
   sums_ = AlignedBuffer(sizes.sums);
   bf16_sums_ = AlignedBuffer(sizes.bf16_sums);
-  for (int i = 0; i < 2; ++i) int8_[i].reserve(forms.int8[i], sizes.cells, size_t(rows));
+  for (int i = 0; i < 2; ++i) int8_[i].reserve(forms.int8[i], sizes.cells, size_t(rows), in_tiles(kernels, rows));
 }
 
 std::size_t ProductInput::bytes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split) {
   const Sizes sizes = sizes_of(kernels, forms, columns, rows, split);
   std::size_t total = sizes.total();
-  for (const bool shared : {false, true}) total += Int8Form(shared).bytes_of(forms.int8[shared], sizes.cells, size_t(rows));
+  for (const bool shared : {false, true}) 
+    total += Int8Form(shared).bytes_of(forms.int8[shared], sizes.cells, size_t(rows), in_tiles(kernels, rows));
   return total;
 }
 

@@ -53,7 +53,7 @@ struct F32Product : FloatProduct<float> {
   }
 };
 
-#if defined(TRILEMMA_SIMD_BF16)
+#if defined(TRILEMMA_SIMD_BF16) && !defined(TRILEMMA_SIMD_AMX)
 struct Bf16Product : FloatProduct<uint16_t> {
   using Cell = uint16_t;
   using Line = V16u;

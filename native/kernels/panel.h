@@ -51,6 +51,7 @@ template <class C>
 struct BlockScales {
   V16f scale[C::kParts] = {}, minimum[C::kParts] = {};
 
+  BlockScales() = default;
   BlockScales(const PackedView& w, int panel) : group_blocks_(w.group_blocks) {
     const size_t first = size_t(panel) * size_t(w.groups) * kPanel;
     scales_ = w.scales + first;
@@ -103,7 +104,7 @@ struct BlockScales {
 
   const uint16_t *scales_ = nullptr, *minima_ = nullptr;
   const int8_t *sub_scales_ = nullptr, *sub_minima_ = nullptr;
-  int group_blocks_, left_ = 0;  // blocks of the group that are still to come
+  int group_blocks_ = 0, left_ = 0;  // blocks of the group that are still to come
 };
 
 // Codes of columns 4*I .. 4*I+3 of a block of 2 or 3 bits, as they are stored: byte r*4 + j is row r, column 4*I + j.

@@ -79,6 +79,10 @@ struct Int8Input {
   int32_t* start[kStarts];
   int width;
   int blocks;
+  // For kernels with `workspace_bytes`, of whole tiles: the codes as bf16 numbers, times `scale` where that is a power of
+  // two; as exact as the codes, [tile][block][16][32]. Null for fewer tokens than a tile, and for other kernels.
+  uint16_t* bf16;
+  void* workspace;  // this thread's; needed where `bf16` is
 };
 
 // Activations rounded to bf16, in the same tiles: [tile][block][width][32].
@@ -149,6 +153,7 @@ struct Bf16Kernels {
 
 struct Kernels {
   const char* name;
+  size_t workspace_bytes;  // that matmul_int8 needs for whole tiles of tokens, aligned to 64; 0: none
   // (x - mean) / rms * weight + bias, without the mean for rms_norm. `bias` may be null; `out` may be `x`.
   void (*rms_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* out);
@@ -180,6 +185,7 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avxvnni;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
+extern const Kernels kernels_amx;
 extern const Kernels kernels_neon;
 
 }  // namespace trilemma

@@ -148,7 +148,7 @@ def assert_one_answer(model: Model, tokens: np.ndarray, whole: np.ndarray, kv: s
 
     # The processor's own bf16 products, of weights or a cache, round in their own way: other sets are near it, no more.
     rounded = kv == "bf16" or any(model.linear(name).activation == "bf16" for name in model.config.linear_names())
-    isas = ISAS[-1:] if rounded and ISAS[-1] == "avx512bf16" else ISAS
+    isas = ISAS[-1:] if rounded and ISAS[-1] in ("avx512bf16", "amx") else ISAS
     contexts = [context(isa=isa, threads=threads) for isa in isas for threads in (1, 2)]
     contexts += [context(chunk=chunk, threads=2) for chunk in (1, 3, 20)]
     for each in contexts:

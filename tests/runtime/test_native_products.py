@@ -198,10 +198,10 @@ def embedding_for(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
 def check_everywhere(model: _native.Model, wanted: np.ndarray, size: np.ndarray, activation: str) -> None:
     """Near the product, and equal in bits over instruction sets, threads and chunks.
 
-    The processor's own bf16 products round in their own way: that set is equal to itself.
+    The processor's own bf16 products round in their own way: each such set is equal to itself.
     """
-    apart = [isa for isa in ISAS if isa == "avx512bf16" and activation == "bf16"]
-    for isas in filter(None, ([isa for isa in ISAS if isa not in apart], apart)):
+    apart = [isa for isa in ISAS if isa in ("avx512bf16", "amx") and activation == "bf16"]
+    for isas in ([isa for isa in ISAS if isa not in apart], *([isa] for isa in apart)):
         check_equal_and_near(model, wanted, size, isas)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 Kv = Literal["none", "f32", "bf16", "int8", "int4"]
-Isa = Literal["scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "neon"]
+Isa = Literal["scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "neon"]
 TableForm = Literal["md", "csv", "json", "jsonl"]
 
 Model = Annotated[

@@ -37,7 +37,7 @@ class EngineOptions(Record):
     max_context: int | None = None
     load: LoadMode | None = None
     verify: bool | None = None
-    isa: Literal["scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "neon"] | None = None
+    isa: Literal["scalar", "avx2", "avxvnni", "avx512", "avx512bf16", "amx", "neon"] | None = None
     share_prefixes: bool | None = None
 
 

@@ -35,7 +35,7 @@ class NativeEngine:
     """The Engine protocol in C++.
 
     Results are bit-equal whatever the number of threads, the way tokens are split over calls, and the
-    instruction set; only products of bf16 inputs on avx512bf16 round in the processor's own way.
+    instruction set; only products of bf16 inputs on avx512bf16 and amx round in the processor's own way.
 
     Args:
         model: plain matrices run with f32 or bf16 activations, quantized ones also with int8-g32.
