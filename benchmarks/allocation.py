@@ -34,6 +34,7 @@ from trilemma.search.mixed_bits import GENERATIONS, METHOD, Measured, MixedBits,
 from trilemma.search.tensor_kit import default_levels, recipe_of
 from trilemma.search.texts import read_texts
 from trilemma.techniques.apply import apply_recipe
+from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.technique import Build
 
 BAR = 0.75
@@ -47,15 +48,15 @@ Row = dict[str, Any]
 class Rows:
     """Finished rows of a JSON lines file; the rest is computed."""
 
-    def __init__(self, yard: Yard, model: Model, path: Path | None) -> None:
-        self.yard, self.model, self.path = yard, model, path
+    def __init__(self, yard: Yard, model: Model, first: str | None, path: Path | None) -> None:
+        self.yard, self.model, self.first, self.path = yard, model, first, path
         self.held: list[Row] = []
         if path is not None and path.exists():
             self.held = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def row(self, recipe: Recipe) -> Row:
         """KL by judging window and bytes of what a recipe makes on the calibration windows."""
-        case = {"yard": self.yard.key, "model": self.yard.name, "recipe": recipe.hash}
+        case = {"yard": self.yard.key, "model": self.yard.name, "first": self.first, "recipe": recipe.hash}
         for row in self.held:
             if all(row.get(key) == value for key, value in case.items()):
                 return row
@@ -135,7 +136,9 @@ def main() -> None:
     yard = make_yard(options.model, calibrate, judge, options.work, context=options.context,
                      windows=(options.windows, 16, options.judging), threads=options.threads)  # fmt: skip
     model = load_any(options.model)
-    rows = Rows(yard, model, options.json)
+    if options.first:
+        model = apply_recipe(model, scheme_to_recipe(options.first), Build(yard.calibration, 0, options.threads))
+    rows = Rows(yard, model, options.first, options.json)
     text = options.work / "calibrate.txt"  # of which mixtures keep a part back to choose by
     text.write_text(calibrate, encoding="utf-8")
     texts = read_texts([text], Tokenizer.load(options.model), options.context, 0, "none")
@@ -164,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--calibrate", type=Path, required=True, help="text to calibrate and to choose by; .xz too")
     parser.add_argument("--judge", type=Path, required=True, help="another text, of the same kind")
     parser.add_argument("--prepare", choices=["none", "book"], default="none", help="of the judging text")
+    parser.add_argument("--first", metavar="SCHEME", help="done to the model before all of it, unquantized: smooth")
     parser.add_argument("--bits", nargs="*", type=float, default=[3.0, 3.5, 4.0, 4.5])
     parser.add_argument("--time-at", nargs="*", type=float, default=[3.5, 4.5], metavar="BITS",
                         help="also at the time that mixtures of so many bits take")  # fmt: skip

@@ -3,8 +3,7 @@
 // Int8 activations: their codes and the weights' are whole numbers of at most eight bits, exact in bf16, and the sum over
 // a block (or half of one) stays below 2^24, exact in the f32 that the unit adds in. A power of two in the inputs changes
 // none of that. Sums then take the same multiply-adds, blocks ascending, as in matmul_int8.h: the bits of every other
-// instruction set. Tiles of bf16 rather than int8 because their sums need no conversion and no scale of the input: on Xeon
-// 6 vector instructions beside the unit's own are what a step waits for, 480 G multiply-adds/s a core against 380.
+// instruction set. Why tiles of bf16 and not of int8: docs/decisions/0029-amx.md.
 //
 // bf16 weights and inputs: tdpbf16ps for every number of tokens, one included, so that this path agrees with itself.
 #pragma once
@@ -112,7 +111,8 @@ class AmxWeights {
   int units() const { return chunk_ * C::kParts; }
   bool last() const { return block_ + chunk_ == blocks_; }
   int panels() const { return panels_; }
-    size_t slot_of(int unit, int panel) const {
+  // Four units of a panel lie side by side, and behind them the next panel's.
+  size_t slot_of(int unit, int panel) const {
     return size_t(unit / kHeld * panels_ + panel) * kHeld + size_t(unit % kHeld);
   }
   const uint8_t* lines(size_t slot) const { return lines_ + slot * Units<C>::kBytes; }
