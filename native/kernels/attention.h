@@ -7,9 +7,6 @@
 #pragma once
 
 #include "attention_softmax.h"
-#if defined(TRILEMMA_SIMD_AMX)
-#include "attention_amx.h"
-#endif
 
 namespace trilemma {
 namespace {
@@ -110,16 +107,9 @@ inline void weigh_tile(const KvView& kv, const Rows& rows, const Tile<Cache>& ti
   const KeyTile<typename Cache::Keys> keys{tile.k, tile.to_values, kv.key_dim / Cache::Keys::kStep};
   for (int from = 0; from < rows.count; from += kStepRows) {
     const Step step(rows, from, tile.base, last);
-    const int r = step.begin;
-    int begin = step.all.first(), end = step.all.last();
+    const int r = step.begin, begin = step.all.first(), end = step.all.last();
     if (step.count() == 0) continue;
-#if defined(TRILEMMA_SIMD_AMX)
-    if constexpr (Cache::kTiles)
-      score_tile_amx(keys, begin, end, scratch.q[r].factors, size_t(kv.padded_dim), scratch.scores);
-    else
-#endif
-      score_tile<typename Cache::Keys>(keys, begin, end, scratch.q + r, scratch.scores, step.count());
-    if (Cache::kTiles) begin &= ~1, end = (end + 1) & ~1;  // weights of whole groups of positions
+    score_tile<typename Cache::Keys>(keys, begin, end, scratch.q + r, scratch.scores, step.count());
     Softmax<Cache> softmax{scratch.scores, step.reach, step.count(), begin, end, tile.scale, scratch.q + r,
                            state.rows + r, scratch.factors + r, scratch.weights + r, scratch.sums + r};
     softmax.run();
@@ -136,12 +126,7 @@ inline void add_values(const KvView& kv, const Rows& rows, const Tile<Cache>& ti
     const Step step(rows, from, tile.base, last);
     const ValueTile<Values> values{tile.v, tile.to_next, stride, kv.padded_dim, step.all.first() * 16 / Values::kStep,
                                    step.all.end / Values::kStep, step.all.end % Values::kStep};
-    if (step.count() == 0) continue;
-#if defined(TRILEMMA_SIMD_AMX)
-    if constexpr (Cache::kTiles)
-      value_tile_amx(values, scratch.factors[step.begin], scratch.sums + step.begin, step.count());
-    else
-#endif
+    if (step.count() > 0)
       value_tile<Values>(values, scratch.weights + step.begin, scratch.sums + step.begin, step.count());
   }
 }
@@ -221,10 +206,6 @@ inline Rows rows_of(const KvView& kv, const AttentionTask& task, int at) {
 
 template <class Cache>
 inline void attend_rows(const KvView& kv, const AttentionTask& task) {
-#if defined(TRILEMMA_SIMD_AMX)
-  Tiles tiles;
-  if constexpr (Cache::kTiles) tiles.shape(attention_shapes(kv.key_dim / Cache::Keys::kStep));
-#endif
   State state, later;
   Scratch<Cache> scratch;
   for (int at = task.row_begin; at < task.row_end; at += block_rows(kv.padded_dim)) {

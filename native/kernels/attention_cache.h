@@ -1,8 +1,8 @@
 // How each type of cache is multiplied: what a vector of it holds, what a query or a softmax weight is rounded to, and
 // the product itself. A line is a vector of 16 positions (keys) or 16 dimensions (values) with `kStep` values a lane.
 //
-// f32: one value a lane. bf16: pairs, multiplied by the processor's own instruction (or in its matrix unit:
-// attention_amx.h) where there is one, else as two f32 products; queries and weights are rounded to bf16 on every instruction set, so that they differ by rounding only.
+// f32: one value a lane. bf16: pairs, multiplied by the processor's own instruction where there is one, else as two f32
+// products; queries and weights are rounded to bf16 on every instruction set, so that they differ by rounding only.
 // int8 and int4: see attention_int8.h and attention_int4.h.
 #pragma once
 
@@ -53,7 +53,7 @@ struct F32Product : FloatProduct<float> {
   }
 };
 
-#if defined(TRILEMMA_SIMD_BF16)
+#if defined(TRILEMMA_SIMD_BF16) && !defined(TRILEMMA_SIMD_AMX)
 struct Bf16Product : FloatProduct<uint16_t> {
   using Cell = uint16_t;
   using Line = V16u;
@@ -109,14 +109,12 @@ struct Bf16Product : FloatProduct<float> {
 };
 #endif
 
-// `kDegree`: of the polynomial behind a weight, as exact as what the weight is rounded to. `kTiles`: both products run in
-// the matrix unit.
+// `kDegree`: of the polynomial behind a weight, as exact as what the weight is rounded to.
 struct CacheF32 {
   using Keys = F32Product;
   using Values = F32Product;
   static constexpr int kDegree = 6;
   static constexpr bool kInteger = false;
-  static constexpr bool kTiles = false;
 };
 
 struct CacheBf16 {
@@ -124,11 +122,6 @@ struct CacheBf16 {
   using Values = Bf16Product;
   static constexpr int kDegree = 4;
   static constexpr bool kInteger = false;
-#if defined(TRILEMMA_SIMD_AMX)
-  static constexpr bool kTiles = true;
-#else
-  static constexpr bool kTiles = false;
-#endif
 };
 
 struct CacheInt8 {
@@ -136,7 +129,6 @@ struct CacheInt8 {
   using Values = Int8Values;
   static constexpr int kDegree = 4;
   static constexpr bool kInteger = true;
-  static constexpr bool kTiles = false;
 };
 
 struct CacheInt4 {
@@ -144,7 +136,6 @@ struct CacheInt4 {
   using Values = Int4Values;
   static constexpr int kDegree = 4;
   static constexpr bool kInteger = true;
-  static constexpr bool kTiles = false;
 };
 
 }  // namespace
