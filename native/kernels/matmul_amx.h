@@ -127,7 +127,7 @@ class AmxWeights {
   const uint8_t* codes_[kAmxPanels];
 };
 
-// Two more than are used: what is stored for one panel lies not 4 KB from what is read for another, which would wait.
+// Two more than are used, so that what is stored for one panel does not lie 4 KB from what is read for another.
 using TileSums = float[6][kTokenTile * kPanel];
 
 // Numbers of tiles are part of the instructions.
