@@ -52,8 +52,7 @@ void Context::reserve(const ScratchPlan& plan) {
 
 MemoryUse Context::memory() const {
   const Scratch& s = scratch_;
-  std::size_t scratch = kv_.table_bytes() + rope_.bytes() + s.input.bytes() + s.routing.bytes() +
-                        std::size_t(threads_) * kernels_.workspace_bytes;
+  std::size_t scratch = kv_.table_bytes() + rope_.bytes() + s.input.bytes() + s.routing.bytes();
   for (const AlignedBuffer* b : {&s.x, &s.normed, &s.q, &s.k, &s.v, &s.attended, &s.partial, &s.gate, &s.up, &s.part[0], &s.part[1],
                                  &s.scores, &s.gathered, &s.routed})
     scratch += b->bytes();

@@ -102,9 +102,7 @@ MemoryUse plan_memory(const DecoderConfig& config, const InputForms& forms, cons
   const ScratchPlan s = plan_scratch(config, options);
   const std::size_t buffers = s.x + s.normed + s.q + s.k + s.v + s.attended + s.partial + s.gate + s.up + s.part[0] + s.part[1] +
                               s.scores + s.gathered + s.routed;
-  const Kernels& kernels = pick_kernels(options.isa);
-  const std::size_t derived = ProductInput::bytes_of(kernels, forms, s.columns, s.rows, s.split) +
-                              std::size_t(options.threads) * kernels.workspace_bytes;
+  const std::size_t derived = ProductInput::bytes_of(pick_kernels(options.isa), forms, s.columns, s.rows, s.split);
   const KvPool::Bytes kv = KvPool::bytes_of(config, options.pool());
   const std::size_t scratch = buffers + derived + kv.tables + Routing::bytes_of(s.pairs, s.firsts) +
                               RopeTables::bytes_of(config, options.max_context);
