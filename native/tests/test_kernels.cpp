@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "check.h"
-#include "engine/dispatch.h"
 #include "engine/aligned.h"
+#include "engine/dispatch.h"
 #include "kernels/reference.h"
 
 using namespace trilemma;
