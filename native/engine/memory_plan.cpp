@@ -9,7 +9,8 @@
 namespace trilemma {
 namespace {
 
-constexpr int kDefaultChunk = 128;
+// Weights are turned into what tiles multiply once a chunk.
+constexpr int kDefaultChunk = 128, kTilesChunk = 256;
 
 // Of all layers, the widest.
 struct Widths {
@@ -19,7 +20,8 @@ struct Widths {
 void plan_rows(ScratchPlan& plan, const DecoderConfig& config, const ContextOptions& options) {
   // A pass can not be longer than what all sequences together may hold.
   const long long most = static_cast<long long>(options.max_context) * options.max_sequences;
-  plan.chunk = int(std::min<long long>(options.chunk ? options.chunk : kDefaultChunk, most));
+  const int usual = pick_kernels(options.isa).workspace_bytes ? kTilesChunk : kDefaultChunk;
+  plan.chunk = int(std::min<long long>(options.chunk ? options.chunk : usual, most));
   plan.pass = options.kv == KvMode::kNone ? options.max_context : plan.chunk;
   plan.chunk = std::min(plan.chunk, plan.pass);
   plan.rows = plan.chunk;

@@ -17,9 +17,13 @@ constexpr long long kLeftOver = 4;  // a round leaves one part in so many to the
 // Weights that should stay in L2 while tiles of tokens walk over them.
 constexpr std::size_t kCachedBytes = 256 << 10;
 
-// The input with room to work in, where its kernels ask for that.
-Int8Input with_workspace(const Kernels& kernels, Int8Input input) {
-  if (!input.bf16) return input;
+// Whether an input of so many rows is multiplied in tiles, which need room to work in.
+bool in_tiles(const Kernels& kernels, int rows) { return kernels.workspace_bytes && rows >= kTokenTile; }
+
+// The input with that room, this thread's.
+template <class Input>
+Input with_workspace(const Kernels& kernels, Input input, int rows) {
+  if (!in_tiles(kernels, rows)) return input;
   thread_local AlignedBuffer room;
   if (room.bytes() < kernels.workspace_bytes) room = AlignedBuffer(kernels.workspace_bytes);
   input.workspace = room.data();
@@ -40,16 +44,14 @@ void run_panels(const Kernels& kernels, const ProductInput& input, const Product
       return kernels.matmul_pairs(w.pair_view(), input.floats(p.part, rounded), rows, begin, end, out);
     case Matrix::Layout::kPanels:
       if (w.activation() == Activation::kInt8)
-        return kernels.matmul_int8(w.packed_view(), with_workspace(kernels, input.int8(p.part, w.grid().shares_row_scale())),
+        return kernels.matmul_int8(w.packed_view(), with_workspace(kernels, input.int8(p.part, w.grid().shares_row_scale()), rows),
                                    rows, begin, end, out);
       if (bf16)
-        return bf16->matmul_packed(w.packed_view(), input.bf16(p.part), input.bf16_sums(p.part), rows, begin, end, out);
+        return bf16->matmul_packed(w.packed_view(), with_workspace(kernels, input.bf16(p.part), rows), input.bf16_sums(p.part),
+                                   rows, begin, end, out);
       return kernels.matmul_float(w.packed_view(), input.floats(p.part, rounded), rows, begin, end, out);
   }
 }
-
-// Whether an input of so many rows is held for products that need a workspace.
-bool in_tiles(const Kernels& kernels, int rows) { return kernels.workspace_bytes && rows >= kTokenTile; }
 
 // Of many tokens, as many panels as stay in L2 while tiles of tokens walk over them; kernels with a workspace see to that.
 int panels_at_once(const Kernels& kernels, const Matrix& w, int tokens) {

@@ -109,10 +109,11 @@ PackedView Panels::view(const Grid& grid) const {
           grid.codebook};
 }
 
-Sum product(const Grid& grid, int row, const std::vector<double>& x) {
+Sum product(const Grid& grid, int row, const std::vector<double>& x, double (*rounded)(double)) {
   Sum sum{0, 0};
   for (int k = 0; k < grid.cols; ++k) {
-    const double term = grid.value(row, k) * x[std::size_t(k)];
+    const double weight = grid.value(row, k);
+    const double term = (rounded ? rounded(weight) : weight) * x[std::size_t(k)];
     sum.value += term;
     sum.size += std::fabs(term);
   }

@@ -42,7 +42,8 @@ std::uint16_t to_half(float exact);  // of a value that a half holds exactly
 struct Sum {
   double value, size;
 };
-Sum product(const Grid& grid, int row, const std::vector<double>& x);
+// With `rounded`, of that instead of each weight.
+Sum product(const Grid& grid, int row, const std::vector<double>& x, double (*rounded)(double) = nullptr);
 
 double nonlinear(double x, Nonlinearity kind);
 

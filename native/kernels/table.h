@@ -90,6 +90,7 @@ struct Bf16Input {
   uint16_t* codes;
   int width;
   int blocks;
+  void* workspace = nullptr;  // this thread's, for kernels with `workspace_bytes`; without it they are slower
 };
 
 // Float activations, rows padded with zeros to `ld` (a multiple of 32).
@@ -153,7 +154,7 @@ struct Bf16Kernels {
 
 struct Kernels {
   const char* name;
-  size_t workspace_bytes;  // that matmul_int8 needs for whole tiles of tokens, aligned to 64; 0: none
+  size_t workspace_bytes;  // that matmul_int8 and matmul_packed use for whole tiles of tokens, aligned to 64; 0: none
   // (x - mean) / rms * weight + bias, without the mean for rms_norm. `bias` may be null; `out` may be `x`.
   void (*rms_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* out);
   void (*layer_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* out);

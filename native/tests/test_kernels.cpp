@@ -70,6 +70,11 @@ float bf16_value(float x) {
   return std::bit_cast<float>((b + 0x7fff + ((b >> 16) & 1)) & 0xffff0000u);
 }
 
+// Ties away from zero, as the matrix unit's weights are rounded.
+double bf16_weight(double w) {
+  return double(std::bit_cast<float>((std::bit_cast<uint32_t>(float(w)) + 0x8000) & 0xffff0000u));
+}
+
 std::vector<float> padded_rows(int tokens, int cols) {
   std::vector<float> x(size_t(tokens) * padded(cols), 0.0f);
   for (int t = 0; t < tokens; ++t)
@@ -123,13 +128,15 @@ struct Quantized {
 struct Rounded {
   std::vector<uint16_t> codes;
   std::vector<float> sums;
+  AlignedBuffer workspace;
   Bf16Input input{};
 
-  Rounded(const Bf16Kernels& kernels, const std::vector<float>& x, int tokens, int cols) {
+  Rounded(const Bf16Kernels& kernels, const std::vector<float>& x, int tokens, int cols)
+      : workspace(tables().back()->workspace_bytes) {
     const int width = tokens < 16 ? tokens : 16, blocks = int(padded(cols) / 32);
     codes.resize(size_t((tokens + width - 1) / width * width) * padded(cols));
     sums.resize(size_t(tokens) * size_t(2 * blocks));
-    input = {codes.data(), width, blocks};
+    input = {codes.data(), width, blocks, workspace.data()};
     for (int t = 0; t < tokens; ++t)
       kernels.round(x.data() + size_t(t) * padded(cols), t, input, sums.data() + size_t(t) * size_t(2 * blocks));
   }
@@ -206,7 +213,8 @@ void test_packed(int rows, int cols, int bits, int group, bool symmetric, int su
       for (const double value : exact) rounded.push_back(double(bf16_value(float(value))));
       for (int r = 0; r < rows; ++r) {
         const size_t at = size_t(t) * size_t(rows) + size_t(r);
-        const ref::Sum g = ref::product(grid, r, rounded);
+        const bool tiles = tables().back()->workspace_bytes > 0;
+        const ref::Sum g = ref::product(grid, r, rounded, tiles ? bf16_weight : nullptr);
         if (!c.empty()) check_close("matmul_packed of bf16", c[at], g.value, kSumTolerance * (g.size + 1));
         const ref::Sum i = ref::product(grid, r, seen), f = ref::product(grid, r, exact);
         const double rest = double(before[at]) + double(bias[size_t(r)]);
