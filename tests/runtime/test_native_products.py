@@ -180,6 +180,12 @@ def bf16(x: np.ndarray) -> np.ndarray:
     return (((raw + 0x7FFF + ((raw >> 16) & 1)) >> 16) << 16).view(np.float32)
 
 
+def bf16_weights(weights: np.ndarray) -> np.ndarray:
+    """As the matrix unit takes them, scales included: ties away from zero."""
+    raw = weights.astype(np.float32).view(np.uint32)
+    return ((raw + 0x8000) & 0xFFFF0000).view(np.float32).astype(np.float64)
+
+
 def expected(weights: np.ndarray, x: np.ndarray, activation: str, bits: int = 16) -> tuple[np.ndarray, np.ndarray]:
     """The product in f64 and the size of its terms, which the error is measured against."""
     seen = x.astype(np.float64)
@@ -195,14 +201,24 @@ def embedding_for(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
     return rng.standard_normal((min(31, rows, cols), cols)).astype(np.float32) * np.float32(2)
 
 
-def check_everywhere(model: _native.Model, wanted: np.ndarray, size: np.ndarray, activation: str) -> None:
+def check_everywhere(
+    model: _native.Model, weights: np.ndarray, x: np.ndarray, activation: str, *, bits: int = 16,
+    minima: np.ndarray | None = None,
+) -> None:  # fmt: skip
     """Near the product, and equal in bits over instruction sets, threads and chunks.
 
-    The processor's own bf16 products round in their own way: each such set is equal to itself.
+    The processor's own bf16 products round in their own way: each such set is equal to itself, and a matrix unit takes
+    quantized weights (`bits` below 16) rounded to bf16. `minima` (rows, cols): codes and they are summed apart.
     """
+    wanted, size = expected(weights, x, activation, bits)
+    if minima is not None:
+        size += expected(np.abs(minima), x, activation, bits)[1]
     apart = [isa for isa in ISAS if isa in ("avx512bf16", "amx") and activation == "bf16"]
-    for isas in ([isa for isa in ISAS if isa not in apart], *([isa] for isa in apart)):
-        check_equal_and_near(model, wanted, size, isas)
+    check_equal_and_near(model, wanted, size, [isa for isa in ISAS if isa not in apart])
+    for isa in apart:
+        rounds = isa == "amx" and bits < 16
+        near = expected(bf16_weights(weights), x, activation, bits)[0] if rounds else wanted
+        check_equal_and_near(model, near, size, [isa])
 
 
 def check_equal_and_near(model: _native.Model, wanted: np.ndarray, size: np.ndarray, isas: list[str]) -> None:
@@ -233,8 +249,7 @@ def test_quantized(random_generator, rows, cols, activation, bits, group, symmet
         rows, cols, embedding,
         lambda m: m.add_packed("head.weight", bits, symmetric, group, rows, cols, activation, codes, scales, minima),
     )  # fmt: skip
-    wanted, size = expected(c.dequantize(), normed_inputs(embedding, cols), activation, bits)
-    check_everywhere(model, wanted, size, activation)
+    check_everywhere(model, c.dequantize(), normed_inputs(embedding, cols), activation, bits=bits)
 
 
 @pytest.mark.parametrize(("rows", "cols"), [*SHAPES[:3], (40, 576)])
@@ -283,11 +298,8 @@ def check_product(rng: np.random.Generator, c: Codes, activation: str) -> None:
         )  # fmt: skip
 
     model = layerless(rows, cols, embedding, add_head)
-    wanted, size = expected(c.dequantize(), normed_inputs(embedding, cols), activation, bits)
-    if c.minima is not None:  # codes and minima are summed apart
-        largest = np.abs(c.of_columns(c.minima, c.sub_minima))
-        size += expected(largest, normed_inputs(embedding, cols), activation, bits)[1]
-    check_everywhere(model, wanted, size, activation)
+    minima = None if c.minima is None else c.of_columns(c.minima, c.sub_minima)
+    check_everywhere(model, c.dequantize(), normed_inputs(embedding, cols), activation, bits=bits, minima=minima)
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
@@ -306,8 +318,7 @@ def test_plain(random_generator, rows, cols, dtype, activation):
     embedding = embedding_for(random_generator, rows, cols)
     raw = np.ascontiguousarray(bits).reshape(-1).view(np.uint8)
     model = layerless(rows, cols, embedding, lambda m: m.add_plain("head.weight", dtype, rows, cols, raw, activation))
-    wanted, size = expected(values.astype(np.float64), normed_inputs(embedding, cols), activation)
-    check_everywhere(model, wanted, size, activation)
+    check_everywhere(model, values.astype(np.float64), normed_inputs(embedding, cols), activation)
 
 
 @pytest.mark.parametrize(
