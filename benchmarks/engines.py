@@ -12,7 +12,8 @@ probed in every round.
 The whole matrix takes hours. What matters most comes first (see `peers/cells.py`), important cells get their later
 rounds before others their first, `--minutes` ends it, and a run with the same --json carries on: what is in the file
 is not measured again. `--merge` makes table, plot and `--bars` of several files, without measuring. Formats: ours
-(int4-g32, int8-g32, bf16, f32) with every engine that holds them; types of GGUF (Q4_K_M, Q6_K, ...) beside llama.cpp.
+(int4-g32, int8-g32, bf16, f32; `-a16` behind the first two: our inputs in bf16) with every engine that holds them;
+types of GGUF (Q4_K_M, Q6_K, ...) beside llama.cpp.
 
 The peers' Pythons need their package and numpy alone (onnxruntime's also onnx). Random weights of a bare config.json
 say what a model costs, never how good it is; it gets the room that the cells need. Without --work the files of all
@@ -209,7 +210,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "models", nargs="*", type=Path, help="config.json folders or checkpoints; four shapes by default"
     )
-    parser.add_argument("--formats", default="int4-g32,int8-g32", help="also bf16, f32, and types of GGUF: Q4_K_M")
+    parser.add_argument(
+        "--formats",
+        default="int4-g32,int8-g32",
+        help="also int4-g32-a16 (our inputs in bf16), bf16, f32, and types of GGUF: Q4_K_M",
+    )
     parser.add_argument(
         "--prefill", type=numbers, default=list(PREFILLS), help=f"lengths, {listed(PREFILLS)}; '' for none"
     )

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 from peers.dump import write_dump
-from peers.engines_of import GGUF_TYPES, EngineFailedError, Files, Setup, run_worker
+from peers.engines_of import A16, GGUF_TYPES, EngineFailedError, Files, Setup, run_worker
 from peers.ways import weight_kinds
 from trilemma.core.recipe import Recipe, Step
 from trilemma.export.gguf import export_gguf
 from trilemma.formats.artifact import load_any, write_artifact
 from trilemma.formats.random_weights import with_random_weights
+from trilemma.model.model import Activation
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.technique import Build
 
@@ -26,6 +28,13 @@ from trilemma.techniques.technique import Build
 def build(source: Path, storage: str, folder: Path, setup: Setup) -> Files:
     """Write into `folder` what the present engines need; what is there already is kept, if it has room enough."""
     name = f"{source.name}-{storage}"
+    if storage.endswith(A16):
+        files = build(source, storage.removesuffix(A16), folder, setup)
+        if not _roomy(folder / name, source):
+            shutil.rmtree(folder / name)
+        if not (folder / name).exists():
+            write_model(source, storage, folder / name)
+        return replace(files, artifact=folder / name)
     if not _roomy(folder / name, source):
         for old in _made(folder, name, storage):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
@@ -101,12 +110,18 @@ def sizes_of(files: Files) -> dict[str, dict[str, int]]:
 
 
 def write_model(source: Path, storage: str, artifact: Path) -> None:
-    """The model of `source` as an artifact in a format."""
+    """The model of `source` as an artifact in a format, `-a16` behind it for bf16 inputs."""
     model = load_any(source)
+    weights = storage.removesuffix(A16)
+    rounded: Activation | None = "bf16" if weights != storage else None
     if model.source.random:
-        write_artifact(with_random_weights(model, lambda _: storage), artifact, Recipe(name=storage, steps=()))
+        inputs = (lambda _: rounded) if rounded else None
+        made = with_random_weights(model, lambda _: weights, activation_of=inputs)
+        write_artifact(made, artifact, Recipe(name=storage, steps=()))
         return
-    settings: dict[str, object] = {"weights": storage, "embedding": storage, "head": storage, "scale": "absmax"}
+    settings: dict[str, object] = {"weights": weights, "embedding": weights, "head": weights, "scale": "absmax"}
+    if rounded:
+        settings["activations"] = rounded
     step = Step(technique="rtn", settings=settings)
     if storage in ("f32", "f16", "bf16"):
         step = Step(technique="plain", settings={"dtype": storage})

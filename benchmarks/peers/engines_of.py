@@ -21,6 +21,7 @@ KV = {"16": {"ours": "bf16", "llama.cpp": "f16", "openvino": "f16"},
       "8": {"ours": "int8", "llama.cpp": "q8_0", "openvino": "u8"},
       "4": {"ours": "int4", "llama.cpp": "q4_0", "openvino": "u4"}}  # fmt: skip
 GGUF_TYPES = ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0")
+A16 = "-a16"  # behind a format: our inputs are bf16, not int8; the peers' files are the same
 OPENED_CONTEXT = 640  # 512 tokens and 128 more
 TRIES = 3
 TIMEOUT_S = 3600.0  # of one process
