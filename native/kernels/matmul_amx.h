@@ -505,7 +505,7 @@ class ScaledPanel {
 };
 
 constexpr size_t kBlockLines = size_t(kBlock) * kPanel * 2;
-constexpr int kScaledBlocks = 16;
+constexpr int kScaledBlocks = 8;
 static_assert(sizeof(PairSums) * (kAmxPanels / 2) * (kAmxTokens / (2 * kTokenTile)) == kAmxTotals);
 static_assert(kAmxPanels * kScaledBlocks * kBlockLines <= kAmxWeights);
 
@@ -609,7 +609,7 @@ inline void scaled_few(const PackedView& w, const Bf16Input& in, int tokens, int
   if constexpr (T > 1)
     if (tokens < T) return scaled_few<C, T - 1>(w, in, tokens, begin, end, values, out);
   const NoDenormals scope;
-  constexpr int kPanels = T == 1 ? kTokenPanels : 1;
+  constexpr int kPanels = T <= 2 ? 4 / T : 1;
   int p = begin;
   for (; p + kPanels <= end; p += kPanels) scaled_vectors<C, T, kPanels>(w, in, p, values, out);
   for (; p < end; ++p) scaled_vectors<C, T, 1>(w, in, p, values, out);
