@@ -9,8 +9,10 @@
 namespace trilemma {
 namespace {
 
-// Weights are turned into what tiles multiply once a chunk.
+// Where products run in tiles, weights are turned into what these multiply once a chunk: longer ones, as far as their
+// activations stay small.
 constexpr int kDefaultChunk = 128, kTilesChunk = 256;
+constexpr long long kTilesCells = 192 * 8192;
 
 // Of all layers, the widest.
 struct Widths {
@@ -20,7 +22,13 @@ struct Widths {
 void plan_rows(ScratchPlan& plan, const DecoderConfig& config, const ContextOptions& options) {
   // A pass can not be longer than what all sequences together may hold.
   const long long most = static_cast<long long>(options.max_context) * options.max_sequences;
-  const int usual = pick_kernels(options.isa).workspace_bytes ? kTilesChunk : kDefaultChunk;
+  int usual = kDefaultChunk;
+  if (pick_kernels(options.isa).workspace_bytes) {
+    long long widest = 1;
+    for (const LayerConfig& layer : config.layers)
+      if (layer.ffn) widest = std::max<long long>(widest, layer.ffn->hidden);
+    usual = int(std::clamp<long long>(kTilesCells / widest / 32 * 32, kDefaultChunk, kTilesChunk));
+  }
   plan.chunk = int(std::min<long long>(options.chunk ? options.chunk : usual, most));
   plan.pass = options.kv == KvMode::kNone ? options.max_context : plan.chunk;
   plan.chunk = std::min(plan.chunk, plan.pass);

@@ -132,13 +132,16 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
     for (int t = 0; t < T; ++t) total[p][t] = zero();
   }
   for (int b = 0; b < w.blocks; ++b) {
+    // What comes behind the end of these panels is the beginning of the next ones.
+    const size_t at = size_t(b) * block_bytes(C::kBits);
+    const size_t ahead = kAhead + (P > 1 && at + kAhead >= apart ? (P - 1) * apart : 0);
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
       const uint8_t* from = codes + size_t(p) * apart;
       scales[p].next();
       const BlockWeights<C> weights(from);
       if (T >= kPrefetchTokens)
-        for (size_t line = 0; line < block_bytes(C::kBits); line += 64) __builtin_prefetch(from + kAhead + line);
+        for (size_t line = 0; line < block_bytes(C::kBits); line += 64) __builtin_prefetch(from + ahead + line);
       add_blocks<C, 0, T>(weights, in, 0, Scales(scales[p].scale[0]), scales[p].minimum[0], total[p]);
       if constexpr (C::kParts == 2)
         add_blocks<C, 1, T>(weights, in, 0, Scales(scales[p].scale[1]), scales[p].minimum[1], total[p]);
