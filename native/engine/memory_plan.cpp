@@ -12,7 +12,7 @@ namespace {
 // Where products run in tiles, weights are turned into what these multiply once a chunk: longer ones, as far as their
 // activations stay small.
 constexpr int kDefaultChunk = 128, kTilesChunk = 256;
-constexpr long long kTilesCells = 192 * 8192;
+constexpr long long kTilesCells = 192 * 8192;  // tokens x channels of the widest dense layer
 
 // Of all layers, the widest.
 struct Widths {

@@ -12,6 +12,8 @@ namespace {
 
 // Products of bf16 pairs: tile T of tokens and panel P add into tile 2T + P; inputs in 4 + T, weights in 6 + P.
 constexpr int kTileFloats = kTokenTile * kPanel;
+constexpr size_t kBlockLines = size_t(kBlock) * kPanel * 2;  // bytes of a block's weights
+using PairSums = float[4][kTileFloats];
 
 template <int T, int P>
 TRILEMMA_INLINE void zero_pairs() {
@@ -58,13 +60,11 @@ inline void add_pairs(const uint8_t* const* lines, const uint16_t* const* x, siz
   else
     load_pairs<T, P>(sums);
   for (int b = 0; b < blocks; ++b) {
-    const size_t at = size_t(b) * kBlock * kPanel * 2, in = size_t(b) * stride;
+    const size_t at = size_t(b) * kBlockLines, in = size_t(b) * stride;
     add_pair_block<T, P>(lines[0] + at, lines[P - 1] + at, x[0] + in, x[T - 1] + in);
   }
   store_pair_sums<T, P>(sums);
 }
-
-using PairSums = float[4][kTokenTile * kPanel];
 
 // One or two tiles of tokens of a product, against one or two panels at a time.
 class PairTokens {
@@ -224,7 +224,6 @@ class ScaledPanel {
   const uint8_t* codes_ = nullptr;
 };
 
-constexpr size_t kBlockLines = size_t(kBlock) * kPanel * 2;
 constexpr int kScaledBlocks = 8;
 static_assert(sizeof(PairSums) * (kAmxPanels / 2) * (kAmxTokens / (2 * kTokenTile)) == kAmxTotals);
 static_assert(kAmxPanels * kScaledBlocks * kBlockLines <= kAmxWeights);
@@ -291,13 +290,14 @@ class NoDenormals {
  private:
   unsigned before_;
 };
-#define TRILEMMA_APART __attribute__((noinline))  // so that no arithmetic moves out of the scope of NoDenormals
 
-// T tokens and P panels with vector instructions, which give the bits of tiles: a block's even and odd columns are summed apart,
+// Sums of T tokens and P panels with vector instructions, which give the bits of tiles: a block's even and odd columns are summed apart,
 // added, and added to the total. For few tokens tiles do not pay: vector instructions run at half their rate for some 300
 // cycles after one, and scaling the weights is what such a product waits for.
+// Not inlined, so that no arithmetic moves into or out of the scope of its caller's NoDenormals.
 template <class C, int T, int P>
-TRILEMMA_APART void scaled_vectors(const PackedView& w, const Bf16Input& in, int panel, const CodeTable<C>& values, const Output& out) {
+__attribute__((noinline)) void scaled_vectors(const PackedView& w, const Bf16Input& in, int panel, const CodeTable<C>& values,
+                                              float (*sums)[T][kPanel]) {
   const Bf16Tile tile(in, 0);
   ScaledPanel<C> scaled[P];
   V16f total[P][T];
@@ -319,7 +319,18 @@ TRILEMMA_APART void scaled_vectors(const PackedView& w, const Bf16Input& in, int
 #pragma GCC unroll 8
   for (int p = 0; p < P; ++p)
 #pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) write_panel(total[p][t], panel + p, w.rows, t, out);
+    for (int t = 0; t < T; ++t) store(sums[p][t], total[p][t]);
+}
+
+template <class C, int T, int P>
+inline void scaled_vector_panels(const PackedView& w, const Bf16Input& in, int panel, const CodeTable<C>& values, const Output& out) {
+  alignas(64) float sums[P][T][kPanel];
+  {
+    const NoDenormals scope;
+    scaled_vectors<C, T, P>(w, in, panel, values, sums);
+  }
+  for (int p = 0; p < P; ++p)
+    for (int t = 0; t < T; ++t) write_panel(load(sums[p][t]), panel + p, w.rows, t, out);
 }
 
 constexpr int kVectorTokens = 6;
@@ -328,11 +339,10 @@ inline void scaled_few(const PackedView& w, const Bf16Input& in, int tokens, int
                        const Output& out) {
   if constexpr (T > 1)
     if (tokens < T) return scaled_few<C, T - 1>(w, in, tokens, begin, end, values, out);
-  const NoDenormals scope;
   constexpr int kPanels = T <= 2 ? 4 / T : 1;
   int p = begin;
-  for (; p + kPanels <= end; p += kPanels) scaled_vectors<C, T, kPanels>(w, in, p, values, out);
-  for (; p < end; ++p) scaled_vectors<C, T, 1>(w, in, p, values, out);
+  for (; p + kPanels <= end; p += kPanels) scaled_vector_panels<C, T, kPanels>(w, in, p, values, out);
+  for (; p < end; ++p) scaled_vector_panels<C, T, 1>(w, in, p, values, out);
 }
 
 // Codes with bf16 inputs: scales go into the weights, so that the tiles add over all columns.

@@ -225,6 +225,21 @@ void test_packed(int rows, int cols, int bits, int group, bool symmetric, int su
   }
 }
 
+// Products whose terms, sums or biases are denormal numbers: one token and many agree, whatever multiplies them.
+void test_denormals(float size) {
+  const int rows = 20, cols = 96, tokens = 45;
+  const ref::Grid grid = random_grid(rows, cols, 4, 32, true, 0, false);
+  const ref::Panels panels = ref::pack(grid);
+  const PackedView view = panels.view(grid);
+  std::vector<float> x = padded_rows(tokens, cols), bias(size_t(rows), 0x1p-140f);
+  for (float& value : x) value *= size;
+  bf16_product("matmul_packed of bf16, denormals", x, tokens, rows, cols,
+               [&](const Bf16Kernels& k, const Rounded& in, int count, const Output& out) {
+                 const Output biased{out.y, out.ld, bias.data(), 0};
+                 k.matmul_packed(view, in.input, in.sums.data(), count, 0, (rows + 15) / 16, biased);
+               });
+}
+
 void test_plain(int rows, int cols, Dtype dtype) {
   std::vector<float> values(size_t(rows) * size_t(cols));
   std::vector<uint16_t> halves(values.size());
@@ -561,6 +576,7 @@ int main() {
     for (const Dtype dtype : {kF32, kF16}) test_plain(rows, cols, dtype);
     test_pairs(rows, cols);
   }
+  for (const float size : {0.0f, 0x1p-118f, 0x1p-124f}) test_denormals(size);
   for (const int group : {0, 32}) test_packed(150, 1100, 8, group, true, 0, false, kManyTokens);
   test_packed(150, 1100, 4, 32, true, 0, false, kManyTokens);
   test_packed(150, 1100, 5, 256, false, 32, false, kManyTokens);
