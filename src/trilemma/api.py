@@ -272,6 +272,7 @@ def compress(
     prepare: Literal["none", "book"] = "none",
     seed: int = 0,
     threads: int | None = None,
+    device: str = "cpu",
     force: bool = False,
     payback: bool = False,
     progress: Callable[[int, int, str], None] | None = None,
@@ -289,6 +290,7 @@ def compress(
         tpot_ms: with `bits`, what a token may take on this host, by measured times of each product.
         calibration, data: token windows, or text files to cut them from, for schemes that need them.
         prepare: 'book' joins hard line breaks and drops underscores.
+        device: where torch computes: cpu, cuda, or one of several GPUs, cuda:1. Measurements stay on this host's CPU.
         force: replace an artifact that is there already.
         payback: also time both models side by side, for the tokens after which building is repaid.
 
@@ -299,6 +301,7 @@ def compress(
         RecipeError: not one of scheme, recipe and bits, or one that can not be used.
         OutputError: the output is taken or can not be written.
         DataError: the texts can not be used.
+        InputError: no such device here.
     """
     from trilemma.core.errors import RecipeError
     from trilemma.formats.artifact import check_output, load_any, read_artifact
@@ -321,12 +324,12 @@ def compress(
                 model, output, bits, texts or (), formats=formats, method=method or METHOD,
                 tpot_s=None if tpot_ms is None else tpot_ms / 1e3,
                 around=() if scheme is None else scheme_to_recipe(scheme).steps, prepare=prepare, seed=seed,
-                threads=threads, progress=progress,
+                threads=threads, device=device, progress=progress,
             )  # fmt: skip
             scheme, recipe = None, found.recipe
         done = apply(
             model, output, scheme=scheme, recipe=recipe, calibration=calibration, data=texts, prepare=prepare,
-            seed=seed, threads=threads, force=force, progress=progress,
+            seed=seed, threads=threads, device=device, force=force, progress=progress,
         )  # fmt: skip
     build, notes = meter.results(), () if found is None else (str(found),)
     done = done.model_copy(update={"build": build, "notes": notes, "seconds": build["build_s"].value})

@@ -7,18 +7,22 @@ import pytest
 from typer.testing import CliRunner
 
 import trilemma
+from pretend_device import install
 from trilemma.cli.main import app
 from trilemma.core.errors import DataError, InputError, LimitError, RecipeError
 from trilemma.formats.artifact import load_any, read_artifact
 from trilemma.formats.pack import format_bytes
+from trilemma.search import mixed_bits, tensor_kit
 from trilemma.search.levels import choose
 from trilemma.search.mixed_bits import mix_bits, split_around
 from trilemma.search.tensor_kit import Kit, measure_table, recipe_of
 from trilemma.search.texts import read_texts
+from trilemma.techniques import apply
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.technique import Build
 
+PRETEND = install()  # before anything went backward: autograd counts devices once
 LEVELS = ("int4-g32", "int5-g32", "int8-g32")
 
 
@@ -116,6 +120,24 @@ def test_from_the_command_line(tiny_checkpoint, tiny_text, tmp_path):
     assert again.weights_bytes < 0.45 * again.original_weights_bytes  # 6 bits and f32 norms, from bf16
 
 
+def test_all_of_it_is_built_on_the_device_that_was_asked_for(tiny_checkpoint, tiny_text, tmp_path, monkeypatch):
+    used = []
+    for room in (tensor_kit, mixed_bits, apply):
+
+        def spy(model, recipe, build, real=room.apply_recipe):
+            used.append(build.device)
+            return real(model, recipe, build)
+
+        monkeypatch.setattr(room, "apply_recipe", spy)
+    arguments = [
+        "compress", str(tiny_checkpoint.path), "-o", str(tmp_path / "out"), "--bits", "6", "--scheme", "smooth",
+        "--formats", "int4-g32,int8-g32", "--data", str(tiny_text), "--threads", "1", "--device", PRETEND,
+    ]  # fmt: skip
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    assert used == [PRETEND] * 4  # to prepare, a kit of two formats, and the artifact
+
+
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [
@@ -130,6 +152,8 @@ def test_from_the_command_line(tiny_checkpoint, tiny_text, tmp_path):
         ({"scheme": "bf16", "method": "gptq"}, RecipeError, "belong to `bits`"),
         ({"bits": 5.0, "formats": ["int4-g32", "int9"]}, InputError, "int9"),
         ({"scheme": "bf16", "formats": ["int4-g32"]}, RecipeError, "belong to `bits`"),
+        ({"scheme": "W4A8-g32", "device": "cdua"}, InputError, "torch knows no device 'cdua'"),
+        ({"bits": 5.0, "device": "xpu:7"}, InputError, "'xpu:7' can not be used: .* finds cpu"),
     ],
 )
 def test_refusals(tiny_checkpoint, tiny_text, tmp_path, given, error, words):

@@ -37,6 +37,7 @@ def compress(
     prepare: options.PrepareText = "none",
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    device: options.TorchDevice = "cpu",
     force: options.Force = False,
     payback: Annotated[
         bool, typer.Option("--payback", help="Also time both models: after how many tokens building is repaid.")
@@ -57,8 +58,8 @@ def compress(
     with console.progress("compress") as update:
         result = apply(
             model, output, scheme=scheme, recipe=recipe, bits=bits, formats=options.split_names(formats), method=method,
-            tpot_ms=tpot_ms, data=data, prepare=prepare, seed=seed, threads=threads, force=force, payback=payback,
-            progress=update,
+            tpot_ms=tpot_ms, data=data, prepare=prepare, seed=seed, threads=threads, device=device, force=force,
+            payback=payback, progress=update,
         )  # fmt: skip
     if json:
         console.print_json(result)

@@ -53,6 +53,7 @@ def distill(
     prepare: options.PrepareText = "none",
     seed: options.Seed = 0,
     threads: options.Threads = None,
+    device: options.TorchDevice = "cpu",
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
@@ -70,7 +71,7 @@ def distill(
     with console.progress("distill") as update:
         report = run(
             teacher, output, data=data or [], shrink=read_share(shrink), layers=layers, time=time, settings=settings,
-            prepare=prepare, seed=seed, threads=threads, force=force, progress=update,
+            prepare=prepare, seed=seed, threads=threads, device=device, force=force, progress=update,
         )  # fmt: skip
     if plot is not None:
         write_plot(plot, curve_plot(report))

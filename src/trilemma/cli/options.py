@@ -45,6 +45,9 @@ PrepareText = Annotated[
 _NAMED = typer.Option("--data", help="Text file, or name=file for a domain of its own. May be repeated.")
 NamedData = Annotated[list[str], _NAMED]
 SomeNamedData = Annotated[list[str] | None, _NAMED]
+TorchDevice = Annotated[
+    str, typer.Option("--device", help="Where torch computes: cpu, cuda, or one of several GPUs, cuda:1.")
+]
 OtherDevice = Annotated[
     str | None,
     typer.Option("--device", help="Predict for a device that is not here: phone, raspberry-pi-5, laptop, or a .yaml."),

@@ -47,6 +47,7 @@ from trilemma.techniques.distill.student import (
     layer_parameters,
 )
 from trilemma.techniques.technique import Build, read_settings
+from trilemma.techniques.torch_device import check_device
 from trilemma.techniques.training import CURVE_FILE, CurvePoint
 
 Progress = Callable[[int, int, str], None]
@@ -107,6 +108,7 @@ def distill(
     prepare: Prepare = "none",
     seed: int = 0,
     threads: int | None = None,
+    device: str = "cpu",
     force: bool = False,
     progress: Progress | None = None,
 ) -> DistillReport:
@@ -123,17 +125,19 @@ def distill(
         layers: how many layers stay; all by default, since width is the better cut.
         time: for cutting and training together, the teacher's part included.
         settings: of the technique `distill`, over its defaults; with `steps` the time decides nothing.
+        device: where torch trains: cpu, cuda, cuda:1. Quality is measured on this host's CPU.
 
     Returns:
         What was cut, the recipe, what building took, the learning curve, and quality before and after.
 
     Raises:
-        InputError: a model, text, time or setting that can not be used; nothing is written then.
+        InputError: a model, text, time, setting or device that can not be used; nothing is written then.
         StoppedError: the user stopped it; what was done is kept.
     """
     limit_s = parse_time(time)
     chosen = read_settings(TECHNIQUES.get("distill")(), {"shrink": shrink, "layers": layers, **(settings or {})})
     assert isinstance(chosen, DistillSettings)
+    check_device(device)
     check_output(output, force=force)
     model = load_any(teacher) if isinstance(teacher, str | Path) else teacher
     if model.path is None or getattr(model.source, "random", False):
@@ -142,7 +146,7 @@ def distill(
         raise RecipeError(f"No student can be cut out of this model: {reason}.")
     texts = _read_texts(model, [data] if isinstance(data, str | Path) else data, chosen, prepare, seed)
     work = Path(output).with_name(Path(output).name + ".training")
-    build = Build(calibration=texts.windows, seed=seed, threads=threads, original=model, work=work, progress=progress)
+    build = Build(texts.windows, seed, threads, device, original=model, work=work, progress=progress)
     with BuildMeter() as meter:
         before, lesson = _prepare_lesson(model, chosen, build, texts, limit_s, "steps" in (settings or {}))
         chosen = lesson.settings

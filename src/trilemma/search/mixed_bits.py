@@ -44,6 +44,7 @@ from trilemma.search.workbench import Lengths, Workbench
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.schemes import QUANTIZERS
 from trilemma.techniques.technique import Build
+from trilemma.techniques.torch_device import check_device
 
 METHOD = "guided"
 GENERATIONS, OFFSPRING = 20, 8
@@ -87,15 +88,17 @@ def mix_bits_for(
     prepare: Prepare = "none",
     seed: int = 0,
     threads: int | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> MixedBits:
     """`mix_bits` of a model in a folder, on texts; what it caches lies in `<output>.work` while it works.
 
     Raises:
-        InputError: a model without weights or tokenizer, or a number of bits that is none.
+        InputError: a model without weights or tokenizer, a number of bits that is none, or no such device here.
         DataError: texts that can not be used.
         RecipeError: as `mix_bits`.
     """
+    check_device(device)
     if not 0 < bits <= 32:
         raise RecipeError(f"A matrix value can not take {bits:g} bits. Give a number such as 4.5.")
     if not data:
@@ -111,7 +114,7 @@ def mix_bits_for(
     try:
         return mix_bits(
             loaded, texts, bits, folder=folder, key=model_hash(loaded), levels=known or default_levels(loaded.config),
-            method=method, tpot_s=tpot_s, around=around, seed=seed, threads=threads, progress=progress,
+            method=method, tpot_s=tpot_s, around=around, seed=seed, threads=threads, device=device, progress=progress,
         )  # fmt: skip
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -133,6 +136,7 @@ def mix_bits(
     runtime: str = "native",
     seed: int = 0,
     threads: int | None = None,
+    device: str = "cpu",
     progress: Progress | None = None,
 ) -> MixedBits:
     """The recipe of least KL in which matrix values take at most `bits` each, scales and padding included.
@@ -144,6 +148,7 @@ def mix_bits(
         generations: of the evolution; 0 stops at the exact choice.
         tokens: of select text on which KL is measured.
         tpot_s: what a token may take here besides, by measured seconds of each product (`product_seconds.py`).
+        device: that matrices are quantized on, see `techniques.torch_device`; KL is always measured on this host's CPU.
         around: steps that prepare the model (`smooth`), and those that tune what was quantized (`tune-scales`).
 
     Raises:
@@ -159,7 +164,7 @@ def mix_bits(
         seconds.limit(tpot_s, kit_names(model.config, levels[0]))  # refuses what nothing reaches, before any work
     measured = Measured(
         model, texts, folder=folder, key=key, levels=levels, method=method, around=around, tokens=tokens,
-        seconds=seconds, runtime=runtime, seed=seed, threads=threads, progress=progress,
+        seconds=seconds, runtime=runtime, seed=seed, threads=threads, device=device, progress=progress,
     )  # fmt: skip
     return measured.choose(bits, tpot_s, generations=generations)
 
@@ -183,7 +188,8 @@ class Measured:
     def __init__(
         self, model: Model, texts: Texts, *, folder: Path, key: str, levels: Sequence[str], method: str = METHOD,
         around: Sequence[Step] = (), tokens: int = TABLE_TOKENS, seconds: ProductSeconds | None = None,
-        runtime: str = "native", seed: int = 0, threads: int | None = None, progress: Progress | None = None,
+        runtime: str = "native", seed: int = 0, threads: int | None = None, device: str = "cpu",
+        progress: Progress | None = None,
     ) -> None:  # fmt: skip
         self.texts, self.seconds = texts, seconds
         self._method, self._seed = method, seed
@@ -193,9 +199,11 @@ class Measured:
         self._bench.refer("select", texts.token_set("select", tokens))
         self._before, self._after = split_around(around)
         if self._before:
-            build = Build(texts.calibration, seed, threads, progress=self._tell)
+            build = Build(texts.calibration, seed, threads, device, progress=self._tell)
             model = apply_recipe(model, Recipe(name="prepared", seed=seed, steps=self._before), build)
-        self.kit = make_kit(model, texts, levels, method, seed=seed, threads=threads, progress=self._tell)
+        self.kit = make_kit(
+            model, texts, levels, method, seed=seed, threads=threads, device=device, progress=self._tell
+        )  # fmt: skip
         self.table = measure_table(self.kit, self._kl_of, None if seconds is None else seconds.of, self._tell)
 
     def choose(self, bits: float, tpot_s: float | None = None, *, generations: int = GENERATIONS) -> MixedBits:

@@ -68,7 +68,7 @@ def default_levels(config: DecoderConfig) -> tuple[str, ...]:
 
 def make_kit(
     model: Model, texts: Texts, levels: Sequence[str], method: str, *, seed: int, threads: int | None,
-    progress: Progress,
+    device: str = "cpu", progress: Progress,
 ) -> Kit:  # fmt: skip
     """A uniform model for each format.
 
@@ -85,7 +85,7 @@ def make_kit(
         def step(done: int, total: int, _: str, number: int = number, level: str = level) -> None:
             progress(number * total + done, len(wanted) * total, f"all tensors as {level}")
 
-        build = Build(texts.calibration, seed, threads, kept=kept, progress=step)
+        build = Build(texts.calibration, seed, threads, device, kept=kept, progress=step)
         recipe = recipe_of({}, method, level, seed, weights=level)
         if recipe.steps[0].technique == "gptaq":
             recipe = recipe.model_copy(update={"steps": (_apart(recipe.steps[0]),)})

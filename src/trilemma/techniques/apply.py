@@ -28,6 +28,7 @@ from trilemma.techniques import TECHNIQUES
 from trilemma.techniques.calibration_text import read_calibration
 from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.technique import Build, Technique, TechniqueSettings, read_settings
+from trilemma.techniques.torch_device import check_device
 
 Progress = Callable[[int, int, str], None]
 
@@ -136,6 +137,7 @@ def compress(
     prepare: Prepare = "none",
     seed: int = 0,
     threads: int | None = None,
+    device: str = "cpu",
     force: bool = False,
     progress: Progress | None = None,
 ) -> CompressResult:
@@ -143,6 +145,7 @@ def compress(
 
     Args:
         recipe: a Recipe, or the path of a recipe.yaml (its own seed holds).
+        device: where torch computes: cpu, cuda, cuda:1; rounding differs between them, so do a few codes.
         calibration: token windows (n, context); or give `data`, text files to cut them from.
         prepare: 'book' or 'none', see `data.read_documents`; a recipe that says how is followed.
         force: replace an artifact that is there already.
@@ -152,11 +155,13 @@ def compress(
 
     Raises:
         StoppedError: the user stopped a step that trains.
+        InputError: no such device here.
         RecipeError: neither or both of scheme and recipe, or one that can not be used.
         OutputError: the output is taken or can not be written.
         DataError: the texts can not be used.
     """
     start = time.monotonic()
+    check_device(device)
     check_output(output, force=force)
     chosen = _choose(scheme, recipe, seed)
     opened = model if isinstance(model, Model) else load_any(model)
@@ -164,7 +169,7 @@ def compress(
         calibration, record = read_calibration(opened, data, chosen.seed, record=chosen.calibration, prepare=prepare)
         chosen = chosen.model_copy(update={"calibration": record})
     work = Path(output).with_name(Path(output).name + ".work")
-    build = Build(calibration=calibration, seed=chosen.seed, threads=threads, work=work, progress=progress)
+    build = Build(calibration, chosen.seed, threads, device, work=work, progress=progress)
     made = build_artifact(opened, chosen, output, build)
     shutil.rmtree(work, ignore_errors=True)
     return CompressResult(

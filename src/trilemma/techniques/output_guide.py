@@ -227,12 +227,12 @@ def _backward(
     }
     moments = {name: _empty(linear.out_features, block, torch.device(build.device)) for name, linear in linears.items()}
 
-    def keep(name: str, gradient: Tensor) -> None:
-        mine.seen[name] = gradient.reshape(-1, gradient.shape[-1])
+    def keep(seen: dict[str, Tensor], name: str, gradient: Tensor) -> None:
+        seen[name] = gradient.reshape(-1, gradient.shape[-1])
 
     def watch(name: str, out: Tensor) -> None:
-        if out.requires_grad:
-            out.register_hook(lambda g: keep(name, g))  # type: ignore[no-untyped-call]
+        if out.requires_grad:  # on a GPU autograd goes backward in a thread of its own, where `mine` is another
+            out.register_hook(partial(keep, mine.seen, name))  # type: ignore[no-untyped-call]
 
     for name, linear in linears.items():
         linear.register_forward_hook(lambda _, __, out, name=name: watch(name, out))

@@ -29,6 +29,7 @@ class Build:
     """What a technique may use while it works.
 
     calibration: token windows, (n, context) int32, or None when the recipe has no data;
+    device: where torch computes, as `torch_device.check_device` gives it;
     original: the model before the recipe's first step (healing learns from it); `apply_recipe` sets it;
     work: a folder for what a long step needs to resume after an interruption, or None; the model that comes out may
         have tensors that are read from there;

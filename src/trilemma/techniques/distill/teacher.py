@@ -53,13 +53,13 @@ class OutsideTeacher:
         self.logits, self.vocab_size = logits, vocab_size
 
     def rows(self, numbers: Tensor, inputs: Tensor) -> LogitRows:
-        found = np.asarray(self.logits(inputs.numpy()))
+        found = np.asarray(self.logits(inputs.cpu().numpy()))
         if found.shape != (*inputs.shape, self.vocab_size):
             raise TrainingError(
                 f"The teacher gave logits of shape {found.shape} for windows of shape {tuple(inputs.shape)}; expected "
                 f"{(*inputs.shape, self.vocab_size)}. Teacher and student need the same vocabulary."
             )
-        return LogitRows(torch.from_numpy(found).flatten(0, 1))
+        return LogitRows(torch.from_numpy(found).to(inputs.device).flatten(0, 1))
 
 
 class KeptTeacher:

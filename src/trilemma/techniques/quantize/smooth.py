@@ -60,7 +60,9 @@ class Smooth:
 
         def replace(grams: Mapping[str, Gram]) -> dict[str, Float32 | StoredMatrix]:
             index = int(next(iter(grams)).split(".")[1])
-            return smooth_layer(model, index, {name: gram.largest.numpy() for name, gram in grams.items()}, settings)
+            return smooth_layer(
+                model, index, {name: gram.largest.cpu().numpy() for name, gram in grams.items()}, settings
+            )
 
         return calibrate_layers(model, build, {}, replace)
 

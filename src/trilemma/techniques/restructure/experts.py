@@ -142,7 +142,9 @@ def _with_experts(model: Model, index: int, inputs: Tensor, settings: ExpertsSet
     dense = layer.ffn
     assert isinstance(dense, Dense)
     prefix = f"layers.{index}.ffn"
-    gate, up, down = (torch.from_numpy(model.tensor(f"{prefix}.{role}.weight")) for role in ("gate", "up", "down"))
+    gate, up, down = (
+        torch.from_numpy(model.tensor(f"{prefix}.{role}.weight")).to(inputs.device) for role in ("gate", "up", "down")
+    )
     with torch.no_grad():
         hidden = activate(inputs @ gate.T, dense.activation) * (inputs @ up.T)  # (tokens, channels)
         contributions = hidden.abs() * down.norm(dim=0)
@@ -154,7 +156,7 @@ def _with_experts(model: Model, index: int, inputs: Tensor, settings: ExpertsSet
             masked = hidden * _mask(partition, chosen, hidden.shape[1])
             down, bias = conditional_least_squares(hidden, masked, down, settings.damping)
     experts = _experts_of(dense, settings, kind)
-    tensors: dict[str, Float32 | StoredMatrix] = {f"{prefix}.router.weight": router.contiguous().numpy()}
+    tensors: dict[str, Float32 | StoredMatrix] = {f"{prefix}.router.weight": _array(router)}
     linears: dict[str, LinearRun] = {}
     blocks = {"shared": partition.shared} if len(partition.shared) else {}
     blocks |= {f"experts.{number}": channels for number, channels in enumerate(partition.experts)}
@@ -163,8 +165,9 @@ def _with_experts(model: Model, index: int, inputs: Tensor, settings: ExpertsSet
             old, new = f"{prefix}.{role}.weight", f"{prefix}.{block}.{role}.weight"
             tensors[new], linears[new] = _as(model.format_of(old), values), model.linear(old)
     if experts.down_bias:
-        before = torch.from_numpy(model.tensor(f"{prefix}.down.bias")) if dense.down_bias else 0.0
-        tensors[f"{prefix}.down.bias"] = (before + (bias if bias is not None else 0.0)).numpy()  # type: ignore[union-attr]
+        before = torch.from_numpy(model.tensor(f"{prefix}.down.bias")) if dense.down_bias else torch.zeros(len(down))
+        before = before.to(down)
+        tensors[f"{prefix}.down.bias"] = _array(before + bias if bias is not None else before)
     config = with_layer(model.config, index, layer.model_copy(update={"ffn": experts}))
     return model.with_config(config).with_tensors(tensors, linears)
 
@@ -192,7 +195,7 @@ def _route(
 
 def _mask(partition: Partition, chosen: Tensor, channels: int) -> Tensor:
     """(tokens, channels) bool: shared channels and those of the chosen experts."""
-    mask = torch.ones(len(chosen), channels, dtype=torch.bool)
+    mask = torch.ones(len(chosen), channels, dtype=torch.bool, device=chosen.device)
     for expert, members in enumerate(partition.experts):
         mask[:, members] = chosen[:, expert : expert + 1]
     return mask
@@ -200,5 +203,9 @@ def _mask(partition: Partition, chosen: Tensor, channels: int) -> Tensor:
 
 def _as(dtype: str, values: Tensor) -> Float32 | StoredMatrix:
     plain: dict[str, PlainDtype] = {"f16": "f16", "bf16": "bf16"}
-    array = values.contiguous().numpy()
-    return to_plain(array, plain[dtype]) if dtype in plain else array
+    return to_plain(_array(values), plain[dtype]) if dtype in plain else _array(values)
+
+
+def _array(values: Tensor) -> Float32:
+    found: Float32 = values.contiguous().cpu().numpy()
+    return found

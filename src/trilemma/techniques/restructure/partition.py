@@ -44,8 +44,8 @@ def partition_channels(contributions: Tensor, count: int, width: int, *, seed: i
     shared, routed = order[:always].sort().values, order[always:].sort().values
     seen = contributions[:: max(1, len(contributions) // _CLUSTER_TOKENS), routed]
     points = seen.T / seen.norm(dim=0).mean().clamp(min=1e-30)  # (channels, tokens)
-    members = _balanced_clusters(points, count, seed)
-    return Partition(shared, tuple(routed[cluster] for cluster in members))
+    members = _balanced_clusters(points.cpu(), count, seed)  # many small steps, and random numbers like everywhere
+    return Partition(shared, tuple(routed[cluster.to(routed.device)] for cluster in members))
 
 
 def _balanced_clusters(points: Tensor, count: int, seed: int) -> list[Tensor]:
@@ -103,7 +103,7 @@ def fit_router(inputs: Tensor, energy: Tensor) -> Tensor:
     total = energy.sum(1, keepdim=True)
     wanted = energy / total.clamp(min=1e-30)
     weight = (total / total.mean().clamp(min=1e-30)).flatten()
-    router = torch.zeros(energy.shape[1], inputs.shape[1], requires_grad=True)
+    router = torch.zeros(energy.shape[1], inputs.shape[1], device=inputs.device, requires_grad=True)
     optimizer = torch.optim.LBFGS([router], max_iter=_FIT_STEPS, history_size=10, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:

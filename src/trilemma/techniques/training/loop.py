@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trilemma.core.errors import CheckpointError, TrainingError
+from trilemma.techniques.torch_device import check_device
 from trilemma.techniques.training.curve import CurvePoint, append_point, read_curve, write_curve
 from trilemma.techniques.training.optimizers import learning_rate_at, make_optimizers
 from trilemma.techniques.training.settings import FREE_ON_RESUME, TrainingSettings
@@ -90,10 +91,12 @@ def train(
 
     Raises:
         TrainingError: loss or gradient are not finite, or nothing is to be trained.
+        InputError: no such device here.
         CheckpointError: the checkpoint is damaged or belongs to another model, data or settings.
         OutputError: the folder can not be written.
     """
     was_training = module.training
+    check_device(settings.device)
     module.to(settings.device).train()
     with _threads(settings.threads), _own_random(settings.device), _stop_signals() as stop:
         torch.manual_seed(settings.seed)
