@@ -8,8 +8,8 @@ namespace trilemma {
 namespace {
 
 // Below both, sharing a job costs more than it saves.
-constexpr double kSerialMacs = 250e3;
-constexpr std::size_t kSerialBytes = 160 << 10;
+constexpr double kSerialMacs = 180e3;
+constexpr std::size_t kSerialBytes = 120 << 10;
 // Multiplications of an item of the first round, at least.
 constexpr double kItemMacs = 1e6;
 constexpr int kMostRounds = 3;

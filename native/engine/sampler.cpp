@@ -12,6 +12,33 @@ double uniform(std::uint64_t seed, std::uint64_t position) {
   return double((x ^ (x >> 31)) >> 11) * 0x1p-53;
 }
 
+namespace {
+
+// Where the first of the highest values is. In lanes, as a chain of comparisons takes a seventh of a small model's step.
+std::size_t highest(std::span<const float> values) {
+  constexpr std::size_t kLanes = 32, kChunk = 1024;
+  float most = -INFINITY;
+  std::size_t where = 0;  // the chunk that has it, first
+  for (std::size_t first = 0; first < values.size(); first += kChunk) {
+    const auto chunk = values.subspan(first, std::min(kChunk, values.size() - first));
+    float lanes[kLanes];
+    std::fill_n(lanes, kLanes, -INFINITY);
+    std::size_t i = 0;
+    for (; i + kLanes <= chunk.size(); i += kLanes)
+      for (std::size_t lane = 0; lane < kLanes; ++lane) {
+        const float value = chunk[i + lane];
+        lanes[lane] = value > lanes[lane] ? value : lanes[lane];
+      }
+    for (; i < chunk.size(); ++i) lanes[0] = std::max(lanes[0], chunk[i]);
+    const float here = *std::max_element(lanes, lanes + kLanes);
+    if (here > most) most = here, where = first;
+  }
+  while (where + 1 < values.size() && values[where] != most) ++where;
+  return where;
+}
+
+}  // namespace
+
 Sampler::Sampler(const SamplerSettings& settings, int vocab_size)
     : settings_(settings), seen_(std::size_t(vocab_size), false) {}
 
@@ -21,7 +48,7 @@ std::int32_t Sampler::choose(std::span<float> logits, std::uint64_t position) {
     for (std::size_t t = 0; t < logits.size(); ++t)
       if (seen_[t]) logits[t] = logits[t] > 0 ? logits[t] / factor : logits[t] * factor;
   }
-  if (settings_.temperature == 0) return std::int32_t(std::max_element(logits.begin(), logits.end()) - logits.begin());
+  if (settings_.temperature == 0) return std::int32_t(highest(logits));
   return draw(logits, position);
 }
 

@@ -1,4 +1,6 @@
 // The engine without Python: a small random model under threads, chunks, batches and sanitizers.
+#include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <map>
 #include <numeric>
@@ -8,6 +10,7 @@
 #include "check.h"
 #include "engine/dispatch.h"
 #include "engine/generate.h"
+#include "engine/sampler.h"
 #include "engine/thread_pool.h"
 
 using namespace trilemma;
@@ -311,10 +314,25 @@ void test_pool() {
   other.join();
 }
 
+// Greedy: the first of the highest logits, wherever it lies.
+void test_greedy() {
+  for (int round = 0; round < 500; ++round) {
+    std::vector<float> logits(size_t(check::between(1, round % 2 ? 5000 : 70)));
+    const int levels = round % 3 ? 1 << 20 : 3;  // few: many are equal, zeros of both signs too
+    for (float& v : logits) v = float(check::between(-levels, round % 5 ? levels : 0));
+    if (round % 4 == 0) logits[size_t(check::between(0, int(logits.size()) - 1))] = -0.0f;
+    if (round % 7 == 0) std::fill(logits.begin(), logits.end() - 1, -INFINITY);
+    const auto wanted = std::max_element(logits.begin(), logits.end()) - logits.begin();
+    CHECK(Sampler({}, int(logits.size())).choose(logits, 0) == int(wanted),
+          "not the first of the highest of " + std::to_string(logits.size()));
+  }
+}
+
 }  // namespace
 
 int main() {
   test_pool();
+  test_greedy();
   for (const bool packed : {false, true}) {
     const auto model = small_model(packed, packed ? NormKind::kRms : NormKind::kLayer);
     for (const KvMode kv : {KvMode::kNone, KvMode::kF32, KvMode::kBf16, KvMode::kInt8}) test_one_answer(model, kv);
