@@ -41,7 +41,7 @@ GenerateResult generate(Context& context, const GenerateRequest& request,
   if (request.max_tokens <= 0) return result;
   const OwnedSequence sequence(context.sequences(), request.prompt);
   result.shared = sequence.shared();
-  Sampler sampler(request.sampler, context.model().config().vocab_size);
+  Sampler sampler(request.sampler, context.model().config().vocab_size, context.threads());
   std::vector<float> logits(size_t(context.model().config().vocab_size));
   for (int i = 0; i < result.shared; ++i) sampler.saw(request.prompt[size_t(i)]);
   std::vector<std::int32_t> fed(request.prompt.begin() + result.shared, request.prompt.end());

@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
+
+#include "thread_pool.h"
 
 namespace trilemma {
 
@@ -14,8 +17,17 @@ double uniform(std::uint64_t seed, std::uint64_t position) {
 
 namespace {
 
-// Where the first of the highest values is. In lanes, as a chain of comparisons takes a seventh of a small model's step.
-std::size_t highest(std::span<const float> values) {
+constexpr std::size_t kHead = 64, kWiden = 16;  // likeliest tokens, among which most draws fall; then so many times more
+constexpr std::size_t kPart = 2048;             // logits of one item of work
+constexpr double kNothing = -60;                // e to the power of that is nothing beside rounding, however often
+
+struct Highest {
+  float value;
+  std::size_t where;
+};
+
+// The first of the highest values. In lanes, as a chain of comparisons takes a seventh of a small model's step.
+Highest highest(std::span<const float> values) {
   constexpr std::size_t kLanes = 32, kChunk = 1024;
   float most = -INFINITY;
   std::size_t where = 0;  // the chunk that has it, first
@@ -34,13 +46,13 @@ std::size_t highest(std::span<const float> values) {
     if (here > most) most = here, where = first;
   }
   while (where + 1 < values.size() && values[where] != most) ++where;
-  return where;
+  return {most, where};
 }
 
 }  // namespace
 
-Sampler::Sampler(const SamplerSettings& settings, int vocab_size)
-    : settings_(settings), seen_(std::size_t(vocab_size), false) {}
+Sampler::Sampler(const SamplerSettings& settings, int vocab_size, int threads)
+    : settings_(settings), threads_(threads), seen_(std::size_t(vocab_size), false) {}
 
 std::int32_t Sampler::choose(std::span<float> logits, std::uint64_t position) {
   if (settings_.repetition_penalty != 1) {
@@ -48,45 +60,98 @@ std::int32_t Sampler::choose(std::span<float> logits, std::uint64_t position) {
     for (std::size_t t = 0; t < logits.size(); ++t)
       if (seen_[t]) logits[t] = logits[t] > 0 ? logits[t] / factor : logits[t] * factor;
   }
-  if (settings_.temperature == 0) return std::int32_t(highest(logits));
+  if (settings_.temperature == 0) return std::int32_t(highest(logits).where);
   return draw(logits, position);
 }
 
 std::int32_t Sampler::draw(std::span<const float> logits, std::uint64_t position) {
+  const double u = uniform(settings_.seed, position);
+  const std::size_t all = logits.size();
+  double total = 0;
+  for (std::size_t head = kHead; settings_.top_k == 0 && 4 * head < all; head *= kWiden) {
+    order(logits, head);
+    if (head == kHead) total = sum(logits);
+    const std::int32_t token = draw_from_order(logits, u, total);
+    if (token >= 0) return token;
+  }
+  order(logits, settings_.top_k > 0 ? std::min(all, std::size_t(settings_.top_k)) : all);
+  return draw_from_order(logits, u, -1);
+}
+
+// Of all probabilities, as parts of the highest; the same on any number of threads.
+double Sampler::sum(std::span<const float> logits) {
+  const double peak = double(logits[std::size_t(order_[0])]) / settings_.temperature;
+  sums_.assign((logits.size() + kPart - 1) / kPart, 0);
+  ThreadPool::instance().run(threads_, int(sums_.size()), [&](int item) {
+    const std::size_t first = std::size_t(item) * kPart;
+    double total = 0;
+    for (const float logit : logits.subspan(first, std::min(kPart, logits.size() - first))) {
+      const double below = double(logit) / settings_.temperature - peak;
+      if (below > kNothing) total += std::exp(below);
+    }
+    sums_[std::size_t(item)] = total;
+  });
+  return std::accumulate(sums_.begin(), sums_.end(), 0.0);
+}
+
+// The `count` likeliest tokens: falling logit, then rising id.
+void Sampler::order(std::span<const float> logits, std::size_t count) {
+  float least = -INFINITY;
+  if (count < logits.size() / 4) {  // as many parts as tokens are wanted: no maximum of a part need be missed
+    least = INFINITY;
+    const std::size_t size = logits.size() / count;
+    for (std::size_t part = 0; part < count; ++part) least = std::min(least, highest(logits.subspan(part * size, size)).value);
+  }
+  order_.clear();
+  for (std::size_t i = 0; i < logits.size(); ++i)
+    if (!(logits[i] < least)) order_.push_back(std::int32_t(i));
   const auto before = [&](std::int32_t a, std::int32_t b) {
     const float x = logits[std::size_t(a)], y = logits[std::size_t(b)];
     return x > y || (x == y && a < b);
   };
-  order_.resize(logits.size());
-  for (std::size_t i = 0; i < order_.size(); ++i) order_[i] = std::int32_t(i);
-  std::size_t count = order_.size();
-  if (settings_.top_k > 0) count = std::min(count, std::size_t(settings_.top_k));
   std::partial_sort(order_.begin(), order_.begin() + std::ptrdiff_t(count), order_.end(), before);
+  order_.resize(count);
+}
 
+// The draw among the tokens of `order_`, whose probabilities are in proportion to their share of `total`; where that is
+// negative, of their own sum: then there are no others. -1 where it may fall on one of the others.
+std::int32_t Sampler::draw_from_order(std::span<const float> logits, double u, double total) {
+  const bool whole = total < 0;
+  std::size_t count = order_.size();
   const double peak = double(logits[std::size_t(order_[0])]) / settings_.temperature;
   probabilities_.resize(count);
-  double total = 0;
+  double own = 0;
   for (std::size_t i = 0; i < count; ++i) {
     probabilities_[i] = std::exp(double(logits[std::size_t(order_[i])]) / settings_.temperature - peak);
-    total += probabilities_[i];
+    own += probabilities_[i];
   }
+  if (whole) total = own;
+  bool cut = whole;
   if (settings_.top_p < 1) {  // the token that crosses top_p stays
     double running = probabilities_[0];
     std::size_t kept = 1;
     for (; kept < count && running < settings_.top_p * total; ++kept) running += probabilities_[kept];
-    count = kept;
+    if (!whole && running < settings_.top_p * total) return -1;
+    count = kept, cut = true;
   }
-  while (count > 1 && probabilities_[count - 1] < settings_.min_p * probabilities_[0]) --count;
-
+  if (settings_.min_p > 0) {
+    const bool beyond = !cut && !(probabilities_[count - 1] < settings_.min_p * probabilities_[0]);
+    if (beyond) return -1;
+    while (count > 1 && probabilities_[count - 1] < settings_.min_p * probabilities_[0]) --count;
+    cut = true;
+  }
   double running = 0;
-  for (std::size_t i = 0; i < count; ++i) running += probabilities_[i];
-  const double target = uniform(settings_.seed, position) * running;
+  if (cut) {
+    for (std::size_t i = 0; i < count; ++i) running += probabilities_[i];
+    total = running;
+  }
+  const double target = u * total;
   running = 0;
   for (std::size_t i = 0; i < count; ++i) {
     running += probabilities_[i];
     if (running > target) return order_[i];
   }
-  return order_[count - 1];
+  return cut ? order_[count - 1] : -1;
 }
 
 }  // namespace trilemma

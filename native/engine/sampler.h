@@ -16,7 +16,7 @@ struct SamplerSettings {
 
 class Sampler {
  public:
-  Sampler(const SamplerSettings& settings, int vocab_size);
+  Sampler(const SamplerSettings& settings, int vocab_size, int threads);
 
   // A token that the repetition penalty punishes from now on.
   void saw(std::int32_t token) { seen_[std::size_t(token)] = true; }
@@ -25,11 +25,15 @@ class Sampler {
 
  private:
   std::int32_t draw(std::span<const float> logits, std::uint64_t position);
+  double sum(std::span<const float> logits);
+  void order(std::span<const float> logits, std::size_t count);
+  std::int32_t draw_from_order(std::span<const float> logits, double u, double total);
 
   SamplerSettings settings_;
+  int threads_;
   std::vector<bool> seen_;
   std::vector<std::int32_t> order_;
-  std::vector<double> probabilities_;
+  std::vector<double> probabilities_, sums_;
 };
 
 // A number in [0, 1) that depends on seed and position alone (splitmix64).

@@ -323,8 +323,51 @@ void test_greedy() {
     if (round % 4 == 0) logits[size_t(check::between(0, int(logits.size()) - 1))] = -0.0f;
     if (round % 7 == 0) std::fill(logits.begin(), logits.end() - 1, -INFINITY);
     const auto wanted = std::max_element(logits.begin(), logits.end()) - logits.begin();
-    CHECK(Sampler({}, int(logits.size())).choose(logits, 0) == int(wanted),
+    CHECK(Sampler({}, int(logits.size()), 1).choose(logits, 0) == int(wanted),
           "not the first of the highest of " + std::to_string(logits.size()));
+  }
+}
+
+// The draw as sampling.py words it, over the whole vocabulary in order.
+int plain_draw(const SamplerSettings& s, const std::vector<float>& logits, std::uint64_t position) {
+  std::vector<int> order(logits.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return logits[size_t(a)] > logits[size_t(b)]; });
+  if (s.top_k > 0) order.resize(std::min(order.size(), size_t(s.top_k)));
+  std::vector<double> p;
+  for (const int i : order) p.push_back(std::exp((double(logits[size_t(i)]) - double(logits[size_t(order[0])])) / s.temperature));
+  const double total = std::accumulate(p.begin(), p.end(), 0.0);
+  double before = 0;
+  size_t kept = 0;
+  for (; kept < p.size() && (kept == 0 || before < s.top_p * total || s.top_p == 1); ++kept) before += p[kept];
+  while (kept > 1 && p[kept - 1] < s.min_p) --kept;
+  const double target = uniform(s.seed, position) * std::accumulate(p.begin(), p.begin() + std::ptrdiff_t(kept), 0.0);
+  double running = 0;
+  for (size_t i = 0; i < kept; ++i)
+    if ((running += p[i]) > target) return order[i];
+  return order[kept - 1];
+}
+
+// Few tokens are put in order for a draw; it is that of all of them, however flat or peaked they are.
+void test_draws() {
+  for (int round = 0; round < 600; ++round) {
+    std::vector<float> logits(size_t(check::between(1, round % 2 ? 9000 : 400)));
+    const float spread = std::exp(2 * check::normal());
+    for (float& v : logits) v = std::round(spread * check::normal() * 64) / 64;  // some are equal
+    SamplerSettings s;
+    s.temperature = std::exp(check::normal());
+    s.seed = std::uint64_t(check::between(0, 1 << 30));
+    if (round % 3 == 0) s.top_k = check::between(1, 300);
+    if (round % 4 == 0) s.top_p = check::between(1, 99) / 100.0;
+    if (round % 5 == 0) s.min_p = check::between(1, 99) / 1000.0;
+    for (std::uint64_t position = 0; position < 4; ++position) {
+      const int wanted = plain_draw(s, logits, position);
+      for (const int threads : {1, 3}) {
+        std::vector<float> given = logits;
+        CHECK(Sampler(s, int(logits.size()), threads).choose(given, position) == wanted,
+              "another token of " + std::to_string(logits.size()));
+      }
+    }
   }
 }
 
@@ -333,6 +376,7 @@ void test_greedy() {
 int main() {
   test_pool();
   test_greedy();
+  test_draws();
   for (const bool packed : {false, true}) {
     const auto model = small_model(packed, packed ? NormKind::kRms : NormKind::kLayer);
     for (const KvMode kv : {KvMode::kNone, KvMode::kF32, KvMode::kBf16, KvMode::kInt8}) test_one_answer(model, kv);
