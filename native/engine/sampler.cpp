@@ -18,35 +18,34 @@ double uniform(std::uint64_t seed, std::uint64_t position) {
 namespace {
 
 constexpr std::size_t kHead = 64, kWiden = 16;  // likeliest tokens, among which most draws fall; then so many times more
-constexpr std::size_t kPart = 2048;             // logits of one item of work
+constexpr std::size_t kPart = 2048;             // logits that are looked at together
 constexpr double kNothing = -60;                // e to the power of that is nothing beside rounding, however often
 
-struct Highest {
-  float value;
-  std::size_t where;
-};
+// In lanes: a chain of comparisons over the vocabulary takes a seventh of a small model's step.
+float highest(std::span<const float> values) {
+  constexpr std::size_t kLanes = 32;
+  float lanes[kLanes];
+  std::fill_n(lanes, kLanes, -INFINITY);
+  std::size_t i = 0;
+  for (; i + kLanes <= values.size(); i += kLanes)
+    for (std::size_t lane = 0; lane < kLanes; ++lane) {
+      const float value = values[i + lane];
+      lanes[lane] = value > lanes[lane] ? value : lanes[lane];
+    }
+  for (; i < values.size(); ++i) lanes[0] = std::max(lanes[0], values[i]);
+  return *std::max_element(lanes, lanes + kLanes);
+}
 
-// The first of the highest values. In lanes, as a chain of comparisons takes a seventh of a small model's step.
-Highest highest(std::span<const float> values) {
-  constexpr std::size_t kLanes = 32, kChunk = 1024;
+// Where the first of the highest values is: found in its part alone.
+std::size_t first_of_highest(std::span<const float> values) {
   float most = -INFINITY;
-  std::size_t where = 0;  // the chunk that has it, first
-  for (std::size_t first = 0; first < values.size(); first += kChunk) {
-    const auto chunk = values.subspan(first, std::min(kChunk, values.size() - first));
-    float lanes[kLanes];
-    std::fill_n(lanes, kLanes, -INFINITY);
-    std::size_t i = 0;
-    for (; i + kLanes <= chunk.size(); i += kLanes)
-      for (std::size_t lane = 0; lane < kLanes; ++lane) {
-        const float value = chunk[i + lane];
-        lanes[lane] = value > lanes[lane] ? value : lanes[lane];
-      }
-    for (; i < chunk.size(); ++i) lanes[0] = std::max(lanes[0], chunk[i]);
-    const float here = *std::max_element(lanes, lanes + kLanes);
+  std::size_t where = 0;
+  for (std::size_t first = 0; first < values.size(); first += kPart) {
+    const float here = highest(values.subspan(first, std::min(kPart, values.size() - first)));
     if (here > most) most = here, where = first;
   }
   while (where + 1 < values.size() && values[where] != most) ++where;
-  return {most, where};
+  return where;
 }
 
 }  // namespace
@@ -60,7 +59,7 @@ std::int32_t Sampler::choose(std::span<float> logits, std::uint64_t position) {
     for (std::size_t t = 0; t < logits.size(); ++t)
       if (seen_[t]) logits[t] = logits[t] > 0 ? logits[t] / factor : logits[t] * factor;
   }
-  if (settings_.temperature == 0) return std::int32_t(highest(logits).where);
+  if (settings_.temperature == 0) return std::int32_t(first_of_highest(logits));
   return draw(logits, position);
 }
 
@@ -100,7 +99,7 @@ void Sampler::order(std::span<const float> logits, std::size_t count) {
   if (count < logits.size() / 4) {  // as many parts as tokens are wanted: no maximum of a part need be missed
     least = INFINITY;
     const std::size_t size = logits.size() / count;
-    for (std::size_t part = 0; part < count; ++part) least = std::min(least, highest(logits.subspan(part * size, size)).value);
+    for (std::size_t part = 0; part < count; ++part) least = std::min(least, highest(logits.subspan(part * size, size)));
   }
   order_.clear();
   for (std::size_t i = 0; i < logits.size(); ++i)
@@ -120,12 +119,9 @@ std::int32_t Sampler::draw_from_order(std::span<const float> logits, double u, d
   std::size_t count = order_.size();
   const double peak = double(logits[std::size_t(order_[0])]) / settings_.temperature;
   probabilities_.resize(count);
-  double own = 0;
-  for (std::size_t i = 0; i < count; ++i) {
+  for (std::size_t i = 0; i < count; ++i)
     probabilities_[i] = std::exp(double(logits[std::size_t(order_[i])]) / settings_.temperature - peak);
-    own += probabilities_[i];
-  }
-  if (whole) total = own;
+  if (whole) total = std::accumulate(probabilities_.begin(), probabilities_.end(), 0.0);
   bool cut = whole;
   if (settings_.top_p < 1) {  // the token that crosses top_p stays
     double running = probabilities_[0];
@@ -140,13 +136,9 @@ std::int32_t Sampler::draw_from_order(std::span<const float> logits, double u, d
     while (count > 1 && probabilities_[count - 1] < settings_.min_p * probabilities_[0]) --count;
     cut = true;
   }
-  double running = 0;
-  if (cut) {
-    for (std::size_t i = 0; i < count; ++i) running += probabilities_[i];
-    total = running;
-  }
+  if (cut) total = std::accumulate(probabilities_.begin(), probabilities_.begin() + std::ptrdiff_t(count), 0.0);
   const double target = u * total;
-  running = 0;
+  double running = 0;
   for (std::size_t i = 0; i < count; ++i) {
     running += probabilities_[i];
     if (running > target) return order_[i];

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pretend_device import NAME, install
@@ -11,6 +12,7 @@ from trilemma.core.errors import InputError
 from trilemma.core.recipe import Recipe, Step
 from trilemma.techniques import TECHNIQUES, Build, products
 from trilemma.techniques.apply import apply_recipe
+from trilemma.techniques.quantize.gptq import Gptq
 from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.torch_device import check_device
 
@@ -74,6 +76,17 @@ def test_device_that_is_none_is_refused(name):
 def test_device_that_is_not_here_is_refused():
     with pytest.raises(InputError, match=r"The device 'xpu:7' can not be used: .* finds cpu"):
         check_device("xpu:7")
+
+
+def test_a_device_that_is_too_small_is_named(tiny_model, tokens, monkeypatch):
+    def too_much(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. More words.")
+
+    monkeypatch.setattr(Gptq, "apply", too_much)
+    with pytest.raises(
+        InputError, match=r"'pretend' has too little memory for the technique 'gptq': CUDA out of memory"
+    ):
+        apply_recipe(tiny_model(), scheme_to_recipe("W4A8-g32-gptq"), Build(tokens, device=NAME))
 
 
 def test_cpu_is_a_device():

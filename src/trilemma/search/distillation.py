@@ -47,7 +47,7 @@ from trilemma.techniques.distill.student import (
     layer_parameters,
 )
 from trilemma.techniques.technique import Build, read_settings
-from trilemma.techniques.torch_device import check_device
+from trilemma.techniques.torch_device import check_device, within_memory
 from trilemma.techniques.training import CURVE_FILE, CurvePoint
 
 Progress = Callable[[int, int, str], None]
@@ -147,7 +147,7 @@ def distill(
     texts = _read_texts(model, [data] if isinstance(data, str | Path) else data, chosen, prepare, seed)
     work = Path(output).with_name(Path(output).name + ".training")
     build = Build(texts.windows, seed, threads, device, original=model, work=work, progress=progress)
-    with BuildMeter() as meter:
+    with BuildMeter() as meter, within_memory(device, "distillation"):
         before, lesson = _prepare_lesson(model, chosen, build, texts, limit_s, "steps" in (settings or {}))
         chosen = lesson.settings
         learned = lesson.learn("distill")

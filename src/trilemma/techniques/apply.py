@@ -28,7 +28,7 @@ from trilemma.techniques import TECHNIQUES
 from trilemma.techniques.calibration_text import read_calibration
 from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.technique import Build, Technique, TechniqueSettings, read_settings
-from trilemma.techniques.torch_device import check_device
+from trilemma.techniques.torch_device import check_device, within_memory
 
 Progress = Callable[[int, int, str], None]
 
@@ -85,6 +85,7 @@ def apply_recipe(model: Model, recipe: Recipe, build: Build) -> Model:
     Raises:
         RecipeError: wrong settings, or a step needs calibration text and `build` has none.
         UnsupportedModelError: a technique that can not work on this model.
+        InputError: the device has too little memory.
     """
     steps = check_recipe(recipe, model.config)
     for technique, settings in steps:
@@ -98,7 +99,8 @@ def apply_recipe(model: Model, recipe: Recipe, build: Build) -> Model:
         _keys(model, recipe, build) if build.work is not None and build.calibration is not None else [""] * len(steps)
     )
     for (technique, settings), key in zip(steps, keys, strict=True):
-        model = technique.apply(model, settings, replace(build, key=key))
+        with within_memory(build.device, f"the technique '{technique.name}'"):
+            model = technique.apply(model, settings, replace(build, key=key))
     return model
 
 

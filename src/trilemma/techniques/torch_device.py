@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from trilemma.core.errors import InputError, MissingExtraError
 
 _KNOWN = "Give cpu, cuda or, of several GPUs, cuda:1."
@@ -38,3 +41,20 @@ def check_device(name: str) -> str:
             "give one of these, or install a build of torch for yours."
         ) from None
     return name
+
+
+@contextmanager
+def within_memory(name: str, what: str) -> Iterator[None]:
+    """Raises InputError where the device `name` has too little memory for `what`; the CPU's is the system's affair."""
+    if name == "cpu":
+        yield
+        return
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"The device '{name}' has too little memory for {what}: {str(error).split('. ')[0]}. "
+            "Free some, use another device or cpu; what was finished is kept where the step can resume."
+        ) from None

@@ -111,8 +111,8 @@ def pool_layer(model: Model, index: int, settings: KvHeadsSettings, gram: Tensor
     heads = _Heads.read(model, index, spec)
     merged = spec.kv_heads // settings.heads
     if gram is not None:
-        gram = gram.cpu().double()  # matrices of single heads are small: the rest is computed there
-        gram /= gram.diagonal().mean().clamp(min=1e-30)
+        gram = gram.cpu().double()  # heads are small matrices: all of this is computed on the CPU
+        gram = gram / gram.diagonal().mean().clamp(min=1e-30)
         if settings.group == "similar":
             heads = heads.some(similar_groups(heads, gram, merged, settings.merge))
     groups = [heads.some(range(first, first + merged)) for first in range(0, spec.kv_heads, merged)]
