@@ -123,6 +123,7 @@ LayerConfig read_layer(const nb::dict& d) {
   }
   layer.parallel = field<bool>(d, "parallel");
   layer.post_norms = field<bool>(d, "post_norms");
+  layer.low_rank = field<int>(d, "low_rank");
   return layer;
 }
 

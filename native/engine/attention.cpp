@@ -49,7 +49,7 @@ void Context::attention(const Pass& pass, int layer, int first, int count, Atten
   forms.add(w.o);
   s.input.begin(forms, s.attended.as<float>(), q_dim, count);
   each_token(count, double(q_dim), [&](int i) { s.input.prepare(kernels_, i); });
-  multiply(kernels_, threads_, s.input, {{&w.o, out, size_t(model_->config().dim), true}});
+  products({{&w.o, out, size_t(model_->config().dim), true}});
 }
 
 // Rows' queries, keys and values, or what of them is asked for.
@@ -60,13 +60,13 @@ void Context::project(int layer, int first, int count, AttentionPart part) {
   const Product all[] = {{&w.q, scratch_.q.as<float>(), size_t(spec.q_dim())},
                          {&w.k, scratch_.k.as<float>(), size_t(spec.kv_dim())},
                          {&w.v, scratch_.v.as<float>(), size_t(spec.kv_dim())}};
-  std::span<const Product> products(all);
-  if (part == AttentionPart::kKeys) products = products.subspan(1);
-  if (part == AttentionPart::kQueries) products = products.first(1);
+  std::span<const Product> asked(all);
+  if (part == AttentionPart::kKeys) asked = asked.subspan(1);
+  if (part == AttentionPart::kQueries) asked = asked.first(1);
   InputForms forms;
-  for (const Product& p : products) forms.add(*p.linear);
+  for (const Product& p : asked) forms.add(*p.linear);
   norm(forms, weights.attention_norm, first, count);
-  multiply(kernels_, threads_, scratch_.input, products);
+  products(asked);
 }
 
 Context::AttentionPlan Context::plan_attention(const Pass& pass, int layer, int first, int count) const {

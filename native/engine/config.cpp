@@ -38,6 +38,7 @@ void DecoderConfig::validate() const {
     if (layers[i].attention) validate_attention(*layers[i].attention, where);
     if (layers[i].ffn) require(layers[i].ffn->hidden > 0, where + "ffn.hidden must be positive.");
     if (layers[i].experts) validate_experts(*layers[i].experts, where);
+    require(layers[i].low_rank >= 0, where + "low_rank must not be negative.");
     require(!(layers[i].ffn && layers[i].experts), where + "a layer has a dense block or experts, not both.");
   }
 }

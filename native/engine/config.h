@@ -62,6 +62,7 @@ struct LayerConfig {
   std::optional<ExpertsSpec> experts;
   bool parallel = false;    // both parts read the layer's input
   bool post_norms = false;  // a part's output is normed before it is added
+  int low_rank = 0;         // of the pair beside each matrix but a router; 0: none
 };
 
 enum class NormKind { kRms, kLayer };

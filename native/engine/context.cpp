@@ -48,13 +48,15 @@ void Context::reserve(const ScratchPlan& plan) {
   forms.add(model_->head());
   for (const LayerWeights& layer : model_->layers()) forms.add(layer);
   s.input.reserve(kernels_, forms, plan.columns, plan.rows, plan.split);
+  s.low_rank = AlignedBuffer(plan.low_rank);
+  if (plan.rank) s.low_input.reserve(kernels_, forms, plan.rank, plan.low_rows, true);
 }
 
 MemoryUse Context::memory() const {
   const Scratch& s = scratch_;
-  std::size_t scratch = kv_.table_bytes() + rope_.bytes() + s.input.bytes() + s.routing.bytes();
+  std::size_t scratch = kv_.table_bytes() + rope_.bytes() + s.input.bytes() + s.low_input.bytes() + s.routing.bytes();
   for (const AlignedBuffer* b : {&s.x, &s.normed, &s.q, &s.k, &s.v, &s.attended, &s.partial, &s.gate, &s.up, &s.part[0], &s.part[1],
-                                 &s.scores, &s.gathered, &s.routed})
+                                 &s.scores, &s.gathered, &s.routed, &s.low_rank})
     scratch += b->bytes();
   return {model_->weights_bytes(), kv_.bytes(), scratch};
 }

@@ -64,8 +64,9 @@ class Context {
     AlignedBuffer partial;  // attention of a few heads over many positions: what each chunk of them adds
     AlignedBuffer part[2];  // outputs that wait for their norm or for the other part of a parallel layer
     AlignedBuffer scores, gathered, routed;  // experts: (chunk, router rows); (rows, dim) going in and coming out
+    AlignedBuffer low_rank;  // what the first of each pair gives, and the second multiplies
     Routing routing;
-    ProductInput input;
+    ProductInput input, low_input;
     int pass = 0, chunk = 0;
     int rows = 0;  // of gate, up and the product input: a chunk, or the experts of one token
   };
@@ -97,6 +98,9 @@ class Context {
   void add_part(const Norm& post_norm, float* rows, float* x, int count);
   float* write_logits(const Pass& pass, float* logits);
   void norm(const InputForms& forms, const Norm& norm, int first, int count);
+  // Products of the input at hand, with what low-rank pairs add to them.
+  void products(std::span<const Product> products);
+  void products(std::initializer_list<Product> list) { products(std::span(list.begin(), list.size())); }
   void norm_row(const Norm& norm, const float* x, float* out) const;
   // run(first, count) for rows that go through a layer together.
   template <class Run>

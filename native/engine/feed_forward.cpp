@@ -27,13 +27,13 @@ void Context::dense(const FfnSpec& spec, const FfnWeights& w, int count, float* 
   Scratch& s = scratch_;
   float *gate = s.gate.as<float>(), *up = s.up.as<float>();
   if (spec.gated)
-    multiply(kernels_, threads_, s.input, {{&w.gate, gate, ld}, {&w.up, up, hidden}});
+    products({{&w.gate, gate, ld}, {&w.up, up, hidden}});
   else
-    multiply(kernels_, threads_, s.input, {{&w.up, gate, ld}});
+    products({{&w.up, gate, ld}});
   InputForms forms;
   forms.add(w.down);
   activate(spec, forms, {&count, 1});
-  multiply(kernels_, threads_, s.input, {{&w.down, out, size_t(model_->config().dim), true}});
+  products({{&w.down, out, size_t(model_->config().dim), true}});
 }
 
 // gate = f(gate) * up for all rows; the result becomes the product input.
@@ -55,7 +55,7 @@ void Context::experts(const ExpertsSpec& spec, const ExpertsWeights& w, int coun
   const size_t dim = size_t(model_->config().dim), scores_ld = size_t(spec.router_rows());
   Scratch& s = scratch_;
   float* scores = s.scores.as<float>();
-  multiply(kernels_, threads_, s.input, {{&w.router, scores, scores_ld}});
+  products({{&w.router, scores, scores_ld}});
   if (spec.shared_hidden) dense(spec.shared(), w.shared, count, out);
   s.routing.begin(spec, count);
   each_token(count, double(scores_ld) * (spec.active + 4), [&](int i) {
@@ -99,9 +99,9 @@ void Context::run_experts(const ExpertsSpec& spec, const ExpertsWeights& w, int 
     std::memcpy(s.gathered.as<float>() + size_t(i) * dim_ld, from, dim * sizeof(float));
     s.input.prepare(kernels_, i);
   });
-  multiply(kernels_, threads_, s.input, in_products);
+  products(in_products);
   activate(spec.one(), down_forms, rows_of_parts);
-  multiply(kernels_, threads_, s.input, out_products);
+  products(out_products);
   each_token(count, double(dim) * spec.active, [&](int i) {
     for (int j = 0; j < spec.active; ++j) {
       const int row = routing.row(i, j) - base;

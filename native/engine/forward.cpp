@@ -114,6 +114,32 @@ void Context::norm(const InputForms& forms, const Norm& norm, int first, int cou
   });
 }
 
+// y = W x, then y += b (a x): the first of each pair runs beside the matrices, the second ones as parts of an input of
+// their own.
+void Context::products(std::span<const Product> asked) {
+  Scratch& s = scratch_;
+  const LowRank* any = asked[0].linear->low_rank;  // all of a layer's products have one or none
+  if (!any) return multiply(kernels_, threads_, s.input, asked);
+  const int rank = any->rank();
+  const size_t ld = round_up(size_t(rank), kBlock);
+  std::vector<Product> first(asked.begin(), asked.end()), second;
+  std::vector<int> rows_of_parts;
+  InputForms forms;
+  int rows = 0;
+  for (const Product& p : asked) {
+    const LowRank& pair = *p.linear->low_rank;
+    first.push_back({&pair.a, s.low_rank.as<float>() + size_t(rows) * ld, ld, false, p.part});
+    second.push_back({&pair.b, p.y, p.ld, true, int(rows_of_parts.size())});
+    forms.add(pair.b);
+    rows_of_parts.push_back(s.input.rows(p.part));
+    rows += rows_of_parts.back();
+  }
+  multiply(kernels_, threads_, s.input, first);
+  s.low_input.begin(forms, s.low_rank.as<float>(), rank, rows_of_parts);
+  each_token(rows, double(rank), [&](int i) { s.low_input.prepare(kernels_, i); });
+  multiply(kernels_, threads_, s.low_input, second);
+}
+
 // x + attention, then x + ffn of that; in a parallel layer the ffn reads x first and waits apart.
 void Context::run_layer(const Pass& pass, int layer, int first, int count, AttentionPart part) {
   const LayerConfig& spec = model_->config().layers[size_t(layer)];

@@ -14,6 +14,9 @@ namespace {
 constexpr int kDefaultChunk = 128, kTilesChunk = 256;
 constexpr long long kTilesCells = 192 * 8192;  // tokens x channels of the widest dense layer
 
+// Products of one input: queries, keys and values.
+constexpr int kMostProducts = 3;
+
 // Of all layers, the widest.
 struct Widths {
   size_t q = 0, kv = 0, hidden = 0, scores = 0, partial = 0;
@@ -99,6 +102,9 @@ ScratchPlan plan_scratch(const DecoderConfig& config, const ContextOptions& opti
   if (apart) plan.part[0] = floats(plan.chunk, dim);
   if (both_apart) plan.part[1] = floats(plan.chunk, dim);
   plan.columns = int(std::max({dim, w.q, w.hidden}));
+  for (const LayerConfig& layer : config.layers) plan.rank = std::max(plan.rank, layer.low_rank);
+  if (plan.rank) plan.low_rows = kMostProducts * plan.rows;
+  plan.low_rank = floats(plan.low_rows, round_up(size_t(plan.rank), kBlock));
   if (!plan.split) return plan;
   plan.scores = floats(plan.chunk, w.scores);
   plan.gathered = floats(plan.rows, wide);
@@ -111,8 +117,10 @@ MemoryUse plan_memory(const DecoderConfig& config, const InputForms& forms, cons
   validate(config, options);
   const ScratchPlan s = plan_scratch(config, options);
   const std::size_t buffers = s.x + s.normed + s.q + s.k + s.v + s.attended + s.partial + s.gate + s.up + s.part[0] + s.part[1] +
-                              s.scores + s.gathered + s.routed;
-  const std::size_t derived = ProductInput::bytes_of(pick_kernels(options.isa), forms, s.columns, s.rows, s.split);
+                              s.scores + s.gathered + s.routed + s.low_rank;
+  const Kernels& kernels = pick_kernels(options.isa);
+  std::size_t derived = ProductInput::bytes_of(kernels, forms, s.columns, s.rows, s.split);
+  if (s.rank) derived += ProductInput::bytes_of(kernels, forms, s.rank, s.low_rows, true);
   const KvPool::Bytes kv = KvPool::bytes_of(config, options.pool());
   const std::size_t scratch = buffers + derived + kv.tables + Routing::bytes_of(s.pairs, s.firsts) +
                               RopeTables::bytes_of(config, options.max_context);

@@ -35,6 +35,8 @@ struct ScratchPlan {
   std::size_t partial = 0;
   std::size_t part[2] = {0, 0};
   std::size_t scores = 0, gathered = 0, routed = 0;
+  int rank = 0, low_rows = 0;  // of the widest low-rank pair; of all pairs' inner vectors in one product call
+  std::size_t low_rank = 0;
   std::size_t pairs = 0, firsts = 0;  // entries of the routing
 };
 

@@ -13,6 +13,9 @@ std::string expert_prefix(const std::string& ffn, int expert) {
   return ffn + "experts." + std::to_string(expert) + ".";
 }
 
+// Of a product's name, that of its low-rank pair.
+std::string low_rank_of(const std::string& product) { return product + "_low_rank"; }
+
 std::string shape_text(std::pair<int, int> shape) {
   if (shape.second == 0) return "(" + std::to_string(shape.first) + ",)";
   return "(" + std::to_string(shape.first) + ", " + std::to_string(shape.second) + ")";
@@ -34,28 +37,35 @@ void Model::expect(const std::string& part, int rows, int cols, bool bias) {
   if (bias) expected_[part + ".bias"] = {rows, 0};
 }
 
+void Model::expect_corrected(const std::string& part, int rows, int cols, bool bias, int rank) {
+  expect(part, rows, cols, bias);
+  if (rank == 0) return;
+  expect(low_rank_of(part) + ".a", rank, cols, false);
+  expect(low_rank_of(part) + ".b", rows, rank, false);
+}
+
 void Model::expect_norm(const std::string& part) { expect(part, config_.dim, 0, config_.norm_bias); }
 
-void Model::expect_attention(const std::string& prefix, const AttentionSpec& a) {
-  expect(prefix + "q", a.q_dim(), config_.dim, a.qkv_bias);
-  expect(prefix + "k", a.kv_dim(), config_.dim, a.qkv_bias);
-  expect(prefix + "v", a.kv_dim(), config_.dim, a.qkv_bias);
-  expect(prefix + "o", config_.dim, a.q_dim(), a.o_bias);
+void Model::expect_attention(const std::string& prefix, const AttentionSpec& a, int rank) {
+  expect_corrected(prefix + "q", a.q_dim(), config_.dim, a.qkv_bias, rank);
+  expect_corrected(prefix + "k", a.kv_dim(), config_.dim, a.qkv_bias, rank);
+  expect_corrected(prefix + "v", a.kv_dim(), config_.dim, a.qkv_bias, rank);
+  expect_corrected(prefix + "o", config_.dim, a.q_dim(), a.o_bias, rank);
   if (!a.qk_norm) return;
   expect(prefix + "q_norm", a.head_dim, 0, false);
   expect(prefix + "k_norm", a.head_dim, 0, false);
 }
 
-void Model::expect_ffn(const std::string& prefix, const FfnSpec& f) {
-  if (f.gated) expect(prefix + "gate", f.hidden, config_.dim, f.bias);
-  expect(prefix + "up", f.hidden, config_.dim, f.bias);
-  expect(prefix + "down", config_.dim, f.hidden, f.bias || f.down_bias);
+void Model::expect_ffn(const std::string& prefix, const FfnSpec& f, int rank) {
+  if (f.gated) expect_corrected(prefix + "gate", f.hidden, config_.dim, f.bias, rank);
+  expect_corrected(prefix + "up", f.hidden, config_.dim, f.bias, rank);
+  expect_corrected(prefix + "down", config_.dim, f.hidden, f.bias || f.down_bias, rank);
 }
 
-void Model::expect_experts(const std::string& prefix, const ExpertsSpec& e) {
+void Model::expect_experts(const std::string& prefix, const ExpertsSpec& e, int rank) {
   expect(prefix + "router", e.router_rows(), config_.dim, false);
-  if (e.shared_hidden) expect_ffn(prefix + "shared.", e.shared());
-  for (int i = 0; i < e.count; ++i) expect_ffn(expert_prefix(prefix, i), e.one());
+  if (e.shared_hidden) expect_ffn(prefix + "shared.", e.shared(), rank);
+  for (int i = 0; i < e.count; ++i) expect_ffn(expert_prefix(prefix, i), e.one(), rank);
   if (e.down_bias) expected_[prefix + "down.bias"] = {config_.dim, 0};
 }
 
@@ -63,13 +73,13 @@ void Model::expect_layer(const std::string& prefix, const LayerConfig& layer) {
   if (layer.attention) {
     expect_norm(prefix + "attention_norm");
     if (layer.post_norms) expect_norm(prefix + "attention_post_norm");
-    expect_attention(prefix + "attention.", *layer.attention);
+    expect_attention(prefix + "attention.", *layer.attention, layer.low_rank);
   }
   if (!layer.ffn && !layer.experts) return;
   expect_norm(prefix + "ffn_norm");
   if (layer.post_norms) expect_norm(prefix + "ffn_post_norm");
-  if (layer.ffn) expect_ffn(prefix + "ffn.", *layer.ffn);
-  if (layer.experts) expect_experts(prefix + "ffn.", *layer.experts);
+  if (layer.ffn) expect_ffn(prefix + "ffn.", *layer.ffn, layer.low_rank);
+  if (layer.experts) expect_experts(prefix + "ffn.", *layer.experts, layer.low_rank);
 }
 
 void Model::add_matrix(const std::string& name, Matrix matrix) {
@@ -106,7 +116,9 @@ const Matrix& Model::matrix(const std::string& name) const {
 const float* Model::vector(const std::string& name) const { return vectors_.at(name).as<float>(); }
 
 Linear Model::linear(const std::string& prefix, bool bias) const {
-  return {&matrices_.at(prefix + ".weight"), bias ? vector(prefix + ".bias") : nullptr};
+  const auto pair = low_ranks_.find(prefix);
+  return {&matrices_.at(prefix + ".weight"), bias ? vector(prefix + ".bias") : nullptr,
+          pair == low_ranks_.end() ? nullptr : &pair->second};
 }
 
 Norm Model::norm(const std::string& prefix) const {
@@ -155,6 +167,12 @@ void Model::finalize() {
   for (const auto& [name, shape] : expected_)
     if (!matrices_.contains(name) && !vectors_.contains(name))
       throw EngineFault("Tensor '" + name + "' of shape " + shape_text(shape) + " is missing.");
+  const std::string inner = low_rank_of("") + ".a.weight";
+  for (const auto& [name, shape] : expected_) {
+    if (!name.ends_with(inner)) continue;
+    const std::string product = name.substr(0, name.size() - inner.size());
+    low_ranks_[product] = {linear(low_rank_of(product) + ".a", false), linear(low_rank_of(product) + ".b", false)};
+  }
   layers_.clear();
   for (size_t i = 0; i < config_.layers.size(); ++i) layers_.push_back(layer(prefix_of(int(i)), config_.layers[i]));
   embedding_ = &matrices_.at("embedding.weight");

@@ -10,9 +10,19 @@
 
 namespace trilemma {
 
+struct LowRank;
+
 struct Linear {
   const Matrix* weight = nullptr;
   const float* bias = nullptr;
+  const LowRank* low_rank = nullptr;
+};
+
+// What is added to a product W x: b (a x), with a (rank, in) and b (out, rank).
+struct LowRank {
+  Linear a, b;
+
+  int rank() const { return a.weight->rows(); }
 };
 
 struct Norm {
@@ -41,6 +51,18 @@ struct LayerWeights {
   AttentionWeights attention;
   FfnWeights ffn;
   ExpertsWeights experts;
+
+  // visit(linear) for every product; those that the layer has not have no weight.
+  template <class Visit>
+  void each_linear(const Visit& visit) const {
+    const auto block = [&](const FfnWeights& w) {
+      for (const Linear* l : {&w.gate, &w.up, &w.down}) visit(*l);
+    };
+    for (const Linear* l : {&attention.q, &attention.k, &attention.v, &attention.o, &experts.router}) visit(*l);
+    block(ffn);
+    block(experts.shared);
+    for (const FfnWeights& expert : experts.experts) block(expert);
+  }
 };
 
 class Model {
@@ -73,10 +95,12 @@ class Model {
 
  private:
   void expect(const std::string& part, int rows, int cols, bool bias);
+  // A matrix, and beside it a pair of that rank.
+  void expect_corrected(const std::string& part, int rows, int cols, bool bias, int rank);
   void expect_norm(const std::string& part);
-  void expect_attention(const std::string& prefix, const AttentionSpec& a);
-  void expect_ffn(const std::string& prefix, const FfnSpec& f);
-  void expect_experts(const std::string& prefix, const ExpertsSpec& e);
+  void expect_attention(const std::string& prefix, const AttentionSpec& a, int rank);
+  void expect_ffn(const std::string& prefix, const FfnSpec& f, int rank);
+  void expect_experts(const std::string& prefix, const ExpertsSpec& e, int rank);
   void expect_layer(const std::string& prefix, const LayerConfig& layer);
 
   const float* vector(const std::string& name) const;
@@ -92,6 +116,7 @@ class Model {
   std::map<std::string, std::pair<int, int>> expected_;
   std::map<std::string, Matrix> matrices_;
   std::map<std::string, AlignedBuffer> vectors_;
+  std::map<std::string, LowRank> low_ranks_;  // by the name of their product
   std::vector<LayerWeights> layers_;
   const Matrix* embedding_ = nullptr;
   const Matrix* positions_ = nullptr;

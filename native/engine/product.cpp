@@ -105,18 +105,14 @@ void InputForms::add(Activation activation, Matrix::Layout layout, const Grid& g
 
 void InputForms::add(const Linear& linear) {
   if (const Matrix* w = linear.weight) add(w->activation(), w->layout(), w->grid());
-}
-
-void InputForms::add(const FfnWeights& ffn) {
-  for (const Linear* l : {&ffn.gate, &ffn.up, &ffn.down}) add(*l);
+  if (linear.low_rank) add(linear.low_rank->a);
 }
 
 void InputForms::add(const LayerWeights& layer) {
-  const AttentionWeights& a = layer.attention;
-  for (const Linear* l : {&a.q, &a.k, &a.v, &a.o, &layer.experts.router}) add(*l);
-  add(layer.ffn);
-  add(layer.experts.shared);
-  for (const FfnWeights& expert : layer.experts.experts) add(expert);
+  layer.each_linear([&](const Linear& l) {
+    add(l);
+    if (l.low_rank) add(l.low_rank->b);
+  });
 }
 
 ProductInput::Sizes ProductInput::sizes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows,

@@ -20,8 +20,9 @@ struct InputForms {
 
   // Of a matrix in that layout; `grid` counts where it lies in panels.
   void add(Activation activation, Matrix::Layout layout, const Grid& grid);
+  // What multiplies the linear's own input: its weight, and the first of a low-rank pair.
   void add(const Linear& linear);
-  void add(const FfnWeights& ffn);
+  // All products of a layer, the second ones of pairs included.
   void add(const LayerWeights& layer);
   // Kernels with products of bf16 take that form in tiles, others as rows of rounded f32.
   bool rounds_rows(const Kernels& kernels) const { return bf16_rows || (bf16 && !kernels.bf16); }
@@ -80,7 +81,7 @@ struct Product {
   int part = 0;  // of the input; `y` is the first row of this part's output
 };
 
-// Runs the products (all of the same input) as one parallel job.
+// Runs the products (all of the same input) as one parallel job, without what low-rank pairs add.
 void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::span<const Product> products);
 inline void multiply(const Kernels& kernels, int threads, const ProductInput& input,
                      std::initializer_list<Product> products) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from family_cases import BASE, CASES
+from family_cases import BASE, CASES, with_low_rank
 from trilemma.core.errors import InputError, UnsupportedModelError
 from trilemma.formats.artifact import load_any
 from trilemma.runtime.engine import EngineOptions
@@ -53,11 +53,12 @@ def test_contexts_policies_and_sequences(tiny_model, kv, context, sequences):
 @pytest.mark.parametrize("context", [1, 3, 64])
 def test_experts(random_model, experts_config, options, context):
     check(random_model(experts_config(**options)), context, "bf16")
+    check(random_model(with_low_rank(experts_config(**options), 9)), context, "bf16")
 
 
 @pytest.mark.parametrize("scheme", [
     "bf16", "W8A16", "W4A8-g64-asym-gptq", "W4A16-g32-gptq", "W4A8-g32-gptq-kv8", "W6A8-g32", "W3A8-g16", "W3A8-g64",
-    "W2A8-g16-asym", "W2A16-g32-asym",
+    "W2A8-g16-asym", "W2A16-g32-asym", "W4A8-g64-asym+eora7", "W4A16-g32+eora24",
 ])  # fmt: skip
 def test_inputs_in_every_form(tiny_model, scheme):
     twin = cost_twin(tiny_model(), scheme_to_recipe(scheme))

@@ -12,6 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from family_cases import with_low_rank
 from trilemma import _native
 from trilemma.core.errors import CheckpointError, EngineError, InputError, UnsupportedModelError
 from trilemma.formats import FORMATS
@@ -54,10 +55,14 @@ def context_of(model: Model, **settings) -> _native.Context:
     return _native.Context(load_weights(model), **(defaults | settings))
 
 
-@pytest.fixture(params=["f32", "int8-channel", "int4-g32-asym"])
-def odd_model(request, tiny_model) -> Model:
+@pytest.fixture(params=[("f32", 0), ("int8-channel", 0), ("int4-g32-asym", 0), ("f32", 5), ("int8-g32", 40)], ids=str)
+def odd_model(request, tiny_model, random_model) -> Model:
+    """Of some format, perhaps with low-rank pairs."""
+    format_name, rank = request.param
     model = tiny_model(seed=3, **ODD)
-    return model if request.param == "f32" else quantized(model, request.param, "int8-g32")
+    if rank:
+        model = random_model(with_low_rank(model.config, rank), 3)
+    return model if format_name == "f32" else quantized(model, format_name, "int8-g32")
 
 
 @pytest.mark.parametrize("kv", KV)

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from family_cases import CASES
+from family_cases import CASES, with_low_rank
 from trilemma.model.checkpoint import read_checkpoint
+from trilemma.model.config import is_low_rank
+from trilemma.model.model import Model
 from trilemma.runtime import ENGINES, EngineOptions
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
@@ -20,7 +22,25 @@ TOLERANCE = 3e-4  # largest difference of f32 logits; they are of the order of 1
 @pytest.mark.parametrize("case", CASES)
 def test_native_equals_torch(case, save_hf, random_generator):
     kind, options = CASES[case]
+    check_equal(read_checkpoint(save_hf(kind, **options)[1]), random_generator)
+
+
+@pytest.mark.parametrize("case", ["gemma3", "gpt2", "gpt_neox", "mixtral", "qwen3_moe every second layer, window"])
+@pytest.mark.parametrize("rank", [1, 16, 35])
+def test_native_equals_torch_with_low_rank_pairs(case, rank, save_hf, random_generator):
+    kind, options = CASES[case]
     model = read_checkpoint(save_hf(kind, **options)[1])
+    paired = model.with_config(with_low_rank(model.config, rank))
+    shapes = {name: shape for name, shape in paired.config.tensor_shapes().items() if is_low_rank(name)}
+    assert shapes
+    pairs = {
+        name: (random_generator.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    check_equal(paired.with_tensors(pairs), random_generator)
+
+
+def check_equal(model: Model, random_generator: np.random.Generator) -> None:
     tokens = random_generator.integers(0, model.config.vocab_size, 41).astype(np.int32)
     found = []
     for name in ("torch", "native"):

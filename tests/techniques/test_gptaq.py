@@ -144,7 +144,7 @@ def test_the_wanted_weight_is_the_damped_least_squares_of_all_tokens(random_gene
         np.vstack([after, strength * np.eye(columns)]), np.vstack([wanted_outputs, strength * weight.T]), rcond=None
     )[0].T
     start = torch.from_numpy(weight.astype(np.float32))
-    missing = missing_outputs(start, pair, settings)
+    missing = missing_outputs(start, pair, settings.pull, settings.drift)
     found = (start + find_feedback(pair.matrix, settings).solve(missing)).numpy()
     np.testing.assert_allclose(found, wanted, atol=2e-4)
 

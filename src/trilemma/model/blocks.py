@@ -47,10 +47,39 @@ class LayerNorm(RmsNorm):
         return wide - wide.mean(-1, keepdim=True)
 
 
-class AttentionBlock(nn.Module):
+class LowRank(nn.Module):
+    """b (a x): what is added to the product of a matrix that it stands beside."""
+
+    def __init__(self, linear: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.a = nn.Linear(linear.in_features, rank, bias=False)
+        self.b = nn.Linear(rank, linear.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x))
+        return out
+
+
+class Products(nn.Module):
+    """A block of matrices, each perhaps with a low-rank pair beside it."""
+
+    def add_low_ranks(self, rank: int) -> None:
+        """Put a pair of that rank beside each matrix that is there, as `<name>_low_rank`; of rank 0 none."""
+        for name, linear in list(self.named_children()):
+            if rank and isinstance(linear, nn.Linear):
+                self.add_module(f"{name}_low_rank", LowRank(linear, rank))
+
+    def product(self, name: str, x: Tensor) -> Tensor:
+        """What matrix `name` makes of x (..., in), and its pair adds: (..., out)."""
+        out: Tensor = getattr(self, name)(x)
+        pair: LowRank | None = getattr(self, f"{name}_low_rank", None)
+        return out if pair is None else out + pair(x)
+
+
+class AttentionBlock(Products):
     """Grouped-query attention with rotary embedding, causal, perhaps within a window."""
 
-    def __init__(self, spec: Attention, dim: int, norm_eps: float) -> None:
+    def __init__(self, spec: Attention, dim: int, norm_eps: float, low_rank: int = 0) -> None:
         super().__init__()
         self.spec = spec
         q_dim, kv_dim = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -60,13 +89,15 @@ class AttentionBlock(nn.Module):
         self.q_norm = RmsNorm(spec.head_dim, norm_eps) if spec.qk_norm else None
         self.k_norm = RmsNorm(spec.head_dim, norm_eps) if spec.qk_norm else None
         self.o = nn.Linear(q_dim, dim, bias=spec.o_bias)
+        self.add_low_ranks(low_rank)
 
     def forward(self, x: Tensor, positions: Tensor, slot: KvSlot | None = None) -> Tensor:
         batch, time, _ = x.shape
         spec = self.spec
-        q = self.q(x).view(batch, time, spec.heads, spec.head_dim).transpose(1, 2)  # (batch, heads, time, head_dim)
-        k = self.k(x).view(batch, time, spec.kv_heads, spec.head_dim).transpose(1, 2)
-        v = self.v(x).view(batch, time, spec.kv_heads, spec.head_dim).transpose(1, 2)
+        # (batch, heads, time, head_dim)
+        q = self.product("q", x).view(batch, time, spec.heads, spec.head_dim).transpose(1, 2)
+        k = self.product("k", x).view(batch, time, spec.kv_heads, spec.head_dim).transpose(1, 2)
+        v = self.product("v", x).view(batch, time, spec.kv_heads, spec.head_dim).transpose(1, 2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if spec.rope is not None:
@@ -75,27 +106,26 @@ class AttentionBlock(nn.Module):
         if slot is not None:
             k, v = slot.append(k, v)
         out = attend(q, k, v, spec)  # (batch, heads, time, head_dim)
-        mixed: Tensor = self.o(out.transpose(1, 2).reshape(batch, time, -1))
-        return mixed
+        return self.product("o", out.transpose(1, 2).reshape(batch, time, -1))
 
 
-class FeedForward(nn.Module):
+class FeedForward(Products):
     """down(act(gate x) * up x), or down(act(up x)) without a gate."""
 
-    def __init__(self, spec: Dense, dim: int) -> None:
+    def __init__(self, spec: Dense, dim: int, low_rank: int = 0) -> None:
         super().__init__()
         self.spec = spec
         self.gate = nn.Linear(dim, spec.hidden, bias=spec.bias) if spec.gated else None
         self.up = nn.Linear(dim, spec.hidden, bias=spec.bias)
         self.down = nn.Linear(spec.hidden, dim, bias=spec.bias or spec.down_bias)
+        self.add_low_ranks(low_rank)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate is None:
-            hidden = activate(self.up(x), self.spec.activation)
+            hidden = activate(self.product("up", x), self.spec.activation)
         else:
-            hidden = activate(self.gate(x), self.spec.activation) * self.up(x)
-        out: Tensor = self.down(hidden)
-        return out
+            hidden = activate(self.product("gate", x), self.spec.activation) * self.product("up", x)
+        return self.product("down", hidden)
 
 
 class Bias(nn.Module):
@@ -112,14 +142,14 @@ class Bias(nn.Module):
 class ExpertBlock(nn.Module):
     """Some of many feed-forward blocks, chosen for every token by a router; see `config.Experts`."""
 
-    def __init__(self, spec: Experts, dim: int) -> None:
+    def __init__(self, spec: Experts, dim: int, low_rank: int = 0) -> None:
         super().__init__()
         self.spec = spec
         dense = Dense(hidden=spec.hidden, activation=spec.activation)
         shared = Dense(hidden=spec.shared_hidden, activation=spec.activation)
         self.router = nn.Linear(dim, spec.router_rows, bias=False)
-        self.shared = FeedForward(shared, dim) if spec.shared_hidden else None
-        self.experts = nn.ModuleList(FeedForward(dense, dim) for _ in range(spec.count))
+        self.shared = FeedForward(shared, dim, low_rank) if spec.shared_hidden else None
+        self.experts = nn.ModuleList(FeedForward(dense, dim, low_rank) for _ in range(spec.count))
         self.down = Bias(dim) if spec.down_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -158,12 +188,12 @@ class DecoderLayer(nn.Module):
     def __init__(self, spec: LayerSpec, config: DecoderConfig) -> None:
         super().__init__()
         self.spec = spec
-        attention, ffn, post = spec.attention, spec.ffn, spec.post_norms
+        attention, ffn, post, rank = spec.attention, spec.ffn, spec.post_norms, spec.low_rank
         self.attention_norm = make_norm(config) if attention else None
-        self.attention = AttentionBlock(attention, config.dim, config.norm_eps) if attention else None
+        self.attention = AttentionBlock(attention, config.dim, config.norm_eps, rank) if attention else None
         self.attention_post_norm = make_norm(config) if attention and post else None
         self.ffn_norm = make_norm(config) if ffn else None
-        self.ffn = make_ffn(ffn, config.dim) if ffn else None
+        self.ffn = make_ffn(ffn, config.dim, rank) if ffn else None
         self.ffn_post_norm = make_norm(config) if ffn and post else None
 
     def forward(self, x: Tensor, positions: Tensor | None = None, slot: KvSlot | None = None) -> Tensor:
@@ -186,9 +216,9 @@ def make_norm(config: DecoderConfig) -> RmsNorm:
     return kind(config.dim, config.norm_eps, bias=config.norm_bias)
 
 
-def make_ffn(spec: Dense | Experts, dim: int) -> FeedForward | ExpertBlock:
+def make_ffn(spec: Dense | Experts, dim: int, low_rank: int = 0) -> FeedForward | ExpertBlock:
     """The feed-forward module of a layer: (batch, time, dim) in and out."""
-    return FeedForward(spec, dim) if isinstance(spec, Dense) else ExpertBlock(spec, dim)
+    return FeedForward(spec, dim, low_rank) if isinstance(spec, Dense) else ExpertBlock(spec, dim, low_rank)
 
 
 def rotary_tables(rope: Rope, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ Norms have a `.bias` too where `norm_bias` is set. Instead of a dense block, exp
     layers.{i}.ffn.router.weight (experts, dim), twice the rows for the router kind 'glu'
     layers.{i}.ffn.experts.{e}.{gate,up,down}.weight
     layers.{i}.ffn.shared.{gate,up,down}.weight (with shared_hidden)
+Beside each of a layer's matrices but the router, where it has a `low_rank`, a pair whose product adds to it:
+    layers.{i}.attention.{q,k,v,o}_low_rank.a.weight (low_rank, in)   ..._low_rank.b.weight (out, low_rank)
 A layer with `attention=None` or `ffn=None` has none of that part's tensors, norms included.
 """
 
@@ -25,7 +27,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator
 from functools import partial
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -113,12 +115,14 @@ class LayerSpec(Record):
 
     `parallel`: both parts read the layer's input, x + attention(norm x) + ffn(ffn_norm x).
     `post_norms`: each part's output is normed before it is added.
+    `low_rank`: of the pair beside each matrix W but the router, (W + b a) x; 0 for none.
     """
 
     attention: Attention | None
     ffn: Dense | Experts | None
     parallel: bool = False
     post_norms: bool = False
+    low_rank: Annotated[int, Field(ge=0)] = 0
 
 
 # A mixture of experts has tens of thousands of tensors, whose shapes are asked for at each of them. The memory is not
@@ -168,12 +172,13 @@ class DecoderConfig(Record):
             prefix = f"layers.{index}"
             if layer.attention is not None:
                 shapes |= self._norm_shapes(f"{prefix}.attention_norm")
-                shapes |= dict(_attention_shapes(f"{prefix}.attention", layer.attention, self.dim))
+                attention = _attention_shapes(f"{prefix}.attention", layer.attention, self.dim)
+                shapes |= dict(_with_pairs(attention, layer.low_rank))
                 if layer.post_norms:
                     shapes |= self._norm_shapes(f"{prefix}.attention_post_norm")
             if layer.ffn is not None:
                 shapes |= self._norm_shapes(f"{prefix}.ffn_norm")
-                shapes |= dict(_ffn_shapes(f"{prefix}.ffn", layer.ffn, self.dim))
+                shapes |= dict(_with_pairs(_ffn_shapes(f"{prefix}.ffn", layer.ffn, self.dim), layer.low_rank))
                 if layer.post_norms:
                     shapes |= self._norm_shapes(f"{prefix}.ffn_post_norm")
         shapes |= self._norm_shapes("final_norm")
@@ -195,12 +200,33 @@ class DecoderConfig(Record):
         return shapes | {f"{name}.bias": (self.dim,)} if self.norm_bias else shapes
 
 
+_LOW_RANK = "_low_rank"
 NamedShapes = Iterator[tuple[str, tuple[int, ...]]]
 
 
 def is_router(name: str) -> bool:
     """Whether a canonical tensor chooses experts: small, and a wrong choice costs much, so it stays unquantized."""
     return name.endswith(".router.weight")
+
+
+def low_rank_names(name: str) -> tuple[str, str]:
+    """Names of the pair (a, b) beside a matrix of a layer."""
+    prefix = name.removesuffix(".weight") + _LOW_RANK
+    return f"{prefix}.a.weight", f"{prefix}.b.weight"
+
+
+def is_low_rank(name: str) -> bool:
+    """Whether a canonical tensor is one of a low-rank pair."""
+    return _LOW_RANK in name
+
+
+def _with_pairs(shapes: NamedShapes, rank: int) -> NamedShapes:
+    for name, shape in shapes:
+        yield name, shape
+        if rank and len(shape) == 2 and not is_router(name):
+            a, b = low_rank_names(name)
+            yield a, (rank, shape[1])
+            yield b, (shape[0], rank)
 
 
 def _attention_shapes(prefix: str, spec: Attention, dim: int) -> NamedShapes:

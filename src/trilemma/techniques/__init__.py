@@ -14,6 +14,7 @@ TECHNIQUES: Registry[type[Technique]] = Registry(
         "gptq": "trilemma.techniques.quantize.gptq:Gptq",
         "gptaq": "trilemma.techniques.quantize.gptaq:Gptaq",
         "sign-rounding": "trilemma.techniques.quantize.sign_rounding:SignRounding",
+        "eora": "trilemma.techniques.quantize.eora:Eora",
         "rotate": "trilemma.techniques.quantize.rotate:Rotate",
         "awq": "trilemma.techniques.quantize.awq:Awq",
         "tune-norms": "trilemma.techniques.distill.tune_norms:TuneNorms",

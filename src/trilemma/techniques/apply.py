@@ -27,6 +27,7 @@ from trilemma.model.write import model_hash
 from trilemma.techniques import TECHNIQUES
 from trilemma.techniques.calibration_text import read_calibration
 from trilemma.techniques.schemes import scheme_to_recipe
+from trilemma.techniques.stored import has_packed_layers
 from trilemma.techniques.technique import Build, Technique, TechniqueSettings, read_settings
 from trilemma.techniques.torch_device import check_device, within_memory
 
@@ -99,6 +100,8 @@ def apply_recipe(model: Model, recipe: Recipe, build: Build) -> Model:
         _keys(model, recipe, build) if build.work is not None and build.calibration is not None else [""] * len(steps)
     )
     for (technique, settings), key in zip(steps, keys, strict=True):
+        if not has_packed_layers(model):
+            build = replace(build, unquantized=model)
         with within_memory(build.device, f"the technique '{technique.name}'"):
             model = technique.apply(model, settings, replace(build, key=key))
     return model

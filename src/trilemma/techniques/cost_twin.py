@@ -21,7 +21,7 @@ from trilemma.techniques.apply import check_recipe
 from trilemma.techniques.quantize.assignment import WeightSettings, assign_formats, assign_runs
 from trilemma.techniques.quantize.kv_cache import KvCacheSettings
 from trilemma.techniques.quantize.plain import PlainSettings
-from trilemma.techniques.technique import Foreseeable, Remaking, TechniqueSettings
+from trilemma.techniques.technique import Adding, Foreseeable, Remaking, TechniqueSettings
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ def foresee(model: Model, recipe: Recipe) -> Foreseen:
                     old = technique.origin(name)
                     formats[name] = "f32" if old is None else formats.get(old) or model.format_of(old)
                     activations[name] = "f32" if old is None else activations.get(old, model.linear(old).activation)
+            if isinstance(technique, Adding):
+                inputs = {name: activations.get(name, model.linear(name).activation) for name in before.linear_names()}
+                added = technique.added(settings, inputs)
+                formats |= {name: added[name][0] for name in added}
+                activations |= {name: added[name][1] for name in added}
             exact = exact and technique.exact(settings)
         else:
             chosen, inputs = _formats(config, technique.name, settings)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trilemma.core.errors import RecipeError
-from trilemma.model.config import DecoderConfig
+from trilemma.model.config import DecoderConfig, is_low_rank
 from trilemma.model.decoder import DecoderLayer
 from trilemma.model.model import LinearRun
 from trilemma.techniques.products import prepare_products
@@ -146,7 +146,7 @@ def input_groups(config: DecoderConfig, index: int) -> list[Group]:
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name in config.linear_names():
-        if name.startswith(f"layers.{index}."):
+        if name.startswith(f"layers.{index}.") and not is_low_rank(name):
             block, role = name.removesuffix(".weight").rsplit(".", 1)
             kind = _INPUTS[role]
             if kind == "in":

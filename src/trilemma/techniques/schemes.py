@@ -167,6 +167,12 @@ def _tune_scales(match: re.Match[str]) -> list[Step]:
     return [Step(technique="tune-scales", settings={"steps": int(match["steps"])})]
 
 
+def _eora(match: re.Match[str]) -> list[Step]:
+    if int(match["rank"]) < 1:
+        raise ValueError("the rank of eora must be 1 or more")
+    return [Step(technique="eora", settings={"rank": int(match["rank"])})]
+
+
 def _heal(match: re.Match[str]) -> list[Step]:
     return [Step(technique="heal", settings={"steps": int(match["steps"])})]
 
@@ -287,6 +293,12 @@ PARTS: tuple[Part, ...] = (
         _tune_scales,
         "W4A8-g32-gptq+scales100",
         "then train scales, norms and biases for 100 steps to answer like the original: same codes, same bytes",
+    ),
+    Part(
+        r"eora(?P<rank>\d+)",
+        _eora,
+        "W3A8-g128-gptq+eora32",
+        "then beside each matrix a pair of rank 32 that makes up for its error, in 8 bits (EoRA): for wide models",
     ),
     Part(
         r"heal(?P<steps>\d+)",

@@ -26,6 +26,11 @@ def store_like(model: Model, name: str, values: Float32) -> Float32 | StoredMatr
     return values if dtype == "f32" else to_plain(values, dtype)
 
 
+def has_packed_layers(model: Model) -> bool:
+    """Whether a matrix inside a layer is quantized."""
+    return any(model.format_of(name) not in _PLAIN for name in model.config.linear_names())
+
+
 def refuse_packed(model: Model, technique: str, example: str) -> None:
     """Raises RecipeError when a matrix inside a layer is quantized already; `example`: the right order."""
     for name in model.config.linear_names():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
@@ -15,7 +15,7 @@ from trilemma.core.errors import RecipeError
 from trilemma.core.recipe import explain
 from trilemma.core.record import Record
 from trilemma.model.config import DecoderConfig
-from trilemma.model.model import Model
+from trilemma.model.model import Activation, Model
 
 Kept = TypeVar("Kept")
 
@@ -31,6 +31,7 @@ class Build:
     calibration: token windows, (n, context) int32, or None when the recipe has no data;
     device: where torch computes, as `torch_device.check_device` gives it;
     original: the model before the recipe's first step (healing learns from it); `apply_recipe` sets it;
+    unquantized: the model before its layers were quantized, or None where they came so; `apply_recipe` sets it;
     work: a folder for what a long step needs to resume after an interruption, or None; the model that comes out may
         have tensors that are read from there;
     key: names everything that decides what comes out of this step; `apply_recipe` sets it where there is a work folder;
@@ -43,6 +44,7 @@ class Build:
     threads: int | None = None
     device: str = "cpu"
     original: Model | None = None
+    unquantized: Model | None = None
     work: Path | None = None
     key: str = ""
     kept: dict[str, tuple[Model, Any]] | None = None
@@ -99,6 +101,15 @@ class Remaking(Foreseeable, Protocol):
         ...
 
 
+@runtime_checkable
+class Adding(Foreseeable, Protocol):
+    """A foreseeable technique that puts matrices beside those of the layers."""
+
+    def added(self, settings: Any, inputs: Mapping[str, Activation]) -> dict[str, tuple[str, Activation]]:
+        """Their names -> format and input precision, where the products have these `inputs`."""
+        ...
+
+
 def read_settings(technique: Technique, raw: dict[str, Any]) -> TechniqueSettings:
     """Validate a step's settings. Raises RecipeError naming the key, the value and what was expected."""
     try:
@@ -114,6 +125,7 @@ def report(build: Build, done: int, total: int, what: str) -> None:
 
 
 __all__: Sequence[str] = [
+    "Adding",
     "Build",
     "Foreseeable",
     "Remaking",

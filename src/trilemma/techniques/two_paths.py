@@ -70,7 +70,13 @@ Replace = Callable[[Mapping[str, Pair]], Mapping[str, Float32 | StoredMatrix]]
 
 
 def calibrate_beside(
-    model: Model, unchanged: Model, build: Build, runs: Mapping[str, LinearRun], replace: Replace
+    model: Model,
+    unchanged: Model,
+    build: Build,
+    runs: Mapping[str, LinearRun],
+    replace: Replace,
+    *,
+    what: str = "choosing codes",
 ) -> Model:
     """Walk the layers; `replace` gets the Pair of every matrix of one stage and returns what to put in.
 
@@ -78,6 +84,7 @@ def calibrate_beside(
         model: what is changed; its matrices outside layers may be others than those of `unchanged`.
         build: `calibration` holds the windows, (n, context) int32.
         runs: input precision of each product of the changed model; where it is int8, inputs are rounded so here too.
+        what: said with the progress while a stage is changed.
 
     Raises:
         RecipeError: as `calibrate_layers`.
@@ -98,7 +105,7 @@ def calibrate_beside(
                 for stage in stages:
                     report(build, index, total, f"layer {index}: reading activations")
                     found = walk.gather(model, unchanged, half, stage, last=stage is stages[-1])
-                    report(build, index, total, f"layer {index}: choosing codes")
+                    report(build, index, total, f"layer {index}: {what}")
                     model = model.with_tensors(replace(found))
                     del found
                 report(build, index, total, f"layer {index}: handing on")

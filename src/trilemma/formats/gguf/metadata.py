@@ -79,6 +79,7 @@ def _refuse_structure(
         "a scaled embedding": config.embedding_scale != 1.0,
         "learned positions": config.learned_positions,
         "layers whose parts run side by side": any(layer.parallel for layer in config.layers),
+        "low-rank pairs beside matrices (eora)": any(layer.low_rank for layer in config.layers),
         "norms behind the parts of a layer": any(layer.post_norms for layer in config.layers),
         "feed-forward blocks other than gated SiLU": any(not f.gated or f.activation != "silu" for f in ffn),
         f"a bias of the attention output in {architecture}": architecture != "llama"

@@ -41,15 +41,16 @@ class WeightSettings(TechniqueSettings):
     @field_validator("weights", "embedding", "head")
     @classmethod
     def _known_format(cls, value: str | None) -> str | None:
-        return value if value is None else _known(value)
+        return value if value is None else known_format(value)
 
     @field_validator("overrides")
     @classmethod
     def _known_formats(cls, value: dict[str, str]) -> dict[str, str]:
-        return {pattern: _known(name) for pattern, name in value.items()}
+        return {pattern: known_format(name) for pattern, name in value.items()}
 
 
-def _known(name: str) -> str:
+def known_format(name: str) -> str:
+    """The name, if it is a format's. Raises ValueError."""
     if name not in FORMATS:
         raise ValueError(f"no format is called '{name}'; valid: {', '.join(FORMATS)}")
     return name
@@ -73,8 +74,11 @@ def assign_formats(config: DecoderConfig, settings: WeightSettings) -> dict[str,
     format of `ONE_LEVEL`, as llama.cpp does, but not where an override asks for two levels by name.
 
     Raises:
-        RecipeError: a pattern of `overrides` matches no matrix, or asks for a format that its rows do not fit.
+        RecipeError: a pattern of `overrides` matches no matrix, or asks for a format that its rows do not fit; or
+            layers have low-rank pairs, which stand beside matrices that are quantized already.
     """
+    if any(layer.low_rank for layer in config.layers):
+        raise RecipeError("This model is quantized and corrected by 'eora' already. Start from the unquantized model.")
     shapes = config.tensor_shapes()
     weights = FORMATS.get(settings.weights)
     small = "int8-g32" if weights.bits < 8 else weights.name
@@ -130,13 +134,14 @@ def _is_kept(name: str) -> bool:
 def assign_runs(config: DecoderConfig, formats: Mapping[str, Format], activations: Activation) -> dict[str, LinearRun]:
     """Input precision of every matrix product; a matrix kept in floating point never gets int8 inputs."""
     return {
-        name: LinearRun(activation=_activation(formats[name], activations))
+        name: LinearRun(activation=activation_of(formats[name], activations))
         for name in config.product_names()
         if name in formats
     }
 
 
-def _activation(spec: Format, wanted: Activation) -> Activation:
+def activation_of(spec: Format, wanted: Activation) -> Activation:
+    """Input precision of a product with a matrix of this format, where quantized ones take `wanted`."""
     if not spec.floating:
         return wanted
     return "bf16" if spec.name == "bf16" and wanted != "f32" else "f32"

@@ -93,7 +93,7 @@ class Gptaq:
             name, pair = found
             if formats[name].floating:
                 return None
-            return missing_outputs(torch.from_numpy(model.tensor(name)), pair, settings)
+            return missing_outputs(torch.from_numpy(model.tensor(name)), pair, settings.pull, settings.drift)
 
         def quantized(pairs: Mapping[str, Pair]) -> dict[str, Float32 | StoredMatrix]:
             missing = side_by_side(lack, pairs.items(), build.threads)
@@ -122,13 +122,13 @@ def _choose(
         raise named(name, error) from None
 
 
-def missing_outputs(weight: Tensor, pair: Pair, settings: GptaqSettings) -> Tensor:
-    """(W X + drift (R - R~) - W X~) X~^T (out, in): what the outputs that are wanted have beyond those of W."""
+def missing_outputs(weight: Tensor, pair: Pair, pull: float, drift: float) -> Tensor:
+    """(pull (W X - W X~) + drift (R - R~)) X~^T (out, in): what the outputs that are wanted have beyond those of W."""
     weight = weight.to(pair.matrix)
     columns = [slice(first, first + _COLUMNS) for first in range(0, weight.shape[1], _COLUMNS)]
     missing = torch.cat([weight @ (pair.cross[:, part] - pair.matrix[:, part]) for part in columns], 1)
-    missing *= settings.pull
-    return missing if pair.drift is None else missing.add_(pair.drift, alpha=settings.drift)
+    missing *= pull
+    return missing if pair.drift is None else missing.add_(pair.drift, alpha=drift)
 
 
 def quantize_gptaq(
