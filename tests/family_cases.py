@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from trilemma.model.config import DecoderConfig
-
 BASE: dict[str, Any] = {
     "vocab_size": 113, "hidden_size": 40, "intermediate_size": 76, "num_hidden_layers": 3, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
@@ -75,8 +73,3 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3Moe", {**_QWEN_MOE, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 9},
     ),
 }  # fmt: skip
-
-
-def with_low_rank(config: DecoderConfig, rank: int) -> DecoderConfig:
-    """The same, with a pair of that rank beside each matrix of the layers."""
-    return config.model_copy(update={"layers": tuple(e.model_copy(update={"low_rank": rank}) for e in config.layers)})

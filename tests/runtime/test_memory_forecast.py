@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from family_cases import BASE, CASES, with_low_rank
+from family_cases import BASE, CASES
 from trilemma.core.errors import InputError, UnsupportedModelError
 from trilemma.formats.artifact import load_any
+from trilemma.model.config import with_low_rank
 from trilemma.runtime.engine import EngineOptions
 from trilemma.runtime.memory_forecast import forecast_engine, forecast_engine_of
 from trilemma.runtime.native import NativeEngine

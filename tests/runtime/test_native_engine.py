@@ -12,14 +12,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from family_cases import with_low_rank
 from trilemma import _native
 from trilemma.core.errors import CheckpointError, EngineError, InputError, UnsupportedModelError
 from trilemma.formats import FORMATS
 from trilemma.formats.pack import pack
 from trilemma.formats.quantize import quantize_rtn
 from trilemma.formats.random_weights import random_matrix
-from trilemma.model.config import Dense, LayerSpec
+from trilemma.model.config import Dense, LayerSpec, with_low_rank
 from trilemma.model.model import LinearRun, Model
 from trilemma.model.plain import PlainMatrix, f32_to_bf16
 from trilemma.runtime import EngineOptions, SamplingSettings

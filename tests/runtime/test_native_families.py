@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from scipy.special import logsumexp
 
-from family_cases import CASES, with_low_rank
+from family_cases import CASES
 from trilemma.model.checkpoint import read_checkpoint
-from trilemma.model.config import is_low_rank
+from trilemma.model.config import is_low_rank, with_low_rank
 from trilemma.model.model import Model
 from trilemma.runtime import ENGINES, EngineOptions
 from trilemma.techniques import Build

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy.linalg import block_diag
 
 from trilemma.core.errors import RecipeError, UnsupportedModelError
 from trilemma.core.recipe import Recipe, Step
@@ -17,7 +18,7 @@ from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.cost_twin import cost_twin
 from trilemma.techniques.quantize import eora
-from trilemma.techniques.quantize.eora import EoraSettings, fitted_to, least_squares_pair, wanted_beyond
+from trilemma.techniques.quantize.eora import EoraSettings, fitted_to, least_squares_pair, wanted_beyond, weigh_outputs
 from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.two_paths import Pair
 
@@ -72,6 +73,23 @@ def test_the_second_is_fitted_to_a_rounded_first(random_generator):
     np.testing.assert_allclose(b, wanted_b, atol=1e-6)
 
 
+@pytest.mark.parametrize("block", [8, 24])
+def test_outputs_are_weighed_by_what_answers_make_of_them(block, random_generator):
+    """No pair of this rank has less error under blocks of moments than the cut of the weighed difference."""
+    inputs, wanted = seen(random_generator, 40), random_generator.standard_normal((24, 40))
+    gradients = seen(random_generator, 24)
+    blocks = [gradients[:, first : first + block] for first in range(0, 24, block)]
+    moments = torch.from_numpy(np.stack([each.T @ each for each in blocks]))
+    hessian, wide = torch.from_numpy(inputs.T @ inputs), torch.from_numpy(wanted)
+    a, _ = least_squares_pair(weigh_outputs(wide, moments, 1e-9), hessian, 5)
+    error = (wide - fitted_to(a, wide, hessian, 1e-9) @ a).numpy()
+    whole = block_diag(*moments.numpy())
+    roots = np.linalg.cholesky(whole).T @ wanted @ np.linalg.cholesky(hessian.numpy())
+    least = (np.linalg.svd(roots, compute_uv=False)[5:] ** 2).sum()
+    assert np.trace(whole @ error @ hessian.numpy() @ error.T) == pytest.approx(least, rel=1e-3)
+    assert weigh_outputs(wide, None, 1e-9) is wide
+
+
 def test_wanted_are_the_outputs_of_the_unchanged_model(random_generator):
     """D X~ is nearest to W X + (R - R~) - Q X~: solved here by least squares over the tokens."""
     before, now = seen(random_generator, 12), seen(random_generator, 12)
@@ -90,7 +108,9 @@ def test_wanted_are_the_outputs_of_the_unchanged_model(random_generator):
     )
 
 
-@pytest.mark.parametrize("scheme", [SCHEME, "W2A16-g32-asym+eora16", "rotate+W3A8-g32-gptaq+eora8"])
+@pytest.mark.parametrize(
+    "scheme", [SCHEME, "W2A16-g32-asym+eora16", "W3A8-g32-guided+eora8-guided", "rotate+W3A8-g32-gptaq+eora8"]
+)
 def test_answers_come_back(scheme, tiny_model, windows, logits):
     model = tiny_model(seed=2, layers=3)
     text, other = windows(model, 24), windows(model)

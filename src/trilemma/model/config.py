@@ -220,6 +220,14 @@ def is_low_rank(name: str) -> bool:
     return _LOW_RANK in name
 
 
+def with_low_rank(config: DecoderConfig, rank: int) -> DecoderConfig:
+    """The same, with a pair of that rank beside each matrix of the layers; of rank 0 with none."""
+    layers = (
+        each.model_copy(update={"low_rank": rank}) if each.attention or each.ffn else each for each in config.layers
+    )
+    return config.model_copy(update={"layers": tuple(layers)})
+
+
 def _with_pairs(shapes: NamedShapes, rank: int) -> NamedShapes:
     for name, shape in shapes:
         yield name, shape

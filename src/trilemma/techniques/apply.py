@@ -28,7 +28,7 @@ from trilemma.techniques import TECHNIQUES
 from trilemma.techniques.calibration_text import read_calibration
 from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.stored import has_packed_layers
-from trilemma.techniques.technique import Build, Technique, TechniqueSettings, read_settings
+from trilemma.techniques.technique import Build, Foreseeable, Technique, TechniqueSettings, read_settings
 from trilemma.techniques.torch_device import check_device, within_memory
 
 Progress = Callable[[int, int, str], None]
@@ -57,10 +57,10 @@ class CompressResult(Record):
 
 
 def check_recipe(recipe: Recipe, config: DecoderConfig) -> list[tuple[Technique, TechniqueSettings]]:
-    """Every step as (technique, validated settings).
+    """Every step as (technique, validated settings), checked against the shapes that the steps before it leave.
 
     Raises:
-        RecipeError: a step's settings are wrong.
+        RecipeError: a step's settings are wrong, or do not fit these shapes.
         UnknownNameError: a technique that no table lists.
         UnsupportedModelError: a technique that can not work on this model.
     """
@@ -72,6 +72,8 @@ def check_recipe(recipe: Recipe, config: DecoderConfig) -> list[tuple[Technique,
         if reason is not None:
             raise UnsupportedModelError(f"The technique '{step.technique}' can not be used on this model: {reason}.")
         steps.append((technique, settings))
+        if isinstance(technique, Foreseeable):
+            config = technique.config_after(config, settings)
     return steps
 
 

@@ -106,6 +106,8 @@ def scheme_to_recipe(name: str, *, seed: int = 0) -> Recipe:
     if len(quantized) > 1:
         raise _unknown(name, "its weights would be quantized twice; one W part is enough")
     for place, step in enumerate(steps):
+        if step.technique == "eora" and not any(each in quantized for each in steps[:place]):
+            raise _unknown(name, "eora makes up for what a W part before it has lost: W3A8-g128-gptq+eora32")
         if step.technique == "awq":  # it looks ahead to the step that quantizes
             if not quantized or steps.index(quantized[0]) < place:
                 raise _unknown(name, "awq prepares a W part that follows it: awq+W4A8-g32")
@@ -170,7 +172,9 @@ def _tune_scales(match: re.Match[str]) -> list[Step]:
 def _eora(match: re.Match[str]) -> list[Step]:
     if int(match["rank"]) < 1:
         raise ValueError("the rank of eora must be 1 or more")
-    return [Step(technique="eora", settings={"rank": int(match["rank"])})]
+    return [
+        Step(technique="eora", settings={"rank": int(match["rank"])} | ({"guided": True} if match["guided"] else {}))
+    ]
 
 
 def _heal(match: re.Match[str]) -> list[Step]:
@@ -295,10 +299,10 @@ PARTS: tuple[Part, ...] = (
         "then train scales, norms and biases for 100 steps to answer like the original: same codes, same bytes",
     ),
     Part(
-        r"eora(?P<rank>\d+)",
+        r"eora(?P<rank>\d+)(?P<guided>-guided)?",
         _eora,
         "W3A8-g128-gptq+eora32",
-        "then beside each matrix a pair of rank 32 that makes up for its error, in 8 bits (EoRA): for wide models",
+        "then pairs of rank 32 in 8 bits that make up for each matrix's error (EoRA); -guided: weighed by gradients",
     ),
     Part(
         r"heal(?P<steps>\d+)",

@@ -19,6 +19,7 @@ from trilemma.measure.energy.energy_model import DEVICES, device_class
 from trilemma.measure.energy.model_energy import precision_of
 from trilemma.measure.stats import median_interval
 from trilemma.measure.timing.interleave import Rounds
+from trilemma.model.config import with_low_rank
 from trilemma.model.cost import kv_bytes, macs_per_token
 from trilemma.model.model import Model
 from trilemma.runtime.draft_length import expected_tokens
@@ -99,7 +100,8 @@ def _scheme(model: Model, name: str, what: str) -> Candidate:
     command = f"trilemma compress {{model}} -o OUT --scheme {name}"
     if name.startswith("W4"):
         command += "-gptq --data TEXT"
-    return Candidate(name, what, command, lambda: cost_twin(model, scheme_to_recipe(name)))
+    alone = model.with_config(with_low_rank(model.config, 0))  # quantizing begins anew, without what made up for loss
+    return Candidate(name, what, command, lambda: cost_twin(alone, scheme_to_recipe(name)))
 
 
 def find_remedies(measured: Measured, complaint: Complaint | None) -> tuple[Remedy, ...]:

@@ -7,7 +7,8 @@ and cuts a singular value decomposition. The same minimum needs neither: with U 
 b a = U U^T D.
 
 D is W - Q, and what behind the compressed layers the unchanged model's outputs have beyond those of W (as `gptaq`).
-Then a is rounded to its format, and b fitted to the rounded one.
+With `guided`, errors are weighed by what the model's answers make of them (`output_guide.py`): a is that of C^T D,
+where C C^T is the moment of the outputs' gradients. Then a is rounded to its format, and b fitted to the rounded one.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ from torch import Tensor
 
 from trilemma.core.errors import RecipeError
 from trilemma.formats import FORMATS
-from trilemma.model.config import DecoderConfig, LayerSpec, is_router, low_rank_names
+from trilemma.model.config import DecoderConfig, is_router, low_rank_names, with_low_rank
 from trilemma.model.model import Activation, Float32, LinearRun, Model, StoredMatrix
 from trilemma.techniques.calibration import side_by_side
+from trilemma.techniques.output_guide import guide_outputs
 from trilemma.techniques.quantize.assignment import activation_of, known_format
-from trilemma.techniques.quantize.gptaq import missing_outputs
+from trilemma.techniques.quantize.gptaq import missing_outputs, output_blocks
 from trilemma.techniques.quantize.gptq import Feedback, damped
 from trilemma.techniques.quantize.rtn import round_matrix
 from trilemma.techniques.technique import Build, TechniqueSettings
@@ -46,6 +48,11 @@ class EoraSettings(TechniqueSettings):
     drift: float = Field(
         1.0, ge=0, le=1, description="share of the residual stream's drift that the matrices adding to it make up for"
     )
+
+    guided: bool = Field(
+        False, description="weigh output errors by the gradients of the model's answers: lower KL, a backward pass"
+    )
+    rows: int = Field(1024, ge=1, description="most outputs whose errors may cancel each other, where guided")
 
     @field_validator("format")
     @classmethod
@@ -75,7 +82,7 @@ class Eora:
                 f"'eora' of rank {settings.rank} needs matrices that are wider: the smallest side here is {least}. "
                 f"Choose a rank far below it, such as {max(1, least // 16)}."
             )
-        return config.model_copy(update={"layers": tuple(_with_rank(each, settings.rank) for each in config.layers)})
+        return with_low_rank(config, settings.rank)
 
     def exact(self, settings: EoraSettings) -> bool:
         return True
@@ -106,6 +113,11 @@ class Eora:
         zeros = {name: np.broadcast_to(np.float32(0), shapes[name]) for name in made}
         started = model.with_config(config).with_tensors(zeros, runs)
         spec = FORMATS.get(settings.format)
+        moments: Mapping[str, Tensor] = {}
+        if settings.guided:
+            moments = build.once(
+                f"guide {settings.rows}", before, lambda: guide_outputs(before, build, settings.rows)
+            ).moments
 
         def make(found: tuple[str, Pair]) -> dict[str, StoredMatrix]:
             name, pair = found
@@ -113,7 +125,8 @@ class Eora:
             weight, kept = (torch.from_numpy(each.tensor(name)).to(pair.matrix) for each in (before, model))
             try:
                 wanted = wanted_beyond(weight, kept, pair, settings)
-                a, _ = least_squares_pair(wanted, pair.matrix, settings.rank, build.seed)
+                weighed = weigh_outputs(wanted, moments.get(name), settings.damping)
+                a, _ = least_squares_pair(weighed, pair.matrix, settings.rank, build.seed)
                 stored = round_matrix(a_name, _numpy(a), spec)
                 b = fitted_to(torch.from_numpy(stored.dequantize()).to(a), wanted, pair.matrix, settings.damping)
                 return {a_name: stored, b_name: round_matrix(b_name, _numpy(b), spec)}
@@ -130,10 +143,6 @@ class Eora:
         return calibrate_beside(started, before, build, inputs | runs, corrected, what="fitting pairs")
 
 
-def _with_rank(layer: LayerSpec, rank: int) -> LayerSpec:
-    return layer.model_copy(update={"low_rank": rank}) if layer.attention or layer.ffn else layer
-
-
 def wanted_beyond(weight: Tensor, kept: Tensor, pair: Pair, settings: EoraSettings) -> Tensor:
     """D (out, in): what a matrix should have beyond `kept`, so that outputs are those of the unchanged model."""
     error = weight - kept
@@ -141,6 +150,19 @@ def wanted_beyond(weight: Tensor, kept: Tensor, pair: Pair, settings: EoraSettin
         return error
     missing = missing_outputs(weight, pair, settings.pull, settings.drift)
     return error + Feedback.of(pair.matrix, settings.damping).solve(missing)
+
+
+def weigh_outputs(wanted: Tensor, moments: Tensor | None, damping: float) -> Tensor:
+    """C^T D (out, in), with C C^T the moment of the outputs' gradients: its squares count as the model's answers do.
+
+    moments: blocks of E[g g^T] along the outputs, as `guide_outputs` gives them, or None where all outputs are equal.
+    """
+    if moments is None:
+        return wanted
+    return torch.cat([
+        torch.linalg.cholesky(damped(moment.to(wanted), damping)).T @ wanted[rows]
+        for rows, moment in output_blocks(len(wanted), moments) if moment is not None
+    ])  # fmt: skip
 
 
 def least_squares_pair(wanted: Tensor, hessian: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -156,7 +156,7 @@ def quantize_gptaq(
     factors, units = (torch.from_numpy(each).to(hessian) for each in _levels(grid))
     found = [
         _solve(target[rows], hessian, feedback, moment, factors[:, rows], units[:, rows], spec, settings)
-        for rows, moment in _blocks(len(target), moments)
+        for rows, moment in output_blocks(len(target), moments)
     ]
     codes = torch.cat([codes for codes, _ in found]).cpu().numpy()
     fitted = torch.cat([factors for _, factors in found], dim=1).cpu().numpy().astype(np.float16)
@@ -173,7 +173,7 @@ def _levels(grid: Grid) -> tuple[Float32, Float32]:
     return np.stack([scales for scales, _ in both]).astype(np.float32), np.stack(units).astype(np.float32)
 
 
-def _blocks(rows: int, moments: Tensor | None) -> list[tuple[slice, Tensor | None]]:
+def output_blocks(rows: int, moments: Tensor | None) -> list[tuple[slice, Tensor | None]]:
     """Rows whose errors may cancel each other, and their moment: all of them and none where nothing guides."""
     if moments is None:
         return [(slice(0, rows), None)]
