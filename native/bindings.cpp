@@ -319,6 +319,14 @@ void bind_model(nb::module_& m) {
           },
           "name"_a, "values"_a)
       .def("finalize", &Model::finalize)
+      .def(
+          "settle",
+          [](const Model& self, int threads) {
+            const nb::gil_scoped_release unlocked;
+            const LaterHugePages& pages = self.huge_pages();
+            ThreadPool::instance().run(threads, int(pages.count()), [&](int) { pages.move_one(); });
+          },
+          "threads"_a)
       .def_prop_ro("weights_bytes", &Model::weights_bytes);
 }
 

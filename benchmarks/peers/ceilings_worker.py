@@ -36,6 +36,7 @@ def product_rate(path: str, threads: int) -> float:
     shapes = model.config.tensor_shapes()
     macs = TOKENS * sum(math.prod(shapes[name]) for names in jobs for name in names)
     weights = load_weights(model, threads=threads)
+    weights.settle(threads)
     walks = _native.time_products(weights, jobs, tokens=TOKENS, threads=threads, passes=PASSES)
     return macs / sorted(walks[1:])[(PASSES - 1) // 2]
 

@@ -136,6 +136,7 @@ def main() -> None:
     opened = time.perf_counter() - began
     if not isinstance(engine, NativeEngine):
         raise TypeError("benchmarks/engines.py measures the native engine")
+    engine.settle()
     rates, reads = zip(*rates_of(engine, task["cells"]), strict=True)
     memory = engine.memory()
     peak = {} if any(reads) else {"peak_bytes": peak_resident_bytes()}  # a probe's own memory is no engine's

@@ -2,8 +2,6 @@
 
 #include <algorithm>
 
-#include "huge_pages.h"
-
 namespace trilemma {
 namespace {
 
@@ -11,24 +9,31 @@ namespace {
 constexpr std::size_t kFirstRegion = 8 << 20;
 constexpr std::size_t kRegion = 64 << 20;
 
-AlignedBuffer new_region(std::size_t bytes, bool first) {
-  AlignedBuffer region(bytes, first ? 64 : kHugePage);
-  if (!first) advise_huge(region.data(), region.bytes());
-  return region;
-}
-
 }  // namespace
 
 std::byte* Arena::take(std::size_t bytes) {
   const std::size_t size = round_up(bytes, 64);
   if (regions_.empty() || used_ + size > regions_.back().bytes()) {
     const bool first = regions_.empty() && size <= kFirstRegion;
-    regions_.push_back(new_region(first ? kFirstRegion : std::max(kRegion, round_up(size, kHugePage)), first));
+    if (first) {
+      regions_.emplace_back(kFirstRegion);
+    } else {
+      const AlignedBuffer& region = regions_.emplace_back(std::max(kRegion, round_up(size, kHugePage)), kHugePage);
+      if (!LaterHugePages::possible()) advise_huge(region.data(), region.bytes());
+    }
     used_ = 0;
   }
   std::byte* at = regions_.back().data() + used_;
   used_ += size;
   return at;
+}
+
+void Arena::filled() {
+  if (!LaterHugePages::possible()) return;
+  for (const AlignedBuffer& region : regions_) {
+    const bool huge = reinterpret_cast<std::uintptr_t>(region.data()) % kHugePage == 0;
+    if (huge) huge_pages_.add(region.data(), &region == &regions_.back() ? used_ : region.bytes());
+  }
 }
 
 }  // namespace trilemma

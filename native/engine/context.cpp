@@ -7,6 +7,10 @@
 namespace trilemma {
 namespace {
 
+// Passes over the weights before they move to huge pages, and about how many of them share that work. Moving takes as
+// long as a tenth of some hundred passes lasts (in a virtual machine) or a few dozen.
+constexpr int kPassesOnSmallPages = 256, kMovingPasses = 64;
+
 const ContextOptions& validated(const Model& model, const ContextOptions& options) {
   if (!model.finalized()) throw EngineFault("The model is not finalized: some of its tensors may be missing.");
   validate(model.config(), options);
@@ -99,6 +103,13 @@ void Context::forward(std::span<const Slice> slices, float* logits, const Interr
     throw;
   }
   for (const Slice& s : slices) kv_.append(s.sequence, s.tokens);
+  move_weights();
+}
+
+void Context::move_weights() {
+  const LaterHugePages& pages = model_->huge_pages();
+  if (!pages.left() || ++passes_ <= kPassesOnSmallPages) return;
+  ThreadPool::instance().run(threads_, int(pages.count() / kMovingPasses) + 1, [&](int) { pages.move_one(); });
 }
 
 void Context::take_pages(std::span<const Slice> slices) {

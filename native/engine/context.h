@@ -76,6 +76,8 @@ class Context {
 
   void reserve(const ScratchPlan& plan);
   void check(std::span<const Slice> slices) const;
+  // Once the model was read so often that it pays, some of its weights move to huge pages.
+  void move_weights();
   void take_pages(std::span<const Slice> slices);
   void run_cached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted);
   void run_uncached(std::span<const Slice> slices, float* logits, const InterruptCheck& interrupted);
@@ -119,6 +121,7 @@ class Context {
   KvPool kv_;
   bool share_prefixes_;
   std::optional<std::uint64_t> fingerprint_;
+  int passes_ = 0;  // over the model, while its weights lie on small pages
   RopeTables rope_;
   Scratch scratch_;
 };

@@ -179,6 +179,7 @@ void Model::finalize() {
   if (config_.learned_positions) positions_ = &matrices_.at("position.weight");
   final_norm_ = norm("final_norm");
   head_ = linear(config_.tied ? "embedding" : "head", false);
+  arena_.filled();
   finalized_ = true;
 }
 

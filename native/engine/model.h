@@ -90,6 +90,8 @@ class Model {
   const Linear& head() const { return head_; }
   bool finalized() const { return finalized_; }
   std::size_t weights_bytes() const;
+  // What of the weights still lies on small pages and may be moved.
+  const LaterHugePages& huge_pages() const { return arena_.huge_pages(); }
   // Of config and weights; reads all of them.
   std::uint64_t fingerprint() const;
 

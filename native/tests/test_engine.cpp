@@ -33,6 +33,9 @@ DecoderConfig small_config() {
   c.layers.push_back({AttentionSpec{4, 1, 8, rope, 0.35f}, {}, ExpertsSpec{5, 2, 44, kSilu}, false, true});
   ExpertsSpec shared{7, 3, 21, kGeluTanh, RouterKind::kGlu, GateKind::kOne, 39, true};
   c.layers.push_back({AttentionSpec{2, 2, 8, std::nullopt, 0.35f}, {}, shared, true, true});
+  c.layers[1].low_rank = 7;
+  c.layers[2].low_rank = 33;
+  c.layers[4].low_rank = 16;
   return c;
 }
 
@@ -373,7 +376,39 @@ void test_draws() {
 
 }  // namespace
 
+// Weights are moved by several threads while another reads them.
+void test_moving_weights() {
+  Arena arena;
+  std::vector<std::span<std::uint32_t>> parts;
+  for (const std::size_t count : {std::size_t(1) << 20, std::size_t(3) << 20, std::size_t(17) << 20, std::size_t(5)}) {
+    parts.emplace_back(reinterpret_cast<std::uint32_t*>(arena.take(count * 4)), count);
+    std::iota(parts.back().begin(), parts.back().end(), std::uint32_t(parts.size()));
+  }
+  const auto sum = [&] {
+    std::uint64_t total = 0;
+    for (const auto& part : parts)
+      for (std::size_t i = 0; i < part.size(); i += 13) total += part[i];
+    return total;
+  };
+  const std::uint64_t wanted = sum();
+  CHECK(!arena.huge_pages().left(), "nothing moves while weights are read in");
+  arena.filled();
+  CHECK(!LaterHugePages::possible() || arena.huge_pages().count() >= 30, "pages that lie beyond the first region");
+  std::vector<std::thread> movers;
+  for (int i = 0; i < 3; ++i)
+    movers.emplace_back([&] {
+      while (arena.huge_pages().left()) arena.huge_pages().move_one();
+    });
+  for (int i = 0; i < 5; ++i) CHECK(sum() == wanted, "read while they move");
+  for (std::thread& mover : movers) mover.join();
+  CHECK(sum() == wanted, "read afterwards");
+  for (const auto& part : parts)
+    for (std::size_t i = 0; i < part.size(); ++i)
+      if (part[i] != std::uint32_t(&part - parts.data()) + 1 + i) return CHECK(false, "a value has changed");
+}
+
 int main() {
+  test_moving_weights();
   test_pool();
   test_greedy();
   test_draws();

@@ -29,7 +29,7 @@ from trilemma.core.errors import EngineError
 from trilemma.core.quantity import format_quantity
 from trilemma.model.model import Model
 from trilemma.runtime.cascade_record import CascadeRule, Signal
-from trilemma.runtime.engine import EngineMemory, EngineOptions, Generation, SamplingSettings
+from trilemma.runtime.engine import EngineMemory, EngineOptions, Generation, SamplingSettings, settle
 from trilemma.runtime.native import NativeEngine, Step
 from trilemma.runtime.output import Output
 from trilemma.runtime.sampling import choose
@@ -168,6 +168,10 @@ class CascadeEngine:
     def close(self) -> None:
         self.small.close()
         self.large.close()
+
+    def settle(self) -> None:
+        settle(self.small)
+        settle(self.large)
 
 
 class _Watch:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from trilemma.core.errors import InputError
-from trilemma.runtime.engine import SamplingSettings
+from trilemma.runtime.engine import SamplingSettings, settle
 from trilemma.runtime.native import NativeEngine, SequenceBatch, Step
 from trilemma.runtime.sampling import choose
 
@@ -127,6 +127,9 @@ class ModelDraft:
 
     def close(self) -> None:
         self.engine.close()
+
+    def settle(self) -> None:
+        settle(self.engine)
 
     def _keep_what_came_true(self, seen: Sequence[int]) -> int:
         """Drop what was proposed and refused; returns how many tokens of `seen` the sequence holds."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,3 +114,16 @@ class Engine(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Settling(Protocol):
+    """An engine that does some of the work of opening in the course of its first few hundred tokens."""
+
+    def settle(self) -> None: ...
+
+
+def settle(engine: object) -> None:
+    """Let an engine do now what is left of opening, so that what is timed next is its steady state."""
+    if isinstance(engine, Settling):
+        engine.settle()

@@ -104,6 +104,12 @@ class NativeEngine:
             )
         return Generation(tokens, cast(Any, reason), len(ids), times_s, reused)
 
+    def settle(self) -> None:
+        """Move the weights to huge pages now; by itself the engine does so after a few hundred passes over them."""
+        self._opened()
+        assert self._weights is not None
+        self._weights.settle(self.threads)
+
     def shares(self, default: bool) -> bool:
         """Whether to share prefixes: what the options say, or `default` where they say nothing."""
         return default if self._options.share_prefixes is None else self._options.share_prefixes

@@ -26,7 +26,7 @@ from trilemma.model.model import Model
 from trilemma.model.tokenizer import Tokenizer
 from trilemma.runtime.draft_length import DraftLength
 from trilemma.runtime.drafts import Draft, LookupDraft, ModelDraft
-from trilemma.runtime.engine import EngineMemory, EngineOptions, SamplingSettings
+from trilemma.runtime.engine import EngineMemory, EngineOptions, SamplingSettings, settle
 from trilemma.runtime.native import NativeEngine, SequenceBatch, Step
 from trilemma.runtime.output import Output
 from trilemma.runtime.requests import checked_tokens
@@ -107,6 +107,10 @@ class SpeculativeEngine:
     def close(self) -> None:
         self.draft.close()
         self.target.close()
+
+    def settle(self) -> None:
+        settle(self.draft)
+        settle(self.target)
 
     def _pass(self, output: Output, settings: SamplingSettings, figures: SpeculationFigures) -> bool:
         """Propose, look at all proposals in one pass, keep what is right and the token after it."""

@@ -27,7 +27,7 @@ from trilemma.measure.timing.noise import ReferenceLoop
 from trilemma.model.cost import macs_per_token
 from trilemma.model.model import Model
 from trilemma.runtime.cascade import CascadeEngine, CascadeGeneration
-from trilemma.runtime.engine import Engine, Generation, SamplingSettings
+from trilemma.runtime.engine import Engine, Generation, SamplingSettings, settle
 
 Progress = Callable[[int, int, str], None]
 NAMES = ("cascade", "small", "large")
@@ -75,6 +75,7 @@ def time_answers(
     seconds: dict[str, list[float]] = {name: [] for name in NAMES}
     answers: dict[str, list[Generation]] = {name: [] for name in NAMES}
     with ReferenceLoop(engine.threads) as loop:
+        settle(engine)
         for one in engines.values():  # warm-up
             one.generate(requests[0].prompt, settings)
         loop.probe()

@@ -140,6 +140,7 @@ class _Stepped:
         self._shape, self._threads = shape, threads
         self._engine = open_shape(shape, threads)
         self._weights = load_weights(random_model(shape.config(), "f32", "f32", "f32"))
+        self._weights.settle(threads)
         self._settings = SamplingSettings(max_tokens=_STEPS + 2, ignore_eos=True)
 
     def step(self, tokens: int) -> float:

@@ -77,6 +77,7 @@ class Pool:
             activation_of=lambda name: activation if name.endswith("up.weight") else "int8-g32",
         )
         self.weights = load_weights(twin)
+        self.weights.settle(threads=1)
         self.key = partial(ProductKey, format_name, activation, rows=rows, cols=cols)
         self._names = [f"layers.{index}.ffn.up.weight" for index in range(self.count)]
         self._macs_s = rows * cols / _FASTEST_MACS[activation]

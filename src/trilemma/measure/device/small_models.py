@@ -52,4 +52,6 @@ def random_model(config: DecoderConfig, inner: str, outer: str, activation: Acti
 
 def open_shape(shape: Shape, threads: int, kv: KvCache = "bf16") -> NativeEngine:
     """A model in f32, whose products need no preparation of their inputs."""
-    return NativeEngine(random_model(shape.config(), "f32", "f32", "f32", kv), EngineOptions(threads=threads))
+    engine = NativeEngine(random_model(shape.config(), "f32", "f32", "f32", kv), EngineOptions(threads=threads))
+    engine.settle()
+    return engine

@@ -28,7 +28,7 @@ from trilemma.measure.timing.speed import round_conditions, timed_measurement
 from trilemma.model.cost import kv_bytes
 from trilemma.runtime import open_engine
 from trilemma.runtime.batch import batch_engine, generate_batch
-from trilemma.runtime.engine import EngineOptions, SamplingSettings
+from trilemma.runtime.engine import EngineOptions, SamplingSettings, settle
 from trilemma.runtime.native import NativeEngine, SequenceBatch
 
 SWEEP = "batch"
@@ -161,6 +161,7 @@ def _open(
     options = item.options.model_copy(update={"max_context": context})
     opened = open_engine(item.model, runtime=runtime, options=options)
     stack.callback(opened.close)
+    settle(opened)
     engine = batch_engine(opened)
     draw = np.random.default_rng(seed)
     prompts = draw.integers(0, item.model.config.vocab_size, (max(sizes), prompt_tokens)).tolist()

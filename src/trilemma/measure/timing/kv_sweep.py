@@ -34,7 +34,7 @@ from trilemma.measure.timing.speed import timed_measurement
 from trilemma.model.cost import prompt_macs
 from trilemma.runtime import open_engine
 from trilemma.runtime.batch import batch_engine
-from trilemma.runtime.engine import EngineOptions, KvCache
+from trilemma.runtime.engine import EngineOptions, KvCache, settle
 from trilemma.runtime.native import NativeEngine, SequenceBatch, Step
 
 SWEEP = "kv"
@@ -170,6 +170,7 @@ def _open(item: BenchCandidate, kv: str, longest: int, runtime: str, seed: int, 
     options = item.options.model_copy(update={"kv_cache": kv, "max_context": 1})
     opened = open_engine(item.model, runtime=runtime, options=options)
     stack.callback(opened.close)
+    settle(opened)
     engine = batch_engine(opened)
     room = engine.open_sequences(1, max_context=longest)
     prompt = np.random.default_rng(seed).integers(0, item.model.config.vocab_size, longest).astype(np.int32)

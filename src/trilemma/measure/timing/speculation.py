@@ -16,7 +16,7 @@ from trilemma.core.record import Record
 from trilemma.measure.stats import paired_ratio
 from trilemma.measure.timing.interleave import Progress, interleave
 from trilemma.runtime.draft_length import expected_speedup
-from trilemma.runtime.engine import SamplingSettings
+from trilemma.runtime.engine import SamplingSettings, settle
 from trilemma.runtime.speculation_figures import SpeculationFigures
 from trilemma.runtime.speculative import SpeculativeEngine
 
@@ -114,6 +114,7 @@ def measure_speculation(
             seen.append(done.figures)
         return {"request_s": seconds}
 
+    settle(engine)
     found = interleave(
         {"plain": plain, "speculative": speculative}, threads=engine.threads, rounds=rounds,
         time_limit_s=time_limit_s, progress=progress, what="plain and speculative",

@@ -24,7 +24,7 @@ from trilemma.measure.stats import Interval, median_interval, paired_ratio, quan
 from trilemma.measure.timing.noise import ReferenceLoop
 from trilemma.measure.timing.quiet import Sifted, by_repetition, sift
 from trilemma.measure.timing.settle import Progress, repeat_for
-from trilemma.runtime.engine import Engine, SamplingSettings
+from trilemma.runtime.engine import Engine, SamplingSettings, settle
 
 REPETITION_S = 0.05  # of each candidate
 MOST_ROUNDS = 64  # in a repetition
@@ -80,6 +80,7 @@ class SpeedRun:
         began = time.perf_counter()
         request_s = 0.0
         for engine in self.engines.values():
+            settle(engine)
             last = self._times(engine)[-1]
             request_s += self._times(engine)[-1] if last < REPETITION_S else last
         self._rounds = int(np.clip(np.ceil(REPETITION_S * len(self.engines) / request_s), 1, MOST_ROUNDS))
