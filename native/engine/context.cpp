@@ -7,9 +7,9 @@
 namespace trilemma {
 namespace {
 
-// Passes over the weights before they move to huge pages, and about how many of them share that work. Moving takes as
-// long as a tenth of some hundred passes lasts (in a virtual machine) or a few dozen.
-constexpr int kPassesOnSmallPages = 256, kMovingPasses = 64;
+// Passes over the weights before they move to huge pages, and about how many more share that work. It takes as long as
+// is lost on small pages in about so many passes where they cost a fifth of the speed, and in some hundred where less.
+constexpr int kPassesOnSmallPages = 128, kMovingPasses = 64;
 
 const ContextOptions& validated(const Model& model, const ContextOptions& options) {
   if (!model.finalized()) throw EngineFault("The model is not finalized: some of its tensors may be missing.");

@@ -230,7 +230,7 @@ def huge_kb() -> int:
 def test_weights_move_to_huge_pages_when_they_have_been_in_use(tiny_model):
     """24 MB in f32: some hundred tokens on, and at once where they are told to settle; the answers are the same."""
     model = tiny_model(seed=5, vocab=60000, dim=96, context=512)
-    prompt, settings = [3, 1, 4], SamplingSettings(max_tokens=400, ignore_eos=True)
+    prompt, settings = [3, 1, 4], SamplingSettings(max_tokens=250, ignore_eos=True)
     answers, moved = [], []
     for told in (False, True):
         engine = NativeEngine(model, EngineOptions(threads=2))
