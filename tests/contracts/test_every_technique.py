@@ -31,6 +31,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
         {"weights": "int4-g32", "steps": 3},
         {"weights": "int4-g32-asym", "steps": 2, "start": "nearest"},
     ],
+    "eora": [{"rank": 5}, {"rank": 3, "format": "bf16", "guided": True, "pull": 0.5}],
     "rotate": [{}, {"tied": "untie"}],
     "awq": [{"weights": "int4-g32", "grid": 4}, {"weights": "int4-g64", "grid": 3, "duo": False}],
     "tune-norms": [{"steps": 3}, {"steps": 2, "batch_size": 2}],
@@ -49,6 +50,7 @@ EXAMPLES: dict[str, list[dict[str, Any]]] = {
     "kv-heads": [{"heads": 1}],
     "kv-cache": [{"precision": "int8"}, {"precision": "none"}],
 }
+BEFORE = {"eora": (Step(technique="rtn", settings={"weights": "int4-g32"}),)}  # what must stand before it
 MODELS: list[dict[str, Any]] = [
     {},
     {"qkv_bias": True, "tied": False, "dim": 40, "head_dim": 10, "ffn": 52, "kv_heads": 1},
@@ -104,7 +106,7 @@ def test_settings_survive_yaml(name, settings):
 def test_input_unchanged_same_seed_same_result_and_the_output_lives(name, settings, sizes, tiny_model, tmp_path):
     model = tiny_model(seed=1, **sizes)
     before = fingerprint(model)
-    recipe = Recipe(seed=3, steps=(Step(technique=name, settings=settings),))
+    recipe = Recipe(seed=3, steps=(*BEFORE.get(name, ()), Step(technique=name, settings=settings)))
     build = Build(calibration=calibration(model), seed=3)
     if TECHNIQUES.get(name)().supports(model.config) is not None:
         with pytest.raises(UnsupportedModelError, match=name):
