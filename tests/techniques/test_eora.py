@@ -17,7 +17,8 @@ from trilemma.model.write import write_checkpoint
 from trilemma.techniques import Build
 from trilemma.techniques.apply import apply_recipe
 from trilemma.techniques.cost_twin import cost_twin
-from trilemma.techniques.quantize import eora
+from trilemma.techniques.output_guide import guide_outputs
+from trilemma.techniques.quantize import eora, gptaq
 from trilemma.techniques.quantize.eora import EoraSettings, fitted_to, least_squares_pair, wanted_beyond, weigh_outputs
 from trilemma.techniques.schemes import scheme_to_recipe
 from trilemma.techniques.two_paths import Pair
@@ -121,6 +122,19 @@ def test_answers_come_back(scheme, tiny_model, windows, logits):
         return float((logits(apply_recipe(model, scheme_to_recipe(scheme), build), other) - wanted).pow(2).mean())
 
     assert lost(scheme) < 0.8 * lost(scheme.rsplit("+", 1)[0])
+
+
+def test_what_guides_two_steps_is_made_once(tiny_model, tokens, monkeypatch):
+    made = []
+
+    def counted(model, build, rows):
+        made.append(rows)
+        return guide_outputs(model, build, rows)
+
+    for place in (eora, gptaq):
+        monkeypatch.setattr(place, "guide_outputs", counted)
+    apply_recipe(tiny_model(), scheme_to_recipe("W4A8-g32-guided+eora8-guided"), Build(tokens, threads=1))
+    assert made == [1024]
 
 
 def test_more_rank_loses_less_and_costs_more(tiny_model, windows, logits):

@@ -97,7 +97,8 @@ def apply_recipe(model: Model, recipe: Recipe, build: Build) -> Model:
                 f"The technique '{technique.name}' needs calibration text. Give some with --data (or `data=`), "
                 f"or use a scheme that needs none, such as W4A8-g32{' or magnitude50' * (technique.name == 'wanda')}."
             )
-    build = replace(build, original=build.original or model)
+    # What steps have in common (what guides them) is made once.
+    build = replace(build, original=build.original or model, kept={} if build.kept is None else build.kept)
     keys = (
         _keys(model, recipe, build) if build.work is not None and build.calibration is not None else [""] * len(steps)
     )

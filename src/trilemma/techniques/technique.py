@@ -35,7 +35,7 @@ class Build:
     work: a folder for what a long step needs to resume after an interruption, or None; the model that comes out may
         have tensors that are read from there;
     key: names everything that decides what comes out of this step; `apply_recipe` sets it where there is a work folder;
-    kept: what several recipes on the same model, text and seed may share, by name; None keeps nothing;
+    kept: what several recipes on the same model, text and seed may share, by name; None: the steps of one share alone;
     progress: called with (done, total, what) now and then.
     """
 
