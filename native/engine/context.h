@@ -67,6 +67,7 @@ class Context {
     AlignedBuffer low_rank;  // what the first of each pair gives, and the second multiplies
     Routing routing;
     ProductInput input, low_input;
+    Foresight foresight;
     int pass = 0, chunk = 0;
     int rows = 0;  // of gate, up and the product input: a chunk, or the experts of one token
   };

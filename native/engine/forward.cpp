@@ -53,6 +53,7 @@ float* Context::run_pass(Pass& pass, float* logits, const InterruptCheck& interr
   const int total = int(pass.tokens.size()), layers = int(model_->layers().size());
   const bool cut = int(pass.wanted.size()) < total;
   auto checked = Clock::now();
+  scratch_.foresight.restart();
   embed(pass);
   for (int layer = 0; layer < layers - cut; ++layer) {
     each_chunk(total, [&](int first, int count) { run_layer(pass, layer, first, count, AttentionPart::kWhole); });
@@ -119,7 +120,7 @@ void Context::norm(const InputForms& forms, const Norm& norm, int first, int cou
 void Context::products(std::span<const Product> asked) {
   Scratch& s = scratch_;
   const LowRank* any = asked[0].linear->low_rank;  // all of a layer's products have one or none
-  if (!any) return multiply(kernels_, threads_, s.input, asked);
+  if (!any) return multiply(kernels_, threads_, s.input, asked, &s.foresight);
   const int rank = any->rank();
   const size_t ld = round_up(size_t(rank), kBlock);
   std::vector<Product> first(asked.begin(), asked.end()), second;
@@ -134,10 +135,10 @@ void Context::products(std::span<const Product> asked) {
     rows_of_parts.push_back(s.input.rows(p.part));
     rows += rows_of_parts.back();
   }
-  multiply(kernels_, threads_, s.input, first);
+  multiply(kernels_, threads_, s.input, first, &s.foresight);
   s.low_input.begin(forms, s.low_rank.as<float>(), rank, rows_of_parts);
   each_token(rows, double(rank), [&](int i) { s.low_input.prepare(kernels_, i); });
-  multiply(kernels_, threads_, s.low_input, second);
+  multiply(kernels_, threads_, s.low_input, second, &s.foresight);
 }
 
 // x + attention, then x + ffn of that; in a parallel layer the ffn reads x first and waits apart.
@@ -190,7 +191,8 @@ float* Context::write_logits(const Pass& pass, float* logits) {
       norm_row(model_->final_norm(), x, normed + size_t(i) * ld);
       scratch_.input.prepare(kernels_, i);
     });
-    multiply(kernels_, threads_, scratch_.input, {{&model_->head(), logits, vocab}});
+    const Product head[] = {{&model_->head(), logits, vocab}};
+    multiply(kernels_, threads_, scratch_.input, head, &scratch_.foresight);
     logits += size_t(count) * vocab;
   }
   return logits;

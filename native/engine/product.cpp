@@ -16,6 +16,8 @@ constexpr int kMostRounds = 3;
 constexpr long long kLeftOver = 4;  // a round leaves one part in so many to the next
 // Weights that should stay in L2 while tiles of tokens walk over them.
 constexpr std::size_t kCachedBytes = 256 << 10;
+// Above so many tokens products do not wait for weights.
+constexpr int kForeseenTokens = 8;
 
 // Whether an input of so many rows is multiplied in tiles, which need room to work in.
 bool in_tiles(const Kernels& kernels, int rows) { return kernels.workspace_bytes && rows >= kTokenTile; }
@@ -85,6 +87,27 @@ void run_range(const Kernels& kernels, const ProductInput& input, std::span<cons
     begin -= static_cast<long long>(w.panels()) * tokens;
     end -= static_cast<long long>(w.panels()) * tokens;
   }
+}
+
+// Where each thread begins to read, if it takes the item of its number.
+NextReads first_reads(const Kernels& kernels, std::span<const Product> products, const ProductInput& input, long long work,
+                      int threads, int rounds) {
+  NextReads reads;
+  for (int thread = 0; thread < std::min(threads, int(reads.size())); ++thread) {
+    long long begin = begin_of(thread, work, threads, rounds), end = begin_of(thread + 1, work, threads, rounds);
+    for (const Product& p : products) {
+      const Matrix& w = *p.linear->weight;
+      const int tokens = input.rows(p.part), first = int(begin / tokens);
+      if (first < w.panels()) {
+        const int panels = int(std::min<long long>(end / tokens, w.panels())) - first;
+        reads[size_t(thread)] = first_read(w, first, panels, kernels.fetched_bytes);
+        break;
+      }
+      begin -= static_cast<long long>(w.panels()) * tokens;
+      end -= static_cast<long long>(w.panels()) * tokens;
+    }
+  }
+  return reads;
 }
 
 // Rows of the forms in tiles: above one tile the last one is as wide as the others.
@@ -203,7 +226,8 @@ FloatInput ProductInput::floats(int part, bool rounded) const {
   return {x_ + at, size_t(ld_), sums_.data() ? sums_.as<float>() + half : nullptr};
 }
 
-void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::span<const Product> products) {
+void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::span<const Product> products,
+              Foresight* foresight) {
   long long work = 0;  // panels x tokens
   double macs = 0;
   std::size_t bytes = 0;
@@ -216,10 +240,15 @@ void multiply(const Kernels& kernels, int threads, const ProductInput& input, st
   if (macs < kSerialMacs && bytes < kSerialBytes) threads = 1;
   int rounds = 0;
   while (threads > 1 && rounds < kMostRounds && macs / threads / (2 << rounds) > kItemMacs) ++rounds;
-  ThreadPool::instance().run(threads, threads * (rounds + 1), [&](int item) {
+  const NextReads* next = nullptr;
+  if (foresight && kernels.fetched_bytes && input.rows(products[0].part) <= kForeseenTokens)
+    next = foresight->after(products[0].linear,
+                            [&] { return first_reads(kernels, products, input, work, threads, rounds); });
+  const auto task = [&](int item) {
     run_range(kernels, input, products, begin_of(item, work, threads, rounds),
               begin_of(item + 1, work, threads, rounds));
-  });
+  };
+  ThreadPool::instance().run(threads, threads * (rounds + 1), task, next);
 }
 
 }  // namespace trilemma

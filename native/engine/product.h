@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "aligned.h"
+#include "foresight.h"
 #include "int8_form.h"
 #include "model.h"
 
@@ -81,11 +82,9 @@ struct Product {
   int part = 0;  // of the input; `y` is the first row of this part's output
 };
 
-// Runs the products (all of the same input) as one parallel job, without what low-rank pairs add.
-void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::span<const Product> products);
-inline void multiply(const Kernels& kernels, int threads, const ProductInput& input,
-                     std::initializer_list<Product> products) {
-  multiply(kernels, threads, input, std::span(products.begin(), products.size()));
-}
+// Runs the products (all of the same input) as one parallel job, without what low-rank pairs add. With foresight, threads
+// that wait fetch weights of the job that follows.
+void multiply(const Kernels& kernels, int threads, const ProductInput& input, std::span<const Product> products,
+              Foresight* foresight = nullptr);
 
 }  // namespace trilemma

@@ -33,7 +33,23 @@ std::atomic<ThreadPool*> the_pool{nullptr};
 
 void forget_pool() { the_pool.store(nullptr); }
 
+// Bytes of codes asked for between two looks at what a thread waits for.
+constexpr std::size_t kFetchStep = 512, kLineBytes = 64;
+
 }  // namespace
+
+NextRead::NextRead(const std::byte* codes, std::size_t bytes, const std::byte* scales, std::size_t scale_bytes)
+    : codes_(codes), end_(codes + bytes / kFetchStep * kFetchStep), scales_(scales),
+      scales_step_(bytes ? scale_bytes * kFetchStep / bytes : 0) {}
+
+bool NextRead::fetch() {
+  if (codes_ == end_) return false;
+  for (std::size_t line = 0; line < kFetchStep; line += kLineBytes) __builtin_prefetch(codes_ + line, 0, 2);
+  for (std::size_t line = 0; line < scales_step_; line += kLineBytes) __builtin_prefetch(scales_ + line, 0, 2);
+  codes_ += kFetchStep;
+  scales_ += scales_step_;
+  return true;
+}
 
 ThreadPool& ThreadPool::instance() {
   ThreadPool* pool = the_pool.load(std::memory_order_acquire);
@@ -58,7 +74,7 @@ void ThreadPool::grow(int workers) {
   }
 }
 
-void ThreadPool::run_erased(int threads, int items, Call call, const void* task) {
+void ThreadPool::run_erased(int threads, int items, Call call, const void* task, const NextReads* next) {
   if (items > kMostItems || !owner_.try_lock()) {
     for (int i = 0; i < items; ++i) call(task, i);
     return;
@@ -68,6 +84,7 @@ void ThreadPool::run_erased(int threads, int items, Call call, const void* task)
   grow(threads - 1);
   call_ = call;
   task_ = task;
+  next_ = next;
   done_.store(0, std::memory_order_relaxed);
   // The first item is the caller's.
   ticket_.store(Ticket::of(threads - 1, items, 1).word, std::memory_order_release);
@@ -82,8 +99,9 @@ void ThreadPool::run_erased(int threads, int items, Call call, const void* task)
   }
   call(task, 0);
   const int own = 1 + take_items({ticket_.load(std::memory_order_relaxed)});
+  NextRead own_next = next ? (*next)[0] : NextRead{};
   for (int spins = 0; done_.load(std::memory_order_acquire) != items - own; ++spins)
-    spins < kPatience ? relax() : std::this_thread::yield();
+    if (!own_next.fetch()) spins < kPatience ? relax() : std::this_thread::yield();
 }
 
 // Takes items as long as there are any, of this job or of one that opened meanwhile; returns how many.
@@ -121,7 +139,11 @@ void ThreadPool::work(int index) {
   for (;;) {
     wait_for_job(index);
     const int taken = take_items({ticket_.load(std::memory_order_relaxed)});
-    if (taken) done_.fetch_add(taken, std::memory_order_release);
+    if (!taken) continue;
+    // Once its items count as done, the next job may be opened.
+    NextRead next = next_ && std::size_t(index) + 1 < next_->size() ? (*next_)[std::size_t(index) + 1] : NextRead{};
+    done_.fetch_add(taken, std::memory_order_release);
+    while (!joinable(index) && next.fetch());
   }
 }
 

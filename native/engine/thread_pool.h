@@ -7,12 +7,30 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <condition_variable>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 
 namespace trilemma {
+
+// What a thread will read in the job after this one, as far as anybody knows: it brings that nearer while it waits.
+class NextRead {
+ public:
+  NextRead() = default;
+  // `bytes` of codes, and beside them their scales.
+  NextRead(const std::byte* codes, std::size_t bytes, const std::byte* scales, std::size_t scale_bytes);
+  // Asks memory for the next lines; false where none are left.
+  bool fetch();
+
+ private:
+  const std::byte *codes_ = nullptr, *end_ = nullptr, *scales_ = nullptr;
+  std::size_t scales_step_ = 0;
+};
+// Of the caller and the first workers; others do without.
+using NextReads = std::array<NextRead, 8>;
 
 class ThreadPool {
  public:
@@ -26,12 +44,12 @@ class ThreadPool {
 
   // Calls task(item) for each item in [0, items), on the caller and at most threads - 1 workers. Does not throw.
   template <class Task>
-  void run(int threads, int items, const Task& task) {
+  void run(int threads, int items, const Task& task, const NextReads* next = nullptr) {
     if (threads <= 1 || items <= 1) {
       for (int i = 0; i < items; ++i) task(i);
       return;
     }
-    run_erased(threads, items, [](const void* t, int i) { (*static_cast<const Task*>(t))(i); }, &task);
+    run_erased(threads, items, [](const void* t, int i) { (*static_cast<const Task*>(t))(i); }, &task, next);
   }
 
   // Calls task(row) for each row in [0, rows), of about `floats` of work each.
@@ -63,7 +81,7 @@ class ThreadPool {
     static constexpr std::uint64_t kField = (1 << 26) - 1;
   };
 
-  void run_erased(int threads, int items, Call call, const void* task);
+  void run_erased(int threads, int items, Call call, const void* task, const NextReads* next);
   void grow(int workers);
   void work(int index);
   void wait_for_job(int index);
@@ -76,6 +94,7 @@ class ThreadPool {
   alignas(64) std::atomic<std::uint64_t> ticket_{0};
   Call call_ = nullptr;
   const void* task_ = nullptr;
+  const NextReads* next_ = nullptr;
   alignas(64) std::atomic<int> done_{0};  // items that workers have finished
   alignas(64) std::atomic<int> asleep_{0};
   std::mutex sleep_;

@@ -108,13 +108,28 @@ TRILEMMA_INLINE void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C
 }
 
 constexpr size_t kAhead = 2048;  // bytes of codes
-// One token or two read as fast as memory gives; where they wait for lines that no stream fetched (Zen), no prefetch and
-// one stream. The server cores that have AMX read a third faster with it, and a tenth faster in two streams.
+// One token or two read as fast as memory gives. Where they wait for lines that no stream fetched (Zen), they do so without
+// prefetch, panel after panel. The server cores that have AMX read two fifths faster with it (docs/log.md): scales as well
+// as codes, several panels side by side, and little at once; more of short panels, whose ends come soon.
 #if defined(TRILEMMA_SIMD_AMX)
-constexpr int kPrefetchTokens = 1, kTokenPanels = 2;
+constexpr int kPrefetchTokens = 1, kLongPanels = 2, kShortPanels = 4;
 #else
-constexpr int kPrefetchTokens = 4, kTokenPanels = 1;
+constexpr int kPrefetchTokens = 4, kLongPanels = 1, kShortPanels = 1;
 #endif
+constexpr int kLongBlocks = 64;  // of a panel that is not short
+constexpr int kScalesAhead = 16;  // blocks
+
+// Panels that T tokens read side by side: more tokens wait for their own products.
+template <class C, int T, bool Long>
+constexpr int panels_at_once() {
+  constexpr int kMost = Long ? (C::kBits == 8 ? 8 : 6) : 2;
+  return T > kMost ? 1 : Long ? kLongPanels : kShortPanels;
+}
+// Blocks ahead that their codes are fetched.
+template <class C, int P>
+constexpr int codes_ahead() {
+  return P == 1 ? int(kAhead / block_bytes(C::kBits)) : P == kLongPanels ? 4 : 8;
+}
 
 // T tokens and P panels.
 template <class C, int T, int P = 1>
@@ -122,6 +137,8 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
   using Scales = RowScales<C::kSharedRows && (T > 2)>;  // a few products wait for weights, not for multipliers
   const uint8_t* codes = panel_codes(w, panel);
   const size_t apart = size_t(w.blocks) * block_bytes(C::kBits);
+  constexpr int kCodesAhead = codes_ahead<C, P>();
+  const ScalesAhead<C> near(w, kScalesAhead, 0), beyond(w, kScalesAhead, P - 1);
   Int8Tile<C> in(input, token, T == kTokenTile ? size_t(kTokenTile) : size_t(input.width));
   BlockScales<C> scales[P];
   V16f total[P][T];
@@ -133,15 +150,16 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
   }
   for (int b = 0; b < w.blocks; ++b) {
     // What comes behind the end of these panels is the beginning of the next ones.
-    const size_t at = size_t(b) * block_bytes(C::kBits);
-    const size_t ahead = kAhead + (P > 1 && at + kAhead >= apart ? (P - 1) * apart : 0);
+    const size_t ahead = kCodesAhead * block_bytes(C::kBits) + (b + kCodesAhead >= w.blocks ? (P - 1) * apart : 0);
 #pragma GCC unroll 16
     for (int p = 0; p < P; ++p) {
       const uint8_t* from = codes + size_t(p) * apart;
       scales[p].next();
       const BlockWeights<C> weights(from);
-      if (T >= kPrefetchTokens)
+      if (T >= kPrefetchTokens) {
         for (size_t line = 0; line < block_bytes(C::kBits); line += 64) __builtin_prefetch(from + ahead + line);
+        if (P > 1) scales[p].fetch(b + kScalesAhead >= w.blocks ? beyond : near);
+      }
       add_blocks<C, 0, T>(weights, in, 0, Scales(scales[p].scale[0]), scales[p].minimum[0], total[p]);
       if constexpr (C::kParts == 2)
         add_blocks<C, 1, T>(weights, in, 0, Scales(scales[p].scale[1]), scales[p].minimum[1], total[p]);
@@ -159,16 +177,23 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
     }
 }
 
+template <class C, int T, int P>
+inline void int8_panels(const PackedView& w, const Int8Input& x, int t, int begin, int end, const Output& out) {
+  int p = begin;
+  for (; p + P <= end; p += P) int8_tile<C, T, P>(w, p, x, t, out);
+  for (; p < end; ++p) int8_tile<C, T>(w, p, x, t, out);
+}
+
 // All tokens from `t` on, in tiles of T and then smaller ones: 16, 8, and what is left as one tile, so that weights are
 // read as seldom as can be and no tile straddles two tiles of 16 of the input.
 template <class C, int T = kIntTokens>
 inline void int8_tokens(const PackedView& w, const Int8Input& x, int t, int tokens, int begin, int end,
                         const Output& out) {
-  constexpr int kPanels = T == 1 ? kTokenPanels : 1;
   for (; t + T <= tokens; t += T) {
-    int p = begin;
-    for (; p + kPanels <= end; p += kPanels) int8_tile<C, T, kPanels>(w, p, x, t, out);
-    for (; p < end; ++p) int8_tile<C, T>(w, p, x, t, out);
+    if (w.blocks < kLongBlocks)
+      int8_panels<C, T, panels_at_once<C, T, false>()>(w, x, t, begin, end, out);
+    else
+      int8_panels<C, T, panels_at_once<C, T, true>()>(w, x, t, begin, end, out);
   }
   if constexpr (T > 1)
     if (t < tokens) int8_tokens<C, (T > 8 ? T / 2 : T - 1)>(w, x, t, tokens, begin, end, out);

@@ -7,7 +7,7 @@
 namespace trilemma {
 namespace {
 
-inline size_t block_bytes(int bits) { return size_t(kBlock) * size_t(kPanel) * size_t(bits) / 8; }
+constexpr size_t block_bytes(int bits) { return size_t(kBlock) * size_t(kPanel) * size_t(bits) / 8; }
 
 // A kind of codes: bits, whether it has minima, the columns that share a factor of their group's scale (0: none; 16: a
 // factor or an f16 scale of their own), and whether codes are numbers of the codebook's values.
@@ -46,6 +46,15 @@ inline const uint8_t* panel_codes(const PackedView& w, int panel) {
   return w.codes + size_t(panel) * size_t(w.blocks) * block_bytes(w.bits);
 }
 
+// How far on lie the scales, and the factors of a second level, of so many blocks and panels later.
+template <class C>
+struct ScalesAhead {
+  size_t cells, factors;
+  ScalesAhead(const PackedView& w, int blocks, int panels)
+      : cells(size_t(blocks / w.group_blocks + panels * w.groups) * kPanel),
+        factors(size_t(blocks + panels * w.blocks) * C::kParts * kPanel) {}
+};
+
 // Scales and minima of a panel's rows, block by block in ascending order. Products of both levels are exact.
 template <class C>
 struct BlockScales {
@@ -60,6 +69,15 @@ struct BlockScales {
     const size_t subs = size_t(panel) * size_t(w.blocks) * C::kParts * kPanel;
     sub_scales_ = w.sub_scales + subs;
     if (!C::kSymmetric && C::kBits != 2) sub_minima_ = w.sub_minima + subs;
+  }
+
+  // Brings nearer what `next` will read.
+  void fetch(const ScalesAhead<C>& ahead) const {
+    __builtin_prefetch(scales_ + ahead.cells);
+    if (!C::kSymmetric) __builtin_prefetch(minima_ + ahead.cells);
+    if (C::kSubGroup == 0 || !sub_scales_) return;
+    __builtin_prefetch(sub_scales_ + ahead.factors);
+    if (!C::kSymmetric && C::kBits != 2) __builtin_prefetch(sub_minima_ + ahead.factors);
   }
 
   void next() {

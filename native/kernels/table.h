@@ -154,6 +154,7 @@ struct Bf16Kernels {
 
 struct Kernels {
   const char* name;
+  size_t fetched_bytes;  // of weights that a waiting thread brings nearer, where that was measured to help; else 0
   size_t workspace_bytes;  // that matmul_int8 and matmul_packed use for whole tiles of tokens, aligned to 64; 0: none
   // (x - mean) / rms * weight + bias, without the mean for rms_norm. `bias` may be null; `out` may be `x`.
   void (*rms_norm)(const float* x, const float* weight, const float* bias, int n, float eps, float* out);
