@@ -10,18 +10,22 @@ namespace {
 
 // (token, head) rows of one work item: four register blocks.
 constexpr int kAttentionRows = 32;
+// Items that a thread gets of a head's chunks, about: many share the work evenly, few read long runs of the cache.
+constexpr int kItemsPerThread = 8;
 
 }  // namespace
 
 // What each segment inside [first, first + count) attends to, and the work items that it is cut into: heads of the cache,
-// blocks of rows, and where few heads meet many positions, chunks of those.
+// blocks of rows, and where few heads meet many positions, runs of chunks of those.
 struct Context::AttentionPlan {
   struct Part {
     KvView kv;
     int row, count, position, first_item, blocks, first_chunk, chunks;
     std::size_t partial;  // floats into the scratch
+    int run = 1;          // chunks of an item
 
     bool split() const { return chunks > 1; }
+    int runs() const { return (chunks + run - 1) / run; }
   };
   std::vector<Part> parts;
   int items = 0;
@@ -29,7 +33,7 @@ struct Context::AttentionPlan {
 
   const Part& of_item(int item, int kv_heads) const {
     return *std::find_if(parts.begin(), parts.end(),
-                         [&](const Part& p) { return item < p.first_item + p.blocks * p.chunks * kv_heads; });
+                         [&](const Part& p) { return item < p.first_item + p.blocks * p.runs() * kv_heads; });
   }
   const Part& of_row(int row) const {
     return *std::find_if(parts.begin(), parts.end(), [&](const Part& p) { return row < p.row + p.count; });
@@ -92,10 +96,11 @@ Context::AttentionPlan Context::plan_attention(const Pass& pass, int layer, int 
     if (p.count == 1) {
       p.first_chunk = begin / kKvChunk;
       p.chunks = p.position / kKvChunk - p.first_chunk + 1;
+      p.run = std::max(1, p.chunks * spec.kv_heads * int(plan.parts.size()) / (kItemsPerThread * threads_));
       p.partial = partial;
       partial += size_t(p.chunks * spec.kv_heads) * partial_floats(spec);
     }
-    items += p.blocks * p.chunks * spec.kv_heads;
+    items += p.blocks * p.runs() * spec.kv_heads;
   }
   plan.items = items;
   return plan;
@@ -114,17 +119,17 @@ void Context::attend(const AttentionPlan& plan, int layer) {
                          scratch_.attended.as<float>() + size_t(part.row) * ld_out + column, q_dim, ld_out, group, head,
                          block * kAttentionRows, std::min(rows, (block + 1) * kAttentionRows), part.position,
                          spec.window, part.split() ? scratch_.partial.as<float>() + at : nullptr,
-                         part.first_chunk + chunk};
+                         part.first_chunk + chunk, std::min(part.run, part.chunks - chunk), partial};
   };
   const int threads = plan.work < 2 * ThreadPool::kSerialFloats ? 1 : threads_;
   ThreadPool::instance().run(threads, plan.items, [&](int item) {
     const AttentionPlan::Part& part = plan.of_item(item, spec.kv_heads);
-    const int at = item - part.first_item, block = at / part.chunks % part.blocks;
-    kernels_.attention(part.kv, task_of(part, at / (part.blocks * part.chunks), block, at % part.chunks));
+    const int at = item - part.first_item, runs = part.runs(), block = at / runs % part.blocks;
+    kernels_.attention(part.kv, task_of(part, at / (part.blocks * runs), block, at % runs * part.run));
   });
   for (const AttentionPlan::Part& part : plan.parts)
     for (int head = 0; part.split() && head < spec.kv_heads; ++head)
-      kernels_.attention_merge(part.kv, task_of(part, head, 0, 0), part.chunks, partial);
+      kernels_.attention_merge(part.kv, task_of(part, head, 0, 0), part.chunks);
 }
 
 // Norms (where the layer does) and rotates queries and keys, and stores keys and values.

@@ -66,7 +66,8 @@ struct Tile {
   int base;
   ptrdiff_t to_values, to_next;  // bytes, from keys to values to the next keys
 
-  Tile(const KvView& kv, int head, int first, int last) : base(first / kTile * kTile) {
+  // `behind`: where the reading ends.
+  Tile(const KvView& kv, int head, int first, int behind) : base(first / kTile * kTile) {
     const size_t before = size_t(head) * size_t(kv.page);  // cells of earlier heads in a page
     const uint8_t* page = kv.pages[base / kTile];
     k = reinterpret_cast<const typename Cache::Keys::Cell*>(page + kv.k) +
@@ -77,7 +78,19 @@ struct Tile {
       scale = {reinterpret_cast<const float*>(page + kv.k_scale) + before,
                reinterpret_cast<const float*>(page + kv.v_scale) + before};
     to_values = ptrdiff_t(uintptr_t(v) - uintptr_t(k));
-    to_next = base + kTile < last ? ptrdiff_t(uintptr_t(kv.pages[base / kTile + 1]) - uintptr_t(page)) - to_values : 0;
+    to_next = base + kTile < behind ? ptrdiff_t(uintptr_t(kv.pages[base / kTile + 1]) - uintptr_t(page)) - to_values : 0;
+    if constexpr (Cache::kInteger)
+      if (to_next) fetch_scales();
+  }
+
+ private:
+  // Of the next tile.
+  void fetch_scales() const {
+    const ptrdiff_t page = to_values + to_next;
+    for (int line = 0; line < kTile; line += 16) {
+      fetch(behind(scale.k + line, page), 0);
+      fetch(behind(scale.v + line, page), 0);
+    }
   }
 };
 
@@ -131,13 +144,13 @@ inline void add_values(const KvView& kv, const Rows& rows, const Tile<Cache>& ti
   }
 }
 
-// Positions [first, last) of one chunk, from a clear state.
+// Positions [first, last) of one chunk, from a clear state; `behind`: where the chunks after it end.
 template <class Cache>
-inline void attend_chunk(const KvView& kv, int head, const Rows& rows, int first, int last, State& state,
+inline void attend_chunk(const KvView& kv, int head, const Rows& rows, int first, int last, int behind, State& state,
                          Scratch<Cache>& scratch) {
   state.clear(rows.count, kv.padded_dim);
   for (int base = first / kTile * kTile; base < last; base += kTile) {
-    const Tile<Cache> tile(kv, head, base, last);
+    const Tile<Cache> tile(kv, head, base, behind);
     weigh_tile(kv, rows, tile, last, state, scratch);
     add_values(kv, rows, tile, last, scratch);
   }
@@ -163,28 +176,34 @@ inline void write_rows(const KvView& kv, const Rows& rows, const State& state) {
 
 template <class Cache>
 inline void attend(const KvView& kv, int head, const Rows& rows, State& state, State& later, Scratch<Cache>& scratch) {
+  const int behind = rows.end[rows.count - 1];
   int first, last, chunk = rows.begin[0] / kKvChunk;
-  if (span_of(rows, chunk, first, last)) attend_chunk(kv, head, rows, first, last, state, scratch);
+  if (span_of(rows, chunk, first, last)) attend_chunk(kv, head, rows, first, last, behind, state, scratch);
   while (span_of(rows, ++chunk, first, last)) {
-    attend_chunk(kv, head, rows, first, last, later, scratch);
+    attend_chunk(kv, head, rows, first, last, behind, later, scratch);
     for (int r = 0; r < rows.count; ++r) merge(state.rows[r], later.rows[r], kv.padded_dim);
   }
   write_rows(kv, rows, state);
 }
 
-// One chunk's sums of every row, for attention_merge.
+// Sums of every row in each of the task's chunks, for attention_merge.
 template <class Cache>
 inline void attend_partly(const KvView& kv, const AttentionTask& task, const Rows& rows, float* partial, State& state,
                           Scratch<Cache>& scratch) {
-  int first, last;
-  if (span_of(rows, task.chunk, first, last))
-    attend_chunk(kv, task.kv_head, rows, first, last, state, scratch);
-  else
-    state.clear(rows.count, kv.padded_dim);
-  for (int r = 0; r < rows.count; ++r, partial += kv.padded_dim + kPanel) {
-    for (int d = 0; d < kv.padded_dim; d += 16) store(partial + d, load(state.rows[r].out + d));
-    partial[kv.padded_dim] = state.rows[r].maximum;
-    partial[kv.padded_dim + 1] = state.rows[r].total;
+  const int end = (task.chunk + task.chunks) * kKvChunk;
+  const int behind = rows.end[rows.count - 1] < end ? rows.end[rows.count - 1] : end;
+  for (int c = 0; c < task.chunks; ++c, partial += task.stride) {
+    int first, last;
+    if (span_of(rows, task.chunk + c, first, last))
+      attend_chunk(kv, task.kv_head, rows, first, last, behind, state, scratch);
+    else
+      state.clear(rows.count, kv.padded_dim);
+    float* row = partial;
+    for (int r = 0; r < rows.count; ++r, row += kv.padded_dim + kPanel) {
+      for (int d = 0; d < kv.padded_dim; d += 16) store(row + d, load(state.rows[r].out + d));
+      row[kv.padded_dim] = state.rows[r].maximum;
+      row[kv.padded_dim + 1] = state.rows[r].total;
+    }
   }
 }
 
@@ -226,7 +245,7 @@ void attention(const KvView& kv, const AttentionTask& task) {
   if (kv.type == kKvInt4) attend_rows<CacheInt4>(kv, task);
 }
 
-void attention_merge(const KvView& kv, const AttentionTask& task, int chunks, size_t stride) {
+void attention_merge(const KvView& kv, const AttentionTask& task, int chunks) {
   State state;
   for (int at = task.row_begin; at < task.row_end; at += block_rows(kv.padded_dim)) {
     const Rows rows = rows_of(kv, task, at);
@@ -234,7 +253,7 @@ void attention_merge(const KvView& kv, const AttentionTask& task, int chunks, si
     for (int r = 0; r < rows.count; ++r) {
       float* partial = task.partial + (size_t(at - task.row_begin) + size_t(r)) * width;
       const auto chunk = [&](int c) {
-        float* one = partial + size_t(c) * stride;
+        float* one = partial + size_t(c) * task.stride;
         return RowState{one, one[kv.padded_dim], one[kv.padded_dim + 1]};
       };
       RowState& row = state.rows[r];

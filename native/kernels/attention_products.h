@@ -33,26 +33,28 @@ constexpr int vectors_for() {
 template <class Product>
 constexpr size_t kLine = 64 / sizeof(typename Product::Cell);
 
-// Brings the line `ahead` bytes behind this one nearer: what the next product over the cache will read. Keys and values of a
-// head are cut into runs of a few kB, too short for the processor to see where they go on.
-inline void fetch(const void* line, ptrdiff_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(line) + uintptr_t(ahead)), 0, 2);
+// Where what lies at `cells` lies in what the next product over the cache will read, `ahead` bytes behind.
+inline const void* behind(const void* cells, ptrdiff_t ahead) {
+  return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(cells) + uintptr_t(ahead));
 }
+// Brings line `i` from there nearer. Keys and values of a head are cut into runs of a few kB, too short for the processor to
+// see where they go on; it sees it best where their lines are asked for one after the other.
+inline void fetch(const void* next, int i) { __builtin_prefetch(static_cast<const uint8_t*>(next) + i * 64, 0, 2); }
 
 // Adds step `s` of `R` rows and `V` lines that lie `apart` cells apart. Where the two halves of a line are lines, they
 // count from the half `first` on.
 template <class Product, int Part, int R, int V>
-inline void add_lines(const typename Product::Cell* lines, size_t apart, int first, ptrdiff_t ahead,
+inline void add_lines(const typename Product::Cell* lines, size_t apart, int first, const void* next,
                       const typename Product::Row* rows, int s, typename Product::Sum (*sum)[V]) {
   typename Product::Line line[V];
 #pragma GCC unroll 8
   for (int v = 0; v < V; ++v) {
     if constexpr (Product::kHalves) {
       const bool high = (first + v) & 1;
-      if (!high) fetch(lines + size_t(v / 2) * apart, ahead);
+      if (!high) fetch(next, v / 2);
       line[v] = half_line(lines + size_t(v / 2) * apart, high);
     } else {
-      if constexpr (Part == 0) fetch(lines + size_t(v) * apart, ahead);
+      if constexpr (Part == 0) fetch(next, v);
       line[v] = Product::template line<Part>(lines + size_t(v) * apart);
     }
   }
@@ -61,7 +63,7 @@ inline void add_lines(const typename Product::Cell* lines, size_t apart, int fir
 #pragma GCC unroll 8
     for (int v = 0; v < V; ++v)
       Product::template add<Part>(sum[r][v], line[v], rows[r].factors + size_t(s) * Product::kFactors);
-  if constexpr (Part + 1 < Product::kParts) add_lines<Product, Part + 1, R, V>(lines, apart, first, ahead, rows, s, sum);
+  if constexpr (Part + 1 < Product::kParts) add_lines<Product, Part + 1, R, V>(lines, apart, first, next, rows, s, sum);
 }
 
 // Keys of one tile and head: `steps` lines for every 16 positions; what is read next lies `ahead` bytes behind.
@@ -83,7 +85,8 @@ inline void score_block(const KeyTile<Product>& k, int v, const typename Product
 #pragma GCC unroll 8
     for (int i = 0; i < V; ++i) sum[r][i] = Product::start(q[r]);
   for (int s = 0; s < k.steps; ++s)
-    add_lines<Product, 0, R, V>(lines + size_t(s) * kLine<Product>, apart, 0, k.ahead, q, s, sum);
+    add_lines<Product, 0, R, V>(lines + size_t(s) * kLine<Product>, apart, 0,
+                                behind(lines + size_t(s * V) * kLine<Product>, k.ahead), q, s, sum);
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
@@ -161,7 +164,8 @@ inline void value_block(const ValueTile<Product>& v, int d, const typename Produ
 #pragma GCC unroll 8
     for (int i = 0; i < D; ++i) sum[r][i] = start_values<Product>(before(r, i), weights[r]);
   for (int s = v.begin; s < v.end; ++s)
-    add_lines<Product, 0, R, D>(lines + size_t(s) * apart, kLine<Product>, first, v.ahead, weights, s, sum);
+    add_lines<Product, 0, R, D>(lines + size_t(s) * apart, kLine<Product>, first,
+                                behind(lines + size_t(s) * apart, v.ahead), weights, s, sum);
   if constexpr (Product::kStep > 1)
     if (v.rest)
 #pragma GCC unroll 8

@@ -136,10 +136,11 @@ struct AttentionTask {
   int row_begin, row_end;
   int first_position;  // of token 0
   int window;          // 0: unlimited
-  // Not null: what chunk number `chunk` alone adds goes there instead of `out`: of each row padded_dim sums, then the
-  // largest score and the total weight, padded_dim + 16 floats a row.
+  // Not null: what each of `chunks` chunks from number `chunk` on adds goes there instead of `out`, `stride` floats apart:
+  // of each row padded_dim sums, then the largest score and the total weight, padded_dim + 16 floats a row.
   float* partial;
-  int chunk;
+  int chunk, chunks;
+  size_t stride;
 };
 
 
@@ -171,8 +172,8 @@ struct Kernels {
   void (*glu)(float* gate, const float* up, int n, Nonlinearity kind);  // gate = f(gate) * up; up may be null
   void (*kv_store)(const KvView& kv, const float* k, const float* v, int heads, int position);
   void (*attention)(const KvView& kv, const AttentionTask& task);
-  // Merges the partial sums of `chunks` chunks, `stride` floats apart from task.partial on, into `out`.
-  void (*attention_merge)(const KvView& kv, const AttentionTask& task, int chunks, size_t stride);
+  // Merges the partial sums of `chunks` chunks, from task.partial on, into `out`.
+  void (*attention_merge)(const KvView& kv, const AttentionTask& task, int chunks);
   // Panels [begin, end) of 16 rows, all tokens.
   void (*matmul_plain)(const PlainView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out);
   void (*matmul_pairs)(const PairView& w, const FloatInput& x, int tokens, int begin, int end, const Output& out);

@@ -458,7 +458,7 @@ struct AttentionCase {
   }
   AttentionTask task(std::vector<float>& out, int head, int begin, int end) const {
     const size_t column = size_t(head * group * dim);
-    return {q.data() + column, out.data() + column, q_dim, q_dim, group, head, begin, end, first, window, nullptr, 0};
+    return {q.data() + column, out.data() + column, q_dim, q_dim, group, head, begin, end, first, window, nullptr, 0, 1, 0};
   }
   // In two calls, rows [0, cut) and the rest.
   std::vector<float> run(const Kernels& kernels, int cut) const {
@@ -470,8 +470,8 @@ struct AttentionCase {
     }
     return out;
   }
-  // Of one token: every chunk of positions on its own, then merged.
-  std::vector<float> run_chunks(const Kernels& kernels) const {
+  // Of one token: chunks of positions in runs of so many, each on its own, then merged.
+  std::vector<float> run_chunks(const Kernels& kernels, int run) const {
     const Cache cache = fill(kernels);
     std::vector<float> out(q.size());
     const int begin = window && length > window ? (length - window) / kKvChunk : 0;
@@ -481,10 +481,15 @@ struct AttentionCase {
       std::vector<float> partial(stride * size_t(chunks), std::nanf(""));
       AttentionTask part = task(out, h, 0, group);
       part.partial = partial.data();
-      part.chunk = begin;
-      for (int c = 0; c < chunks; ++c, part.partial += stride, ++part.chunk) kernels.attention(cache.view, part);
+      part.stride = stride;
+      for (int c = 0; c < chunks; c += run) {
+        part.partial = partial.data() + size_t(c) * stride;
+        part.chunk = begin + c;
+        part.chunks = std::min(run, chunks - c);
+        kernels.attention(cache.view, part);
+      }
       part.partial = partial.data();
-      kernels.attention_merge(cache.view, part, chunks, stride);
+      kernels.attention_merge(cache.view, part, chunks);
     }
     return out;
   }
@@ -540,7 +545,8 @@ void test_attention(KvType type, int dim, int group, int tokens, int first, int 
     const bool apart = type == kKvBf16 && std::string_view(kernels->name) == "avx512bf16";
     CHECK(apart || same_bits(own, y), std::string("attention differs in ") + kernels->name);
     CHECK(same_bits(one.run(*kernels, rows - rows / 7), own), "attention depends on the rows of a call");
-    if (tokens == 1) CHECK(same_bits(one.run_chunks(*kernels), own), "attention in chunks differs from attention at once");
+    for (int run = 1; tokens == 1 && run <= 3; ++run)
+      CHECK(same_bits(one.run_chunks(*kernels, run), own), "attention in chunks differs from attention at once");
     if (kernels == tables()[0] || apart)
       for (int t = 0; t < tokens; ++t)
         for (int h = 0; h < one.kHeads * group; ++h) one.check_against_reference(own, t, h);
