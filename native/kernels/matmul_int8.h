@@ -116,12 +116,12 @@ constexpr int kPrefetchTokens = 1, kLongPanels = 2, kShortPanels = 4;
 #else
 constexpr int kPrefetchTokens = 4, kLongPanels = 1, kShortPanels = 1;
 #endif
-constexpr int kLongBlocks = 64;  // of a panel that is not short
+constexpr int kLongBlocks = 64;   // of a panel that is not short
 constexpr int kScalesAhead = 16;  // blocks
 
 // Panels that T tokens read side by side: more tokens wait for their own products.
 template <class C, int T, bool Long>
-constexpr int panels_at_once() {
+constexpr int panels_abreast() {
   constexpr int kMost = Long ? (C::kBits == 8 ? 8 : 6) : 2;
   return T > kMost ? 1 : Long ? kLongPanels : kShortPanels;
 }
@@ -191,9 +191,9 @@ inline void int8_tokens(const PackedView& w, const Int8Input& x, int t, int toke
                         const Output& out) {
   for (; t + T <= tokens; t += T) {
     if (w.blocks < kLongBlocks)
-      int8_panels<C, T, panels_at_once<C, T, false>()>(w, x, t, begin, end, out);
+      int8_panels<C, T, panels_abreast<C, T, false>()>(w, x, t, begin, end, out);
     else
-      int8_panels<C, T, panels_at_once<C, T, true>()>(w, x, t, begin, end, out);
+      int8_panels<C, T, panels_abreast<C, T, true>()>(w, x, t, begin, end, out);
   }
   if constexpr (T > 1)
     if (t < tokens) int8_tokens<C, (T > 8 ? T / 2 : T - 1)>(w, x, t, tokens, begin, end, out);

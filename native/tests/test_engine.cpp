@@ -9,6 +9,7 @@
 
 #include "check.h"
 #include "engine/dispatch.h"
+#include "engine/foresight.h"
 #include "engine/generate.h"
 #include "engine/sampler.h"
 #include "engine/thread_pool.h"
@@ -374,6 +375,29 @@ void test_draws() {
   }
 }
 
+// A pass of jobs is followed by what the pass before showed, around its end too; each job is asked once.
+void test_foresight() {
+  Foresight foresight;
+  const Linear jobs[3];
+  int asked = 0;
+  const auto after = [&](int job) {
+    return foresight.after(&jobs[job], [&] {
+      ++asked;
+      return NextReads{};
+    });
+  };
+  foresight.restart();
+  CHECK(after(0) == nullptr && after(1) == nullptr, "a first pass knows what follows");
+  foresight.restart();
+  const NextReads* second = after(0);
+  const NextReads* first = after(1);
+  CHECK(first && second && first != second, "a second pass does not know what follows");
+  CHECK(asked == 2, "a known job is asked again");
+  foresight.restart();
+  CHECK(after(2) == second, "another first job changes what follows it");
+  CHECK(asked == 3, "another job is not asked");
+}
+
 }  // namespace
 
 // Weights are moved by several threads while another reads them.
@@ -410,6 +434,7 @@ void test_moving_weights() {
 int main() {
   test_moving_weights();
   test_pool();
+  test_foresight();
   test_greedy();
   test_draws();
   for (const bool packed : {false, true}) {
