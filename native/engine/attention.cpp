@@ -8,24 +8,24 @@
 namespace trilemma {
 namespace {
 
-// (token, head) rows of one work item: four register blocks.
-constexpr int kAttentionRows = 32;
-// Items that a thread gets of a head's chunks, about: many share the work evenly, few read long runs of the cache.
+// Items that a thread gets of one token's heads and chunks, about: many share the work evenly, few read long runs of the cache.
 constexpr int kItemsPerThread = 8;
 
 }  // namespace
 
-// What each segment inside [first, first + count) attends to, and the work items that it is cut into: heads of the cache,
-// blocks of rows, and where few heads meet many positions, runs of chunks of those.
+// What each segment inside [first, first + count) attends to, and the work items that it is cut into: heads of the cache and
+// blocks of rows, or of one token, groups of heads, and where few heads meet many positions, runs of chunks of those.
 struct Context::AttentionPlan {
   struct Part {
     KvView kv;
-    int row, count, position, first_item, blocks, first_chunk, chunks;
-    std::size_t partial;  // floats into the scratch
-    int run = 1;          // chunks of an item
+    int row, count, position, first_item, blocks;
+    int first_chunk = 0, chunks = 1, run = 1;  // chunks of an item
+    int heads = 1;                             // KV heads of an item
+    std::size_t partial = 0;                   // floats into the scratch
 
     bool split() const { return chunks > 1; }
     int runs() const { return (chunks + run - 1) / run; }
+    int items(int kv_heads) const { return blocks * runs() * ((kv_heads + heads - 1) / heads); }
   };
   std::vector<Part> parts;
   int items = 0;
@@ -33,7 +33,7 @@ struct Context::AttentionPlan {
 
   const Part& of_item(int item, int kv_heads) const {
     return *std::find_if(parts.begin(), parts.end(),
-                         [&](const Part& p) { return item < p.first_item + p.blocks * p.runs() * kv_heads; });
+                         [&](const Part& p) { return item < p.first_item + p.items(kv_heads); });
   }
   const Part& of_row(int row) const {
     return *std::find_if(parts.begin(), parts.end(), [&](const Part& p) { return row < p.row + p.count; });
@@ -77,32 +77,35 @@ Context::AttentionPlan Context::plan_attention(const Pass& pass, int layer, int 
   const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
   const int group = spec.heads / spec.kv_heads;
   AttentionPlan plan;
+  int wide = 0;  // items if every one were a head and a block
   for (const Segment& segment : pass.segments) {
     const int begin = std::max(segment.first, first), end = std::min(segment.first + segment.count, first + count);
     if (begin >= end) continue;
     const int position = segment.position + begin - segment.first, tokens = end - begin;
     const int blocks = (tokens * group + kAttentionRows - 1) / kAttentionRows;
-    plan.parts.push_back(
-        {kv_.view(segment.sequence, layer), begin - first, tokens, position, plan.items, blocks, 0, 1, 0});
-    plan.items += blocks * spec.kv_heads;
+    plan.parts.push_back({kv_.view(segment.sequence, layer), begin - first, tokens, position, 0, blocks});
+    wide += blocks * spec.kv_heads;
     plan.work += double(position + tokens) * tokens * double(spec.q_dim());
   }
-  if (threads_ == 1 || plan.items > kSplitHeads || scratch_.partial.bytes() == 0) return plan;
-  int items = 0;
+  const bool split = threads_ > 1 && wide <= kSplitHeads && scratch_.partial.bytes() > 0;
+  const int wanted = threads_ > 1 ? kItemsPerThread * threads_ : 1, parts = int(plan.parts.size());
   std::size_t partial = 0;
   for (AttentionPlan::Part& p : plan.parts) {
     const int seen = p.position + 1, begin = spec.window && seen > spec.window ? seen - spec.window : 0;
-    p.first_item = items;
-    if (p.count == 1) {
+    if (p.count == 1 && split) {
       p.first_chunk = begin / kKvChunk;
       p.chunks = p.position / kKvChunk - p.first_chunk + 1;
-      p.run = std::max(1, p.chunks * spec.kv_heads * int(plan.parts.size()) / (kItemsPerThread * threads_));
       p.partial = partial;
       partial += size_t(p.chunks * spec.kv_heads) * partial_floats(spec);
     }
-    items += p.blocks * p.runs() * spec.kv_heads;
+    if (p.count == 1) {
+      const int most = std::max(1, std::min(spec.kv_heads, attention_rows(p.kv.padded_dim) / group));
+      p.heads = std::clamp(p.chunks * spec.kv_heads * parts / wanted, 1, most);
+      p.run = std::clamp(p.chunks * spec.kv_heads * parts / (p.heads * wanted), 1, p.chunks);
+    }
+    p.first_item = plan.items;
+    plan.items += p.items(spec.kv_heads);
   }
-  plan.items = items;
   return plan;
 }
 
@@ -111,25 +114,28 @@ void Context::attend(const AttentionPlan& plan, int layer) {
   const AttentionSpec& spec = *model_->config().layers[size_t(layer)].attention;
   const int group = spec.heads / spec.kv_heads;
   const size_t q_dim = size_t(spec.q_dim()), ld_out = round_up(q_dim, kBlock), partial = partial_floats(spec);
-  const auto task_of = [&](const AttentionPlan::Part& part, int head, int block, int chunk) {
+  const auto task_of = [&](const AttentionPlan::Part& part, int head, int heads, int block, int chunk) {
     const size_t column = size_t(head * group) * size_t(spec.head_dim);
-    const int rows = part.count * group;
-    const size_t at = part.partial + size_t(head * part.chunks + chunk) * partial;
+    const int rows = part.count * group * heads;
+    const size_t at = part.partial + size_t(chunk * spec.kv_heads + head) * partial;
     return AttentionTask{scratch_.q.as<float>() + size_t(part.row) * q_dim + column,
-                         scratch_.attended.as<float>() + size_t(part.row) * ld_out + column, q_dim, ld_out, group, head,
-                         block * kAttentionRows, std::min(rows, (block + 1) * kAttentionRows), part.position,
+                         scratch_.attended.as<float>() + size_t(part.row) * ld_out + column, q_dim, ld_out, group * heads,
+                         head, heads, block * kAttentionRows, std::min(rows, (block + 1) * kAttentionRows), part.position,
                          spec.window, part.split() ? scratch_.partial.as<float>() + at : nullptr,
-                         part.first_chunk + chunk, std::min(part.run, part.chunks - chunk), partial};
+                         part.first_chunk + chunk, std::min(part.run, part.chunks - chunk), size_t(spec.kv_heads) * partial};
   };
   const int threads = plan.work < 2 * ThreadPool::kSerialFloats ? 1 : threads_;
   ThreadPool::instance().run(threads, plan.items, [&](int item) {
     const AttentionPlan::Part& part = plan.of_item(item, spec.kv_heads);
     const int at = item - part.first_item, runs = part.runs(), block = at / runs % part.blocks;
-    kernels_.attention(part.kv, task_of(part, at / (part.blocks * runs), block, at % runs * part.run));
+    const int head = at / (part.blocks * runs) * part.heads;
+    kernels_.attention(part.kv, task_of(part, head, std::min(part.heads, spec.kv_heads - head), block, at % runs * part.run));
   });
   for (const AttentionPlan::Part& part : plan.parts)
-    for (int head = 0; part.split() && head < spec.kv_heads; ++head)
-      kernels_.attention_merge(part.kv, task_of(part, head, 0, 0), part.chunks);
+    if (part.split())
+      ThreadPool::instance().run(threads, spec.kv_heads, [&](int head) {
+        kernels_.attention_merge(part.kv, task_of(part, head, 1, 0, 0), part.chunks);
+      });
 }
 
 // Norms (where the layer does) and rotates queries and keys, and stores keys and values.

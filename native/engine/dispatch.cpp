@@ -52,8 +52,8 @@ Support detect() {
   s.avx2 = (state & 6) == 6 && fma && f16c && (b & bit_AVX2);
   const unsigned needed = bit_AVX512F | bit_AVX512BW | bit_AVX512VL | bit_AVX512DQ;
   s.avx512 = s.avx2 && (state & 0xe6) == 0xe6 && (b & needed) == needed && (c & bit_AVX512VNNI);
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kTileState = 3u << 17;
-  const bool tiles = (d & kAmxTile) && (d & kAmxBf16) && (state & kTileState) == kTileState;
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24 | 1u << 25, kTileState = 3u << 17;  // bf16, tiles, int8
+  const bool tiles = (d & kAmx) == kAmx && (state & kTileState) == kTileState;
   if (!__get_cpuid_count(7, 1, &a, &b, &c, &d)) return s;
   s.avxvnni = s.avx2 && (a & bit_AVXVNNI);
   s.avx512bf16 = s.avx512 && (a & bit_AVX512BF16);

@@ -7,24 +7,21 @@
 #pragma once
 
 #include "attention_softmax.h"
+#if defined(TRILEMMA_SIMD_AMX)
+#include "attention_tiles.h"
+#endif
 
 namespace trilemma {
 namespace {
 
-// Rows of a block; wide heads go in smaller ones.
-constexpr int kRows = 32, kRowCells = 4096;
-
-inline int block_rows(int padded_dim) {
-  const int rows = kRowCells / padded_dim / kStepRows * kStepRows;
-  return rows < kRows ? rows : kRows;
-}
-
-// Tokens ascend, and with them where a row's positions begin and end.
+// Tokens ascend, and with them where a row's positions begin and end. Those of several heads are of one token.
 struct Rows {
   const float* q[kRows];
   float* out[kRows];
   int begin[kRows], end[kRows];  // positions attended to
-  int count;
+  int count, heads;
+
+  int of_head() const { return count / heads; }
 };
 
 struct State {
@@ -44,16 +41,19 @@ template <class Cache>
 struct Scratch {
   using Keys = typename Cache::Keys;
   using Values = typename Cache::Values;
-  alignas(64) typename Keys::Factor queries[kRowCells * Keys::kFactors / Keys::kStep];
-  alignas(64) typename Values::Factor factors[kRows][kTile * Values::kFactors / Values::kStep];
-  alignas(64) float scores[kStepRows][kTile];
+  alignas(64) typename Keys::Factor queries[Layout<Keys>::kRoom];
+  alignas(64) typename Values::Factor factors[kRows * kTile * Values::kFactors / Values::kStep];
+  alignas(64) float scores[16][kTile];
   typename Keys::Row q[kRows];
   typename Values::Row weights[kRows];
   Sums sums[kRows];
 
   void round_queries(const KvView& kv, const Rows& rows) {
-    for (int r = 0; r < rows.count; ++r)
-      round_query<Cache>(rows.q[r], kv.head_dim, queries + r * kv.padded_dim * Keys::kFactors / Keys::kStep, q[r]);
+    for (int r = 0; r < rows.count; ++r) {
+      q[r].factors = Layout<Keys>::row(queries, r, kv.padded_dim);
+      weights[r].factors = Layout<Values>::row(factors, r, kTile);
+      round_query<Cache>(rows.q[r], kv.head_dim, q[r]);
+    }
   }
 };
 
@@ -64,10 +64,9 @@ struct Tile {
   const typename Cache::Values::Cell* v;
   TileScales scale;
   int base;
-  ptrdiff_t to_values, to_next;  // bytes, from keys to values to the next keys
+  ptrdiff_t to_values, to_next = 0;  // bytes, from keys to values to the next keys
 
-  // `behind`: where the reading ends.
-  Tile(const KvView& kv, int head, int first, int behind) : base(first / kTile * kTile) {
+  Tile(const KvView& kv, int head, int first) : base(first / kTile * kTile) {
     const size_t before = size_t(head) * size_t(kv.page);  // cells of earlier heads in a page
     const uint8_t* page = kv.pages[base / kTile];
     k = reinterpret_cast<const typename Cache::Keys::Cell*>(page + kv.k) +
@@ -78,82 +77,100 @@ struct Tile {
       scale = {reinterpret_cast<const float*>(page + kv.k_scale) + before,
                reinterpret_cast<const float*>(page + kv.v_scale) + before};
     to_values = ptrdiff_t(uintptr_t(v) - uintptr_t(k));
-    to_next = base + kTile < behind ? ptrdiff_t(uintptr_t(kv.pages[base / kTile + 1]) - uintptr_t(page)) - to_values : 0;
-    if constexpr (Cache::kInteger)
-      if (to_next) fetch_scales();
   }
 
- private:
-  // Of the next tile.
-  void fetch_scales() const {
-    const ptrdiff_t page = to_values + to_next;
-    for (int line = 0; line < kTile; line += 16) {
-      fetch(behind(scale.k + line, page), 0);
-      fetch(behind(scale.v + line, page), 0);
-    }
+  // What is read behind it, whose scales are fetched at once.
+  void then(const Tile& next) {
+    to_next = ptrdiff_t(uintptr_t(next.k) - uintptr_t(v));
+    if constexpr (Cache::kInteger)
+      for (int at = 0; at < kTile; at += 16) {
+        fetch(next.scale.k + at, 0);
+        fetch(next.scale.v + at, 0);
+      }
   }
 };
 
 // The rows of one step that attend to any position of a tile, and their positions in it.
+template <class Layout>
 struct Step {
   int begin, end;  // rows
-  Reach reach[kStepRows], all{kTile, 0};
+  StepRows rows;
+  Reach reach[Layout::kStepRows], all{kTile, 0};
 
-  Step(const Rows& rows, int from, int base, int last) : begin(from), end(from) {
-    const int stop = from + kStepRows < rows.count ? from + kStepRows : rows.count;
+  static int most(const Rows& rows) { return rows.of_head() < Layout::kStepRows ? rows.of_head() : Layout::kStepRows; }
+
+  // Rows from number `from` on, of a head whose rows end at `of_head`.
+  Step(const Rows& block, int from, int of_head, int base, int last) : begin(from), end(from) {
+    const int stop = from + most(block) < of_head ? from + most(block) : of_head;
     const int behind = base + kTile < last ? base + kTile : last;
-    while (begin < stop && rows.end[begin] <= base) ++begin;
-    for (end = begin; end < stop && rows.begin[end] < behind; ++end) {
-      const int first = rows.begin[end] > base ? rows.begin[end] : base;
-      const int after = rows.end[end] < behind ? rows.end[end] : behind;
+    while (begin < stop && block.end[begin] <= base) ++begin;
+    for (end = begin; end < stop && block.begin[end] < behind; ++end) {
+      const int first = block.begin[end] > base ? block.begin[end] : base;
+      const int after = block.end[end] < behind ? block.end[end] : behind;
       reach[end - begin] = {first - base, after - base};
       all.begin = first - base < all.begin ? first - base : all.begin;
       all.end = after - base > all.end ? after - base : all.end;
     }
+    const int first = from + most(block) <= of_head ? from : of_head - most(block);
+    rows = {end - begin, begin - first, most(block)};
   }
-  int count() const { return end - begin; }
+  // The positions rounded to those that weights are multiplied with at once.
+  int whole_begin() const { return all.begin / Layout::kPositions * Layout::kPositions; }
+  int whole_end() const { return (all.end + Layout::kPositions - 1) / Layout::kPositions * Layout::kPositions; }
 };
+template <class Cache>
+using StepOf = Step<Layout<typename Cache::Values>>;
 
 template <class Cache>
-inline void weigh_tile(const KvView& kv, const Rows& rows, const Tile<Cache>& tile, int last, State& state,
+inline void weigh_tile(const KvView& kv, const Rows& rows, int row, const Tile<Cache>& tile, int last, State& state,
                        Scratch<Cache>& scratch) {
   const KeyTile<typename Cache::Keys> keys{tile.k, tile.to_values, kv.key_dim / Cache::Keys::kStep};
-  for (int from = 0; from < rows.count; from += kStepRows) {
-    const Step step(rows, from, tile.base, last);
-    const int r = step.begin, begin = step.all.first(), end = step.all.last();
-    if (step.count() == 0) continue;
-    score_tile<typename Cache::Keys>(keys, begin, end, scratch.q + r, scratch.scores, step.count());
-    Softmax<Cache> softmax{scratch.scores, step.reach, step.count(), begin, end, tile.scale, scratch.q + r,
-                           state.rows + r, scratch.factors + r, scratch.weights + r, scratch.sums + r};
+  NextRun<typename Cache::Values> next(tile.v, size_t(kTile * kv.value_dim) * sizeof(*tile.v) / Cache::Values::kPacked);
+  const int stop = row + rows.of_head();
+  for (int from = row; from < stop; from += Layout<typename Cache::Values>::kStepRows) {
+    const StepOf<Cache> step(rows, from, stop, tile.base, last);
+    const int r = step.begin;
+    if (step.rows.count == 0) continue;
+    float(*scores)[kTile] = scratch.scores + step.rows.before;
+    score_tile(keys, step.all.first(), step.all.last(), scratch.q + r, scores, step.rows, next);
+    Softmax<Cache> softmax{scores, step.reach, step.rows.count, step.whole_begin(), step.whole_end(), tile.scale,
+                           scratch.q + r, state.rows + r, scratch.weights + r, scratch.sums + r, next};
     softmax.run();
   }
 }
 
 template <class Cache>
-inline void add_values(const KvView& kv, const Rows& rows, const Tile<Cache>& tile, int last,
+inline void add_values(const KvView& kv, const Rows& rows, int row, const Tile<Cache>& tile, int last,
                        const Scratch<Cache>& scratch) {
   using Values = typename Cache::Values;
   constexpr int step_cells = Values::kStep / Values::kPacked;
   const size_t stride = size_t(kv.value_dim * step_cells);
-  for (int from = 0; from < rows.count; from += kStepRows) {
-    const Step step(rows, from, tile.base, last);
-    const ValueTile<Values> values{tile.v, tile.to_next, stride, kv.padded_dim, step.all.first() * 16 / Values::kStep,
+  NextRun<Values> next(behind(tile.v, tile.to_next), size_t(kTile * kv.key_dim) * sizeof(*tile.k) / Cache::Keys::kPacked);
+  const int stop = row + rows.of_head();
+  for (int from = row; from < stop; from += Layout<Values>::kStepRows) {
+    const StepOf<Cache> step(rows, from, stop, tile.base, last);
+    const ValueTile<Values> values{tile.v, tile.to_next, stride, kv.padded_dim, step.whole_begin() / Values::kStep,
                                    step.all.end / Values::kStep, step.all.end % Values::kStep};
-    if (step.count() > 0)
-      value_tile<Values>(values, scratch.weights + step.begin, scratch.sums + step.begin, step.count());
+    if (step.rows.count > 0) value_tile(values, scratch.weights + step.begin, scratch.sums + step.begin, step.rows, next);
   }
 }
 
-// Positions [first, last) of one chunk, from a clear state; `behind`: where the chunks after it end.
+// Positions [first, last) of one chunk, from a clear state; `behind`: where the chunks after it end. Heads go side by side, as
+// they lie in a page.
 template <class Cache>
 inline void attend_chunk(const KvView& kv, int head, const Rows& rows, int first, int last, int behind, State& state,
                          Scratch<Cache>& scratch) {
   state.clear(rows.count, kv.padded_dim);
-  for (int base = first / kTile * kTile; base < last; base += kTile) {
-    const Tile<Cache> tile(kv, head, base, behind);
-    weigh_tile(kv, rows, tile, last, state, scratch);
-    add_values(kv, rows, tile, last, scratch);
-  }
+  for (int base = first / kTile * kTile; base < last; base += kTile)
+    for (int h = 0; h < rows.heads; ++h) {
+      Tile<Cache> tile(kv, head + h, base);
+      if (h + 1 < rows.heads)
+        tile.then({kv, head + h + 1, base});
+      else if (base + kTile < behind)
+        tile.then({kv, head, base + kTile});
+      weigh_tile(kv, rows, h * rows.of_head(), tile, last, state, scratch);
+      add_values(kv, rows, h * rows.of_head(), tile, last, scratch);
+    }
 }
 
 // The positions that any row attends to, cut to one chunk.
@@ -210,7 +227,8 @@ inline void attend_partly(const KvView& kv, const AttentionTask& task, const Row
 // A block of a task's rows from `at` on.
 inline Rows rows_of(const KvView& kv, const AttentionTask& task, int at) {
   Rows rows;
-  const int most = block_rows(kv.padded_dim);
+  const int most = attention_rows(kv.padded_dim);
+  rows.heads = task.kv_heads;
   rows.count = task.row_end - at < most ? task.row_end - at : most;
   for (int r = 0; r < rows.count; ++r) {
     const int token = (at + r) / task.group, member = (at + r) % task.group;
@@ -227,9 +245,10 @@ template <class Cache>
 inline void attend_rows(const KvView& kv, const AttentionTask& task) {
   State state, later;
   Scratch<Cache> scratch;
-  for (int at = task.row_begin; at < task.row_end; at += block_rows(kv.padded_dim)) {
+  for (int at = task.row_begin; at < task.row_end; at += attention_rows(kv.padded_dim)) {
     const Rows rows = rows_of(kv, task, at);
     scratch.round_queries(kv, rows);
+    const Shapes<typename Cache::Keys> shapes(StepOf<Cache>::most(rows), kv.key_dim / Cache::Keys::kStep);
     const size_t row = size_t(at - task.row_begin) * size_t(kv.padded_dim + kPanel);
     if (task.partial)
       attend_partly(kv, task, rows, task.partial + row, state, scratch);
@@ -247,7 +266,7 @@ void attention(const KvView& kv, const AttentionTask& task) {
 
 void attention_merge(const KvView& kv, const AttentionTask& task, int chunks) {
   State state;
-  for (int at = task.row_begin; at < task.row_end; at += block_rows(kv.padded_dim)) {
+  for (int at = task.row_begin; at < task.row_end; at += attention_rows(kv.padded_dim)) {
     const Rows rows = rows_of(kv, task, at);
     const size_t width = size_t(kv.padded_dim + kPanel);
     for (int r = 0; r < rows.count; ++r) {

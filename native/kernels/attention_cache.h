@@ -3,7 +3,7 @@
 //
 // f32: one value a lane. bf16: pairs, multiplied by the processor's own instruction where there is one, else as two f32
 // products; queries and weights are rounded to bf16 on every instruction set, so that they differ by rounding only.
-// int8 and int4: see attention_int8.h and attention_int4.h.
+// int8 and int4: see attention_int8.h and attention_int4.h; what the matrix unit does: attention_tiles.h.
 #pragma once
 
 #include "attention_int4.h"
@@ -20,7 +20,7 @@ struct FloatProduct {
   static constexpr bool kOffset = false, kHalves = false;
 
   struct Row {
-    const Factor* factors;
+    Factor* factors;
   };
   static Sum start(const Row&) { return zero(); }
   static V16f value(Sum sum, const Row&) { return sum; }
@@ -53,7 +53,7 @@ struct F32Product : FloatProduct<float> {
   }
 };
 
-#if defined(TRILEMMA_SIMD_BF16) && !defined(TRILEMMA_SIMD_AMX)
+#if defined(TRILEMMA_SIMD_BF16)
 struct Bf16Product : FloatProduct<uint16_t> {
   using Cell = uint16_t;
   using Line = V16u;
@@ -125,8 +125,13 @@ struct CacheBf16 {
 };
 
 struct CacheInt8 {
+#if defined(TRILEMMA_SIMD_AMX)
+  using Keys = Int8Tiled;
+  using Values = Int8Tiled;
+#else
   using Keys = Int8Keys;
   using Values = Int8Values;
+#endif
   static constexpr int kDegree = 4;
   static constexpr bool kInteger = true;
 };

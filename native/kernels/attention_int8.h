@@ -23,7 +23,7 @@ struct Int8Product {
     __m512i high, low;
   };
   struct Row {
-    const Factor* factors;
+    Factor* factors;
     float scale;
     int32_t start_high, start_low;
   };
@@ -101,7 +101,7 @@ struct Int8Product {
     int32x4_t high[4], low[4];
   };
   struct Row {
-    const Factor* factors;
+    Factor* factors;
     float scale;
   };
   using Cell = int8_t;
@@ -170,7 +170,7 @@ struct Int8Product {
   };
   using Sum = Line;  // two sums a position
   struct Row {
-    const Factor* factors;
+    Factor* factors;
     float scale;
   };
   using Cell = int8_t;
@@ -230,7 +230,7 @@ struct Int8Product {
     int32_t v[16];
   };
   struct Row {
-    const Factor* factors;
+    Factor* factors;
     float scale;
   };
   using Cell = int8_t;
@@ -270,6 +270,21 @@ struct Int8Keys : Int8Product {
   static void set_start(Row&, int) {}
 };
 struct Int8Values : Int8Product {};
+#endif
+
+#if defined(TRILEMMA_SIMD_AMX)
+// As the matrix unit reads them: rows of 64 codes, each with its high halves and then its low ones.
+struct Int8Tiled : Int8Product {
+  static void set_start(Row&, int) {}
+  static V16f value(const int32_t* high, const int32_t* low, const Row& row) {
+    return Int8Product::value({_mm512_loadu_si512(high), _mm512_loadu_si512(low)}, row);
+  }
+  static void store_codes(V16f codes, Factor* out) {
+    const __m512i all = _mm512_cvtps_epi32(codes.v);
+    _mm_storeu_si128((__m128i*)out, _mm512_cvtepi32_epi8(_mm512_srai_epi32(all, 7)));
+    _mm_storeu_si128((__m128i*)(out + 64), _mm512_cvtepi32_epi8(_mm512_and_si512(all, _mm512_set1_epi32(127))));
+  }
+};
 #endif
 
 // The scale of codes for values whose largest magnitude has these bits; a NaN comes through.

@@ -22,12 +22,47 @@ constexpr int kTileRows = 1, kTileSums = 1, kTileVectors = 1;
 
 constexpr int kTile = kKvPage;
 
+constexpr int kRows = kAttentionRows, kRowCells = kAttentionCells;  // of a block
+
+// How many rows and positions are multiplied at once, and how the factors of a block's rows lie in memory.
+template <class Product>
+struct Layout {
+  using Factor = typename Product::Factor;
+  static constexpr int kStepRows = 8, kPositions = 16;
+  static constexpr size_t kRoom = size_t(kRowCells) * Product::kFactors / Product::kStep;  // of queries
+
+  static Factor* row(Factor* all, int r, int width) { return at(all, r * width); }
+  // From a row's i-th value on.
+  static Factor* at(Factor* row, int i) { return row + i * Product::kFactors / Product::kStep; }
+  static void clear(Factor* row, int from, int to) {
+    __builtin_memset(at(row, from), 0, size_t(at(row, to) - at(row, from)) * sizeof(Factor));
+  }
+};
+
+// `count` rows; a matrix unit multiplies `all`, the first of which lies `before` rows earlier.
+struct StepRows {
+  int count, before, all;
+};
+
 template <class Product, int R>
 constexpr int vectors_for() {
   int vectors = 1;
   while (vectors * 2 <= kTileVectors && vectors * 2 * R * Product::kSums <= kTileSums) vectors *= 2;
   return vectors;
 }
+
+// What a matrix unit is told before it multiplies; vectors need nothing.
+template <class Product>
+struct Shapes {
+  Shapes(int, int) {}
+};
+
+// Brings the run of `bytes` nearer that is read next, a few lines at a time; vectors do so line by line (fetch).
+template <class Product>
+struct NextRun {
+  NextRun(const void*, size_t) {}
+  void some(int) {}
+};
 
 // Cells of one line.
 template <class Product>
@@ -100,14 +135,14 @@ inline void score_rows(const KeyTile<Product>& k, int v, int end, const typename
   if constexpr (V > 1) score_rows<Product, R, V / 2>(k, v, end, q, scores);
 }
 
-// Vectors [begin, end) of `count` rows.
-template <class Product, int R = kTileRows>
+// Vectors [begin, end) of some rows.
+template <class Product, class Next, int R = kTileRows>
 inline void score_tile(const KeyTile<Product>& k, int begin, int end, const typename Product::Row* q,
-                       float (*scores)[kTile], int count) {
+                       float (*scores)[kTile], const StepRows& rows, Next& next) {
   int r = 0;
-  for (; r + R <= count; r += R) score_rows<Product, R>(k, begin, end, q + r, scores + r);
+  for (; r + R <= rows.count; r += R) score_rows<Product, R>(k, begin, end, q + r, scores + r);
   if constexpr (R > 1)
-    if (r < count) score_tile<Product, R - 1>(k, begin, end, q + r, scores + r, count - r);
+    if (r < rows.count) score_tile<Product, Next, R - 1>(k, begin, end, q + r, scores + r, {rows.count - r, 0, 0}, next);
 }
 
 // Values of one tile and head: for every kStep positions `stride` cells. Steps [begin, end) are whole; of step `end`
@@ -189,11 +224,12 @@ inline void value_rows(const ValueTile<Product>& v, int d, const typename Produc
 }
 
 template <class Product, int R = kTileRows>
-inline void value_tile(const ValueTile<Product>& v, const typename Product::Row* weights, const Sums* sums, int count) {
+inline void value_tile(const ValueTile<Product>& v, const typename Product::Row* weights, const Sums* sums,
+                       const StepRows& rows, NextRun<Product>& next) {
   int r = 0;
-  for (; r + R <= count; r += R) value_rows<Product, R>(v, 0, weights + r, sums + r);
+  for (; r + R <= rows.count; r += R) value_rows<Product, R>(v, 0, weights + r, sums + r);
   if constexpr (R > 1)
-    if (r < count) value_tile<Product, R - 1>(v, weights + r, sums + r, count - r);
+    if (r < rows.count) value_tile<Product, R - 1>(v, weights + r, sums + r, {rows.count - r, 0, 0}, next);
 }
 
 }  // namespace

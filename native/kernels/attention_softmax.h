@@ -61,12 +61,12 @@ inline V16f scales_at(const float* p) {
 }
 inline V16f minima_at(const float* p) { return high_bf16(load_line(reinterpret_cast<const uint8_t*>(p))); }
 
-// Up to kStepRows rows that share the vectors [begin, end) of a tile; `weights` and `sums` are what comes out.
-constexpr int kStepRows = 8;
-
+// Rows of one step that share the positions [begin, end) of a tile, whole steps of them; `weights` and `sums` are what
+// comes out.
 template <class Cache>
 struct Softmax {
   using Values = typename Cache::Values;
+  using Weights = Layout<Values>;
 
   float (*scores)[kTile];
   const Reach* reach;
@@ -74,9 +74,9 @@ struct Softmax {
   TileScales scale;
   const typename Cache::Keys::Row* queries;
   RowState* rows;
-  typename Values::Factor (*factors)[kTile * Values::kFactors / Values::kStep];
   typename Values::Row* weights;
   Sums* sums;
+  NextRun<Values>& next;
   alignas(64) float before[16] = {}, now[16] = {};
 
   // One row after another in each loop, so that none waits for its own largest score.
@@ -88,17 +88,18 @@ struct Softmax {
       float total = 0.0f, offset = 0.0f;
       if (now[r] == -__builtin_inff()) {  // every score is -inf or NaN: the row ends as 0/0 = NaN if this goes on
         factor[r] = 1.0f;
-        clear(r, begin, end);
-        weights[r] = {};
+        Weights::clear(weights[r].factors, begin, end);
+        typename Values::Row none = {};
+        none.factors = weights[r].factors;
+        weights[r] = none;
       } else {
-        clear(r, begin, reach[r].first());
-        clear(r, reach[r].last(), end);
+        Weights::clear(weights[r].factors, begin, reach[r].first() * 16);
+        Weights::clear(weights[r].factors, reach[r].last() * 16, end);
         if constexpr (Cache::kInteger)
           total = weigh_scaled(r, offset);
         else
           total = weigh(r);
       }
-      weights[r].factors = factors[r];
       rows[r].maximum = now[r];
       rows[r].total = rows[r].total * factor[r] + total;
       sums[r] = {rows[r].out, factor[r], offset};
@@ -106,15 +107,13 @@ struct Softmax {
   }
 
  private:
-  typename Values::Factor* at(int r, int v) { return factors[r] + v * 16 * Values::kFactors / Values::kStep; }
-  void clear(int r, int from, int to) {
-    if (from < to) __builtin_memset(at(r, from), 0, size_t(at(r, to) - at(r, from)) * sizeof(typename Values::Factor));
-  }
+  typename Values::Factor* at(int r, int v) { return Weights::at(weights[r].factors, v * 16); }
 
   void find_peak(int r) {
     const float low = -__builtin_inff();
     V16f peak = set1(low);
     for (int v = reach[r].first(); v < reach[r].last(); ++v) {
+      next.some(1);
       V16f x = load(scores[r] + v * 16);
       if constexpr (Cache::Keys::kOffset)
         x = fma(x, scales_at<Values>(scale.k + v * 16), mul(set1(queries[r].sum), minima_at(scale.k + v * 16)));
@@ -166,14 +165,13 @@ struct Softmax {
   }
 };
 
-// A row's query times log2(e), rounded to factors.
+// A row's query times log2(e), rounded to its factors.
 template <class Cache>
-inline void round_query(const float* q, int head_dim, typename Cache::Keys::Factor* factors,
-                        typename Cache::Keys::Row& row) {
+inline void round_query(const float* q, int head_dim, typename Cache::Keys::Row& row) {
   using Keys = typename Cache::Keys;
+  const auto at = [&](int d) { return Layout<Keys>::at(row.factors, d); };
   const V16f log2e = set1(1.44269504088896341f);
   const auto scaled = [&](int d) { return mul(load_n(q + d, head_dim - d < 16 ? head_dim - d : 16), log2e); };
-  row.factors = factors;
   if constexpr (Cache::kInteger) {
     alignas(64) float query[kMaxHeadDim];
     for (int d = 0; d < head_dim; d += 16) store(query + d, scaled(d));
@@ -185,13 +183,13 @@ inline void round_query(const float* q, int head_dim, typename Cache::Keys::Fact
     V16f sum = zero();  // exact: below 2^24
     for (int d = 0; d < head_dim; d += 16) {
       const V16f codes = mul(load(query + d), inverse);
-      Keys::store_codes(codes, factors + d * Keys::kFactors / Keys::kStep);
+      Keys::store_codes(codes, at(d));
       if constexpr (Keys::kOffset) sum = add(sum, round_even(codes));
     }
     if constexpr (Keys::kOffset) row.sum = reduce_add(sum) * row.scale;
     Keys::set_start(row, head_dim);
   } else {
-    for (int d = 0; d < head_dim; d += 16) Keys::round(scaled(d), factors + d);
+    for (int d = 0; d < head_dim; d += 16) Keys::round(scaled(d), at(d));
   }
 }
 

@@ -126,13 +126,21 @@ struct KvView {
   int page;  // positions, a multiple of 16; kKvPage where there is more than one page
 };
 
-// Rows of attention are (token, query head of the group) pairs of one KV head, flattened token-first.
+// How many rows of attention walk over the cache together; wide heads go in smaller blocks.
+constexpr int kAttentionRows = 32, kAttentionCells = 4096;
+constexpr int attention_rows(int padded_dim) {
+  const int rows = kAttentionCells / padded_dim / 8 * 8;
+  return rows < kAttentionRows ? rows : kAttentionRows;
+}
+
+// Rows of attention are (token, query head) pairs of some KV heads, flattened token-first; of several KV heads for one token
+// and at most attention_rows of them.
 struct AttentionTask {
   const float* q;  // of the first token and the first head of the group, already scaled
   float* out;
-  size_t ld_q, ld_out;  // floats between tokens
-  int group;            // query heads per KV head
-  int kv_head;
+  size_t ld_q, ld_out;   // floats between tokens
+  int group;             // query heads of these KV heads
+  int kv_head, kv_heads;  // the first, and how many
   int row_begin, row_end;
   int first_position;  // of token 0
   int window;          // 0: unlimited

@@ -458,7 +458,7 @@ struct AttentionCase {
   }
   AttentionTask task(std::vector<float>& out, int head, int begin, int end) const {
     const size_t column = size_t(head * group * dim);
-    return {q.data() + column, out.data() + column, q_dim, q_dim, group, head, begin, end, first, window, nullptr, 0, 1, 0};
+    return {q.data() + column, out.data() + column, q_dim, q_dim, group, head, 1, begin, end, first, window, nullptr, 0, 1, 0};
   }
   // In two calls, rows [0, cut) and the rest.
   std::vector<float> run(const Kernels& kernels, int cut) const {
@@ -470,27 +470,37 @@ struct AttentionCase {
     }
     return out;
   }
-  // Of one token: chunks of positions in runs of so many, each on its own, then merged.
-  std::vector<float> run_chunks(const Kernels& kernels, int run) const {
+  // Of one token: chunks of positions in runs of so many, of so many heads at once, each on its own, then merged.
+  std::vector<float> run_chunks(const Kernels& kernels, int run, int heads) const {
     const Cache cache = fill(kernels);
     std::vector<float> out(q.size());
     const int begin = window && length > window ? (length - window) / kKvChunk : 0;
     const int chunks = (length - 1) / kKvChunk + 1 - begin;
-    const size_t stride = size_t(group) * size_t(cache.view.padded_dim + 16);
-    for (int h = 0; h < kHeads; ++h) {
-      std::vector<float> partial(stride * size_t(chunks), std::nanf(""));
-      AttentionTask part = task(out, h, 0, group);
-      part.partial = partial.data();
-      part.stride = stride;
-      for (int c = 0; c < chunks; c += run) {
-        part.partial = partial.data() + size_t(c) * stride;
-        part.chunk = begin + c;
-        part.chunks = std::min(run, chunks - c);
-        kernels.attention(cache.view, part);
-      }
-      part.partial = partial.data();
-      kernels.attention_merge(cache.view, part, chunks);
-    }
+    const size_t of_head = size_t(group) * size_t(cache.view.padded_dim + 16);
+    std::vector<float> partial(of_head * kHeads * size_t(chunks), std::nanf(""));
+    const auto part_of = [&](int head, int count, int c) {
+      AttentionTask part = task(out, head, 0, group * count);
+      part.group = group * count;
+      part.kv_heads = count;
+      part.partial = partial.data() + size_t(c * kHeads + head) * of_head;
+      part.stride = of_head * kHeads;
+      part.chunk = begin + c;
+      part.chunks = std::min(run, chunks - c);
+      return part;
+    };
+    for (int h = 0; h < kHeads; h += heads)
+      for (int c = 0; c < chunks; c += run) kernels.attention(cache.view, part_of(h, heads, c));
+    for (int h = 0; h < kHeads; ++h) kernels.attention_merge(cache.view, part_of(h, 1, 0), chunks);
+    return out;
+  }
+  // Of one token, all heads at once.
+  std::vector<float> run_heads(const Kernels& kernels) const {
+    const Cache cache = fill(kernels);
+    std::vector<float> out(q.size());
+    AttentionTask all = task(out, 0, 0, group * kHeads);
+    all.group = group * kHeads;
+    all.kv_heads = kHeads;
+    kernels.attention(cache.view, all);
     return out;
   }
 
@@ -541,12 +551,15 @@ void test_attention(KvType type, int dim, int group, int tokens, int first, int 
   const std::vector<float> y = one.run(*tables()[0], rows / 3);
   for (const Kernels* kernels : tables()) {
     const std::vector<float> own = one.run(*kernels, rows / 3);
-    // The processor's bf16 product has bits of its own.
-    const bool apart = type == kKvBf16 && std::string_view(kernels->name) == "avx512bf16";
+    // The processor's bf16 products have bits of their own.
+    const bool apart = type == kKvBf16 && kernels->bf16;
     CHECK(apart || same_bits(own, y), std::string("attention differs in ") + kernels->name);
     CHECK(same_bits(one.run(*kernels, rows - rows / 7), own), "attention depends on the rows of a call");
-    for (int run = 1; tokens == 1 && run <= 3; ++run)
-      CHECK(same_bits(one.run_chunks(*kernels, run), own), "attention in chunks differs from attention at once");
+    const bool together = tokens == 1 && group * one.kHeads <= attention_rows((dim + 15) / 16 * 16);
+    for (int heads = 1; tokens == 1 && heads <= (together ? 2 : 1); ++heads)
+      for (int run = 1; run <= 3; ++run)
+        CHECK(same_bits(one.run_chunks(*kernels, run, heads), own), "attention in chunks differs from attention at once");
+    if (together) CHECK(same_bits(one.run_heads(*kernels), own), "attention of heads together differs from one by one");
     if (kernels == tables()[0] || apart)
       for (int t = 0; t < tokens; ++t)
         for (int h = 0; h < one.kHeads * group; ++h) one.check_against_reference(own, t, h);
