@@ -18,7 +18,7 @@ constexpr bool kBytes = sizeof(typename Product::Factor) == 1;
 template <class Product>
 constexpr int kUnitRows = kBytes<Product> ? 2 : 1;
 template <class Product>
-constexpr int kTileCells = kTileLines* Product::kStep;  // dimensions or positions of a step
+constexpr int kTileCells = kTileLines * Product::kStep;  // dimensions or positions of a step
 
 template <>
 struct Layout<Bf16Product> {
