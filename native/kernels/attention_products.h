@@ -223,13 +223,13 @@ inline void value_rows(const ValueTile<Product>& v, int d, const typename Produc
   if constexpr (D > 1) value_rows<Product, R, D / 2>(v, d, weights, sums);
 }
 
-template <class Product, int R = kTileRows>
+template <class Product, class Next, int R = kTileRows>
 inline void value_tile(const ValueTile<Product>& v, const typename Product::Row* weights, const Sums* sums,
-                       const StepRows& rows, NextRun<Product>& next) {
+                       const StepRows& rows, Next& next) {
   int r = 0;
   for (; r + R <= rows.count; r += R) value_rows<Product, R>(v, 0, weights + r, sums + r);
   if constexpr (R > 1)
-    if (r < rows.count) value_tile<Product, R - 1>(v, weights + r, sums + r, {rows.count - r, 0, 0}, next);
+    if (r < rows.count) value_tile<Product, Next, R - 1>(v, weights + r, sums + r, {rows.count - r, 0, 0}, next);
 }
 
 }  // namespace

@@ -10,6 +10,9 @@
 namespace trilemma {
 namespace {
 
+template <class Product>
+concept Tiled = __is_same(Product, Bf16Product) || __is_same(Product, Int8Tiled);
+
 constexpr int kTileLines = 16;
 
 // What the unit multiplies: bf16 pairs, or bytes, of which a row of factors is two of the unit's: high halves, low halves.
@@ -49,11 +52,11 @@ struct Layout<Int8Tiled> {
 };
 
 // For products of up to `rows` rows with keys of `lines` lines, as long as it lives.
-template <class Product>
-struct UnitShapes {
+template <Tiled Product>
+struct Shapes<Product> {
   Tiles tiles;
 
-  UnitShapes(int rows, int lines) {
+  Shapes(int rows, int lines) {
     const int rest = lines % kTileLines, units = rows * kUnitRows<Product>;
     TileShapes shapes;
     shapes.set(0, 4, units, 64);
@@ -62,14 +65,6 @@ struct UnitShapes {
     shapes.set(7, 7, rest ? rest : kTileLines, 64);
     tiles.shape(shapes);
   }
-};
-template <>
-struct Shapes<Bf16Product> : UnitShapes<Bf16Product> {
-  using UnitShapes::UnitShapes;
-};
-template <>
-struct Shapes<Int8Tiled> : UnitShapes<Int8Tiled> {
-  using UnitShapes::UnitShapes;
 };
 
 // The unit takes lines faster than they can be asked for one by one (a core waits for 16 at a time). What reads ahead by
@@ -89,12 +84,8 @@ struct BegunRun {
     }
   }
 };
-template <>
-struct NextRun<Bf16Product> : BegunRun {
-  using BegunRun::BegunRun;
-};
-template <>
-struct NextRun<Int8Tiled> : BegunRun {
+template <Tiled Product>
+struct NextRun<Product> : BegunRun {
   using BegunRun::BegunRun;
 };
 // Lines to begin with every tile of keys, of values; between them the softmax begins some.
@@ -183,9 +174,9 @@ inline void score_units(const KeyTile<Product>& k, int v, int end, const UnitFac
   if constexpr (Count > 1) score_units<Product, Count / 2>(k, v, end, q, scores, next);
 }
 
-template <class Product>
-inline void score_step(const KeyTile<Product>& k, int begin, int end, const typename Product::Row* q,
-                       float (*scores)[kTile], const StepRows& rows, BegunRun& next) {
+template <Tiled Product>
+inline void score_tile(const KeyTile<Product>& k, int begin, int end, const typename Product::Row* q,
+                       float (*scores)[kTile], const StepRows& rows, NextRun<Product>& next) {
   float(*first)[kTile] = scores - rows.before;
   finish_stores();
   score_units(k, begin, end, UnitFactors<Product>(q, rows), first[0], next);
@@ -196,14 +187,6 @@ inline void score_step(const KeyTile<Product>& k, int begin, int end, const type
         const auto half = [&](int row) { return reinterpret_cast<const int32_t*>(first[row] + at); };
         store(first[r] + at, Product::value(half(2 * r), half(2 * r + 1), q[r - rows.before]));
       }
-}
-inline void score_tile(const KeyTile<Bf16Product>& k, int begin, int end, const Bf16Product::Row* q, float (*scores)[kTile],
-                       const StepRows& rows, NextRun<Bf16Product>& next) {
-  score_step(k, begin, end, q, scores, rows, next);
-}
-inline void score_tile(const KeyTile<Int8Tiled>& k, int begin, int end, const Int8Tiled::Row* q, float (*scores)[kTile],
-                       const StepRows& rows, NextRun<Int8Tiled>& next) {
-  score_step(k, begin, end, q, scores, rows, next);
 }
 
 // Values of up to 64 dimensions, and the lines in which a tile's last positions are followed by zeros.
@@ -279,13 +262,10 @@ inline void value_step(const ValueTile<Product>& v, int d, const typename Produc
   for (; d + Count * 16 <= v.padded_dim; d += Count * 16) value_columns<Product, Count>(v, d, weights, sums, rows, next);
   if constexpr (Count > 1) value_step<Product, Count / 2>(v, d, weights, sums, rows, next);
 }
-inline void value_tile(const ValueTile<Bf16Product>& v, const Bf16Product::Row* weights, const Sums* sums, const StepRows& rows,
-                       NextRun<Bf16Product>& next) {
-  finish_stores();
-  value_step(v, 0, weights, sums, rows, next);
-}
-inline void value_tile(const ValueTile<Int8Tiled>& v, const Int8Tiled::Row* weights, const Sums* sums, const StepRows& rows,
-                       NextRun<Int8Tiled>& next) {
+
+template <Tiled Product>
+inline void value_tile(const ValueTile<Product>& v, const typename Product::Row* weights, const Sums* sums, const StepRows& rows,
+                       NextRun<Product>& next) {
   finish_stores();
   value_step(v, 0, weights, sums, rows, next);
 }
