@@ -131,11 +131,11 @@ void Context::attend(const AttentionPlan& plan, int layer) {
     const int head = at / (part.blocks * runs) * part.heads;
     kernels_.attention(part.kv, task_of(part, head, std::min(part.heads, spec.kv_heads - head), block, at % runs * part.run));
   });
-  for (const AttentionPlan::Part& part : plan.parts)
-    if (part.split())
-      ThreadPool::instance().run(threads, spec.kv_heads, [&](int head) {
-        kernels_.attention_merge(part.kv, task_of(part, head, 1, 0, 0), part.chunks);
-      });
+  if (std::none_of(plan.parts.begin(), plan.parts.end(), [](const AttentionPlan::Part& p) { return p.split(); })) return;
+  ThreadPool::instance().run(threads, int(plan.parts.size()) * spec.kv_heads, [&](int item) {
+    const AttentionPlan::Part& part = plan.parts[size_t(item / spec.kv_heads)];
+    if (part.split()) kernels_.attention_merge(part.kv, task_of(part, item % spec.kv_heads, 1, 0, 0), part.chunks);
+  });
 }
 
 // Norms (where the layer does) and rotates queries and keys, and stores keys and values.

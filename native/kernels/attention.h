@@ -43,7 +43,7 @@ struct Scratch {
   using Values = typename Cache::Values;
   alignas(64) typename Keys::Factor queries[Layout<Keys>::kRoom];
   alignas(64) typename Values::Factor factors[kRows * kTile * Values::kFactors / Values::kStep];
-  alignas(64) float scores[16][kTile];
+  alignas(64) float scores[16][kTile];  // what a matrix unit writes at once
   typename Keys::Row q[kRows];
   typename Values::Row weights[kRows];
   Sums sums[kRows];
