@@ -7,12 +7,12 @@ namespace trilemma {
 std::size_t Int8Form::bytes_of(const Int8Needs& needs, std::size_t cells, std::size_t rows, bool bf16) const {
   if (!needs.codes) return 0;
   const std::size_t arrays = 1 + std::size_t(needs.sums) + 2 * std::size_t(needs.half_sums) + std::size_t(std::popcount(needs.starts));
-  return cells * (kBlock * (bf16 ? 3 : 1) + 4 * arrays) + (shared_rows_ ? rows * 4 : 0);
+  return cells * (kBlock * (bf16 && shared_rows_ ? 3 : 1) + 4 * arrays) + (shared_rows_ ? rows * 4 : 0);
 }
 
 void Int8Form::reserve(const Int8Needs& needs, std::size_t cells, std::size_t rows, bool bf16) {
   if (!needs.codes) return;
-  if (bf16) bf16_ = AlignedBuffer(cells * kBlock * 2);
+  if (bf16 && shared_rows_) bf16_ = AlignedBuffer(cells * kBlock * 2);
   codes_ = AlignedBuffer(cells * kBlock);
   scale_ = AlignedBuffer(cells * 4);
   if (shared_rows_) row_scale_ = AlignedBuffer(rows * 4);

@@ -29,12 +29,10 @@ struct Tiles {
 // What was written for tiles is in memory: the intrinsics that load them do not say that they read it.
 TRILEMMA_INLINE void finish_stores() { __asm__ volatile("" ::: "memory"); }
 
-// What is worked on at once, so that it stays in the second-level cache (2 MB on these processors): weights of some panels
-// and blocks, 0.3 MB with their scales, and the totals of some tiles of tokens, 0.1 MB.
-constexpr int kAmxPanels = 8, kAmxBlocks = 32, kAmxTokens = 256;
-constexpr size_t kAmxWeights = size_t(kAmxPanels) * kAmxBlocks * (kBlock * kPanel * 2 + 4 * 64);
-constexpr size_t kAmxTotals = size_t(kAmxPanels) * kPanel * kAmxTokens * 4;
-constexpr size_t kAmxWorkspace = kAmxWeights + kAmxTotals;
+// Tokens that walk over the same weights, and the room of a thread for the totals of some panels: it stays in the
+// second-level cache (2 MB on these processors).
+constexpr int kAmxTokens = 256;
+constexpr size_t kAmxWorkspace = size_t(16) * kPanel * kAmxTokens * 4;
 
 }  // namespace
 }  // namespace trilemma

@@ -146,7 +146,7 @@ void quantize_int8(const float* x, int token, const Int8Input& out) {
 #if defined(TRILEMMA_SIMD_AMX)
     for (int b = 0; out.bf16 && b < n; ++b) {
       const size_t cell = (at + size_t(b) * width) * kBlock;
-      codes_as_bf16(out.codes + cell, out.row_scale ? scales.scale[b] : 1.0f, out.bf16 + cell);
+      codes_as_bf16(out.codes + cell, scales.scale[b], out.bf16 + cell);
     }
 #endif
     if (out.sum)

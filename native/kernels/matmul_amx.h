@@ -1,9 +1,10 @@
-// Products in tiles of the matrix unit (AMX): 16 tokens x 16 rows x 32 columns a step, of bf16 numbers.
+// Products in tiles of the matrix unit (AMX): 16 tokens x 16 rows x 32 columns (or 16, where halves of a block have scales) a step.
 //
-// Int8 activations: their codes and the weights' are whole numbers of at most eight bits, exact in bf16, and the sum over
-// a block (or half of one) stays below 2^24, exact in the f32 that the unit adds in. A power of two in the inputs changes
-// none of that. Sums then take the same multiply-adds, blocks ascending, as in matmul_int8.h: the bits of every other
-// instruction set. Why tiles of bf16 and not of int8: docs/decisions/0029-amx.md.
+// The sum of a block is a whole number, exact in either kind of tile. Codes of few bits are turned into bf16: they and int8
+// inputs are whole numbers of at most eight bits, their sums stay below 2^24, exact in the f32 that the unit adds in, and the
+// inputs carry the power of two that is the scale of a block. Wider codes are multiplied as bytes: their inputs have scales
+// that bf16 can not carry, and 8-bit codes need no turning into anything. Sums then take the same multiply-adds, blocks
+// ascending, as in matmul_int8.h: the bits of every other instruction set. docs/decisions/0029-amx.md
 #pragma once
 
 #include "amx_tiles.h"
@@ -13,26 +14,25 @@
 namespace trilemma {
 namespace {
 
-// What a unit of weights is: a part of a block that has one scale, as bf16 in lines of pairs of columns, 16 rows a line.
+constexpr int kAmxPanels = 16, kAmxBlocks = 32;  // whose totals wait in the workspace; that are walked over at once
+static_assert(size_t(kAmxPanels) * kPanel * kAmxTokens * 4 <= kAmxWorkspace);
+
+// A unit of weights is a part of a block that has one scale: lines of 16 rows, four bytes a row, as tiles read them.
 template <class C>
 struct Units {
-  static constexpr int kLines = kBlock / 2 / C::kParts, kBytes = kLines * 64;
-  static constexpr int kHeld = 4;  // units whose inputs stay in tiles while panels walk by
+  static constexpr bool kBytes = !C::kSharedRows;         // tiles of bytes, else of bf16
+  static constexpr bool kInPlace = C::kBits == 8;         // read from where they lie
+  static constexpr int kRow = kBlock / C::kParts * (kBytes ? 1 : 2);  // bytes of a token's inputs
+  static constexpr int kApart = kBlock * (kBytes ? 1 : 2);            // bytes from one token's to the next one's
+  static constexpr int kLines = kRow / 4, kSize = kLines * 64;
+  static constexpr int kHeld = 4, kHeldBlocks = kHeld / C::kParts;  // that stay in tiles while tokens walk by
 };
 
 // Columns 4*I .. 4*I + 3 of a block as two lines of bf16 pairs: the first and third, the second and fourth, as a look-up
 // finds them without moving bytes; inputs lie in the same order (codes_as_bf16).
 template <class C, int I>
 TRILEMMA_INLINE void store_pairs(const uint8_t* codes, const CodeTable<C>& values, uint8_t* to) {
-  if constexpr (C::kBits == 8) {
-    const __m512i line = load_line(codes + I * 64).v;
-    const auto column = [&](int left) { return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(line, left), 24)); };
-    const auto pair = [](__m512 low, __m512 high) {
-      return _mm512_mask_blend_epi16(0xaaaaaaaau, _mm512_srli_epi32(_mm512_castps_si512(low), 16), _mm512_castps_si512(high));
-    };
-    store_line(to, {pair(column(24), column(8))});
-    store_line(to + 64, {pair(column(16), column(0))});
-  } else if constexpr (C::kBits == 4) {
+  if constexpr (C::kBits == 4) {
     // Bits above the fourth of an index change nothing: the table repeats.
     const __m512i line = load_line(codes + I / 2 * 64).v;
     store_line(to, values[I % 2 ? _mm512_srli_epi16(line, 4) : line]);
@@ -45,73 +45,106 @@ TRILEMMA_INLINE void store_pairs(const uint8_t* codes, const CodeTable<C>& value
   if constexpr (I < 7) store_pairs<C, I + 1>(codes, values, to + 128);
 }
 
-// Some panels' weights as products of whole tiles walk over them, some blocks at a time: by groups of units, then panels,
-// then units.
+// A block's units, side by side.
+template <class C>
+TRILEMMA_INLINE void store_units(const uint8_t* codes, const CodeTable<C>& values, uint8_t* to) {
+  if constexpr (Units<C>::kBytes)
+    expand_codes<C, C::kOffset>(codes, to);
+  else
+    store_pairs<C, 0>(codes, values, to);
+}
+
+// The weights of some units of a panel as tiles hold them while tokens walk by.
+template <class C>
+struct HeldWeights {
+  static constexpr int kHeld = Units<C>::kHeld;
+  alignas(64) uint8_t stored[kHeld * Units<C>::kSize];
+  const uint8_t* lines = stored;  // of all units, one behind the other
+  V16f scale[kHeld], minimum[kHeld];
+  int panel, unit, count = 0;  // where from: of the panels and of the chunk's units
+
+  TRILEMMA_INLINE void load_tiles() const {
+    _tile_loadd(0, lines, 64);
+    if (count > 1) { _tile_loadd(1, lines + Units<C>::kSize, 64); }
+    if (count > 2) { _tile_loadd(2, lines + 2 * Units<C>::kSize, 64); }
+    if (count > 3) { _tile_loadd(3, lines + 3 * Units<C>::kSize, 64); }
+  }
+};
+
+// Some panels' weights in the order in which they are held: by chunks of blocks, then panels, then groups of units.
 template <class C>
 class AmxWeights {
  public:
-  static constexpr int kHeld = Units<C>::kHeld;
+  static constexpr int kHeldBlocks = Units<C>::kHeldBlocks;
 
-  AmxWeights(const PackedView& w, int first, int panels, void* workspace)
-      : blocks_(w.blocks), panels_(panels), lines_(static_cast<uint8_t*>(workspace)) {
-    scales_ = reinterpret_cast<float*>(lines_ + size_t(kAmxPanels) * kAmxBlocks * kBlock * kPanel * 2);
-    minima_ = scales_ + size_t(kAmxPanels) * kAmxBlocks * 2 * kPanel;
+  AmxWeights(const PackedView& w, int first, int panels) : blocks_(w.blocks), panels_(panels) {
     for (int p = 0; p < panels; ++p) scale_at_[p] = BlockScales<C>(w, first + p), codes_[p] = panel_codes(w, first + p);
   }
 
-  // Takes the next blocks; false where none are left.
+  // Goes on to the next chunk; false where none is left.
   bool next() {
     block_ += chunk_;
     chunk_ = blocks_ - block_ < kAmxBlocks ? blocks_ - block_ : kAmxBlocks;
-    const CodeTable<C> values;
-    for (int p = 0; p < panels_ && chunk_ > 0; ++p) {
-      for (int b = 0; b < chunk_; ++b, codes_[p] += block_bytes(C::kBits)) {
-        scale_at_[p].next();
-        // Units of a block lie side by side.
-        store_pairs<C, 0>(codes_[p], values, lines_ + slot_of(b * C::kParts, p) * Units<C>::kBytes);
-        for (int part = 0; part < C::kParts; ++part) {
-          const size_t slot = slot_of(b * C::kParts + part, p);
-          store(scales_ + slot * kPanel, scale_at_[p].scale[part]);
-          if (!C::kSymmetric) store(minima_ + slot * kPanel, scale_at_[p].minimum[part]);
-        }
-      }
-    }
+    panel_ = taken_ = 0;
     return chunk_ > 0;
   }
-
-  int block() const { return block_; }  // the first of those taken
-  int units() const { return chunk_ * C::kParts; }
-  bool last() const { return block_ + chunk_ == blocks_; }
+  int block() const { return block_; }  // the chunk's first
   int panels() const { return panels_; }
-  // Four units of a panel lie side by side, and behind them the next panel's.
-  size_t slot_of(int unit, int panel) const {
-    return size_t(unit / kHeld * panels_ + panel) * kHeld + size_t(unit % kHeld);
+  V16f row_scale(int panel) const { return scale_at_[panel].scale[0]; }  // where rows have one
+
+  // Takes the chunk's next group of units; false where none is left.
+  bool take(HeldWeights<C>& to) {
+    if (panel_ == panels_) return false;
+    const CodeTable<C> values;
+    const int blocks = chunk_ - taken_ < kHeldBlocks ? chunk_ - taken_ : kHeldBlocks;
+    to.panel = panel_, to.unit = taken_ * C::kParts, to.count = blocks * C::kParts;
+    const uint8_t*& codes = codes_[panel_];
+    auto& scales = scale_at_[panel_];
+    if (Units<C>::kInPlace) to.lines = codes;
+    for (int b = 0; b < blocks; ++b, codes += block_bytes(C::kBits)) {
+      scales.next();
+      if constexpr (!Units<C>::kInPlace) store_units<C>(codes, values, to.stored + b * C::kParts * Units<C>::kSize);
+      for (int part = 0; part < C::kParts; ++part) {
+        to.scale[b * C::kParts + part] = scales.scale[part];
+        if (!C::kSymmetric) to.minimum[b * C::kParts + part] = scales.minimum[part];
+      }
+    }
+    if ((taken_ += blocks) == chunk_) ++panel_, taken_ = 0;
+    return true;
   }
-  const uint8_t* lines(size_t slot) const { return lines_ + slot * Units<C>::kBytes; }
-  V16f scale(size_t slot) const { return load(scales_ + slot * kPanel); }
-  V16f minimum(size_t slot) const { return load(minima_ + slot * kPanel); }
+  // Brings nearer share `part` of `parts` of what will be taken next.
+  TRILEMMA_INLINE void fetch(int part, int parts) const {
+    if (panel_ == panels_) return;
+    constexpr int kLines = int(kHeldBlocks * block_bytes(C::kBits) / 64);
+    const int each = (kLines + parts - 1) / parts;
+    for (int i = part * each; i < (part + 1) * each && i < kLines; ++i) __builtin_prefetch(codes_[panel_] + i * 64);
+  }
 
  private:
   int blocks_, panels_, block_ = 0, chunk_ = 0;
-  uint8_t* lines_;
-  float *scales_, *minima_;
+  int panel_ = 0, taken_ = 0;  // blocks of the chunk of this panel
   BlockScales<C> scale_at_[kAmxPanels];
   const uint8_t* codes_[kAmxPanels];
 };
 
-// Two more than are used, so that what is stored for one panel does not lie 4 KB from what is read for another.
+// Two more than are used, so that what is stored for one tile of tokens does not lie 4 KB from what is read for another. Of
+// bytes these are int32.
 using TileSums = float[6][kTokenTile * kPanel];
 
 // Numbers of tiles are part of the instructions.
-#define TRILEMMA_UNIT(held, lines_tile, sums_tile) \
-  _tile_loadd(lines_tile, lines, 64);              \
-  _tile_zero(sums_tile);                           \
-  _tile_dpbf16ps(sums_tile, held, lines_tile);     \
+#define TRILEMMA_UNIT(held, input_tile, sums_tile)     \
+  _tile_loadd(input_tile, x, Units<C>::kApart);        \
+  _tile_zero(sums_tile);                               \
+  if constexpr (Units<C>::kBytes) {                    \
+    _tile_dpbssd(sums_tile, input_tile, held);         \
+  } else {                                             \
+    _tile_dpbf16ps(sums_tile, input_tile, held);       \
+  }                                                    \
   _tile_stored(sums_tile, sums, 64)
 
-// The sums of one unit: its inputs are held in tile `Held`; neighbours share no other tile.
-template <int Held>
-TRILEMMA_INLINE void start_unit(const uint8_t* lines, float* sums) {
+// The sums of one unit: its weights are held in tile `Held`; neighbours share no other tile.
+template <class C, int Held>
+TRILEMMA_INLINE void start_unit(const void* x, float* sums) {
   if constexpr (Held == 0) { TRILEMMA_UNIT(0, 6, 4); }
   if constexpr (Held == 1) { TRILEMMA_UNIT(1, 7, 5); }
   if constexpr (Held == 2) { TRILEMMA_UNIT(2, 6, 4); }
@@ -119,139 +152,122 @@ TRILEMMA_INLINE void start_unit(const uint8_t* lines, float* sums) {
 }
 #undef TRILEMMA_UNIT
 
-// What a unit's sums add to the totals of its panel.
+// The inputs of a group of units: a tile of tokens, and what their sums are multiplied with.
 template <class C>
-TRILEMMA_INLINE void add_unit(const AmxWeights<C>& weights, size_t slot, const float* sums, const float* scale, const float* sum,
-                              V16f* total) {
-  const V16f factors = weights.scale(slot), minima = C::kSymmetric ? zero() : weights.minimum(slot);
-#pragma GCC unroll 16
-  for (int t = 0; t < kTokenTile; ++t) {
-    const V16f factor = C::kRowScales ? set1(scale[t]) : C::kSharedRows ? factors : mul(factors, set1(scale[t]));
-    total[t] = fma(factor, load(sums + t * kPanel), total[t]);
-    if (!C::kSymmetric) total[t] = fma(minima, set1(sum[t]), total[t]);
-  }
-}
-
-// The inputs of a group of units: held in tiles while panels walk by, and what their sums are multiplied with.
-template <class C>
-struct HeldUnits {
+struct UnitInputs {
   static constexpr int kHeld = Units<C>::kHeld;
-  int count = 0;
-  const uint16_t* x[kHeld] = {};
-  const float *scale[kHeld] = {}, *sum[kHeld] = {};
+  const void* x[kHeld];
+  const float *scale[kHeld], *sum[kHeld] = {};
 
-  HeldUnits(const Int8Input& in, size_t first_cell, int unit, int units) : count(units - unit < kHeld ? units - unit : kHeld) {
-    for (int q = 0; q < count; ++q) {
-      const int part = (unit + q) % C::kParts;
-      const size_t cell = first_cell + size_t((unit + q) / C::kParts) * kTokenTile;
-      x[q] = in.bf16 + cell * kBlock + part * (kBlock / C::kParts);
+  UnitInputs(const Int8Input& in, int tile, int block, const HeldWeights<C>& of) {
+    const size_t first = (size_t(tile) * size_t(in.blocks) + size_t(block + of.unit / C::kParts)) * kTokenTile;
+#pragma GCC unroll 4
+    for (int q = 0; q < kHeld; ++q) {
+      const int part = q % C::kParts;  // a group begins with a block
+      const size_t cell = first + size_t(q / C::kParts) * kTokenTile;
+      const void* codes = Units<C>::kBytes ? static_cast<const void*>(in.codes + cell * kBlock) : in.bf16 + cell * kBlock;
+      x[q] = static_cast<const uint8_t*>(codes) + part * Units<C>::kRow;
       scale[q] = in.scale + cell;
       if (!C::kSymmetric) sum[q] = (C::kParts == 2 ? in.half_sum[part] : in.sum) + cell;
     }
   }
-  // Share `part` of `parts` of what load_tiles will read.
-  TRILEMMA_INLINE void prefetch(int part, int parts) const {
-    const int lines = kTokenTile * count, each = (lines + parts - 1) / parts;
-    for (int i = part * each; i < (part + 1) * each && i < lines; ++i)
-      __builtin_prefetch(x[i / kTokenTile] + i % kTokenTile * kBlock);
-  }
-  TRILEMMA_INLINE void load_tiles() const {
-    _tile_loadd(0, x[0], kBlock * 2);
-    if (count > 1) { _tile_loadd(1, x[1], kBlock * 2); }
-    if (count > 2) { _tile_loadd(2, x[2], kBlock * 2); }
-    if (count > 3) { _tile_loadd(3, x[3], kBlock * 2); }
-  }
 };
 
-// Step `Q` of a group of units: starts a panel's while the sums of the panel before are added.
-template <class C, int Q = 0>
-TRILEMMA_INLINE void walk_units(const AmxWeights<C>& weights, const HeldUnits<C>& held, size_t slot, const TileSums& sums,
-                                int starting, TileSums& started, V16f* total) {
-  if (Q < starting) start_unit<Q>(weights.lines(slot + Units<C>::kHeld + Q), started[Q]);
-  if (Q < held.count) add_unit(weights, slot + Q, sums[Q], held.scale[Q], held.sum[Q], total);
-  if constexpr (Q + 1 < Units<C>::kHeld)
-    walk_units<C, Q + 1>(weights, held, slot, sums, starting, started, total);
-}
-
-// One tile of tokens through all panels, group by group of units, added to `totals`.
+// What a unit's sums add to the totals of its panel.
 template <class C>
-inline void amx_tokens(const AmxWeights<C>& weights, const Int8Input& in, int token, float* totals, TileSums* sums) {
-  const size_t first = (size_t(token / kTokenTile) * size_t(in.blocks) + size_t(weights.block())) * kTokenTile;
-  const int panels = weights.panels(), units = weights.units();
-  HeldUnits<C> held(in, first, 0, units);
-  held.load_tiles();
-  start_unit<0>(weights.lines(0), sums[0][0]);
-  if (held.count > 1) start_unit<1>(weights.lines(1), sums[0][1]);
-  if (held.count > 2) start_unit<2>(weights.lines(2), sums[0][2]);
-  if (held.count > 3) start_unit<3>(weights.lines(3), sums[0][3]);
-  size_t slot = 0;
-  int turn = 0;
-  for (int u = 0; u < units; u += Units<C>::kHeld) {
-    const bool more = u + Units<C>::kHeld < units;
-    const HeldUnits<C> next(in, first, more ? u + Units<C>::kHeld : u, units);
-    for (int p = 0; p < panels; ++p, slot += Units<C>::kHeld, turn ^= 1) {
-      const bool wraps = p + 1 == panels;
-      if (wraps && more) next.load_tiles();
-      if (more) next.prefetch(p, panels);
-      float* kept = totals + size_t(p) * kTokenTile * kPanel;
-      V16f total[kTokenTile];
+TRILEMMA_INLINE void add_unit(V16f factors, V16f minima, const float* sums, const float* scale, const float* sum, V16f* total) {
 #pragma GCC unroll 16
-      for (int t = 0; t < kTokenTile; ++t) total[t] = u + weights.block() == 0 ? zero() : load(kept + t * kPanel);
-      walk_units(weights, held, slot, sums[turn], !wraps ? held.count : more ? next.count : 0, sums[turn ^ 1], total);
-#pragma GCC unroll 16
-      for (int t = 0; t < kTokenTile; ++t) store(kept + t * kPanel, total[t]);
-    }
-    held = next;
+  for (int t = 0; t < kTokenTile; ++t) {
+    const V16f factor = C::kRowScales ? set1(scale[t]) : C::kSharedRows ? factors : mul(factors, set1(scale[t]));
+    V16f found = load(sums + t * kPanel);
+    if (Units<C>::kBytes) found.v = _mm512_cvtepi32_ps(_mm512_castps_si512(found.v));
+    total[t] = fma(factor, found, total[t]);
+    if (!C::kSymmetric) total[t] = fma(minima, set1(sum[t]), total[t]);
   }
 }
 
-template <class C>
-inline void amx_panels(const PackedView& w, const Int8Input& in, int tokens, int begin, int end, const Output& out) {
-  constexpr size_t kTotals = kTokenTile * kPanel;
-  alignas(64) TileSums sums[2] = {};
-  float* totals = reinterpret_cast<float*>(static_cast<uint8_t*>(in.workspace) + kAmxWeights);
-  Tiles tiles;
-  const auto shape = [&](int rows) {
-    TileShapes shapes;
-    shapes.set(0, 3, rows, kBlock * 2 / C::kParts);
-    shapes.set(4, 5, rows, 64);
-    shapes.set(6, 7, Units<C>::kLines, 64);
-    tiles.shape(shapes);
-  };
-  const auto finish = [&](const AmxWeights<C>& weights, int first, int token, int rows, const float* of) {
-    for (int p = 0; p < weights.panels(); ++p)
-      for (int t = 0; t < rows; ++t) {
-        V16f total = load(of + size_t(p) * kTotals + size_t(t) * kPanel);
-        if (C::kRowScales) total = mul(total, weights.scale(weights.slot_of(0, p)));
-        if (C::kSharedRows) total = mul(total, set1(in.row_scale[token + t]));
-        write_panel(total, first + p, w.rows, token + t, out);
-      }
-  };
-  const int spans = (tokens + kAmxTokens - 1) / kAmxTokens;
-  for (int span = 0; span < spans; ++span)
-    for (int first = begin; first < end; first += kAmxPanels) {
-      const int from = span * kAmxTokens, to = tokens - from < kAmxTokens ? tokens : from + kAmxTokens;
-      AmxWeights<C> weights(w, first, end - first < kAmxPanels ? end - first : kAmxPanels, in.workspace);
-      while (weights.next()) {
-        int shaped = 0;
-        float* of = totals;
-        for (int token = from; token < to; token += kTokenTile, of += kAmxPanels * kTotals) {
-          const int rows = to - token < kTokenTile ? to - token : kTokenTile;
-          if (rows != shaped) shape(shaped = rows);
-          amx_tokens(weights, in, token, of, sums);
-          if (weights.last()) finish(weights, first, token, rows, of);
-        }
-      }
-    }
+// Step `Q` of a group of units: starts a tile of tokens while the sums of the one before are added.
+template <class C, int Q = 0>
+TRILEMMA_INLINE void walk_units(const HeldWeights<C>& held, const UnitInputs<C>& in, const TileSums& sums, int starting,
+                                const UnitInputs<C>& next, TileSums& started, V16f* total) {
+  if (Q < starting) start_unit<C, Q>(next.x[Q], started[Q]);
+  if (Q < held.count)
+    add_unit<C>(held.scale[Q], C::kSymmetric ? zero() : held.minimum[Q], sums[Q], in.scale[Q], in.sum[Q], total);
+  if constexpr (Q + 1 < Units<C>::kHeld) walk_units<C, Q + 1>(held, in, sums, starting, next, started, total);
 }
 
-// Fewer tokens than pay for turning the weights into bf16: with the vector instructions.
+// All tiles of tokens through the chunk's weights, added to `totals`: [panel][tile].
+template <class C>
+inline void amx_chunk(AmxWeights<C>& weights, const Int8Input& in, int first_tile, int tiles, float* totals) {
+  constexpr size_t kTotals = kTokenTile * kPanel;
+  alignas(64) TileSums sums[2];
+  HeldWeights<C> held[2];
+  weights.take(held[0]);
+  finish_stores();
+  held[0].load_tiles();
+  UnitInputs<C> now(in, first_tile, weights.block(), held[0]);
+  start_unit<C, 0>(now.x[0], sums[0][0]);
+  if (held[0].count > 1) start_unit<C, 1>(now.x[1], sums[0][1]);
+  if (held[0].count > 2) start_unit<C, 2>(now.x[2], sums[0][2]);
+  if (held[0].count > 3) start_unit<C, 3>(now.x[3], sums[0][3]);
+  int turn = 0;
+  for (int group = 0;; group ^= 1) {
+    const HeldWeights<C>& of = held[group];
+    HeldWeights<C>& other = held[group ^ 1];
+    const bool more = weights.take(other);
+    finish_stores();
+    float* kept = totals + size_t(of.panel) * (kAmxTokens / kTokenTile) * kTotals;
+    for (int n = 0; n < tiles; ++n, kept += kTotals, turn ^= 1) {
+      const bool wraps = n + 1 == tiles;
+      if (wraps && more) other.load_tiles();
+      weights.fetch(n, tiles);
+      const UnitInputs<C> next = wraps ? more ? UnitInputs<C>(in, first_tile, weights.block(), other) : now
+                                       : UnitInputs<C>(in, first_tile + n + 1, weights.block(), of);
+      V16f total[kTokenTile];
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokenTile; ++t) total[t] = of.unit + weights.block() == 0 ? zero() : load(kept + t * kPanel);
+      walk_units(of, now, sums[turn], !wraps ? of.count : more ? other.count : 0, next, sums[turn ^ 1], total);
+#pragma GCC unroll 16
+      for (int t = 0; t < kTokenTile; ++t) store(kept + t * kPanel, total[t]);
+      now = next;
+    }
+    if (!more) return;
+  }
+}
+
+// Rows behind the last token are multiplied too, whatever they are, and not written.
+template <class C>
+inline void amx_panels(const PackedView& w, const Int8Input& in, int tokens, int begin, int end, const Output& out) {
+  float* totals = static_cast<float*>(in.workspace);
+  Tiles unit;
+  TileShapes shapes;
+  shapes.set(0, 3, Units<C>::kLines, 64);
+  shapes.set(4, 5, kTokenTile, 64);
+  shapes.set(6, 7, kTokenTile, Units<C>::kRow);
+  unit.shape(shapes);
+  for (int from = 0; from < tokens; from += kAmxTokens) {
+    const int rows = tokens - from < kAmxTokens ? tokens - from : kAmxTokens;
+    for (int first = begin; first < end; first += kAmxPanels) {
+      AmxWeights<C> weights(w, first, end - first < kAmxPanels ? end - first : kAmxPanels);
+      while (weights.next()) amx_chunk(weights, in, from / kTokenTile, (rows + kTokenTile - 1) / kTokenTile, totals);
+      for (int t = 0; t < rows; ++t)
+        for (int p = 0; p < weights.panels(); ++p) {
+          V16f total = load(totals + (size_t(p) * kAmxTokens + size_t(t)) * kPanel);
+          if (C::kRowScales) total = mul(total, weights.row_scale(p));
+          if (C::kSharedRows) total = mul(total, set1(in.row_scale[from + t]));
+          write_panel(total, first + p, w.rows, from + t, out);
+        }
+    }
+  }
+}
+
+// Fewer tokens than pay for turning the weights: with the vector instructions.
 constexpr int kAmxLeast = 2 * kTokenTile;
 
 void matmul_int8_amx(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out) {
   const auto run = [&](auto codes) {
     using C = decltype(codes);
-    if (x.bf16 && x.workspace && tokens >= kAmxLeast) return amx_panels<C>(w, x, tokens, begin, end, out);
+    if (x.workspace && (x.bf16 || Units<C>::kBytes) && tokens >= kAmxLeast) return amx_panels<C>(w, x, tokens, begin, end, out);
     int8_tokens<C>(w, x, 0, tokens, begin, end, out);
   };
   if (w.bits == 8 && w.groups == 1) return run(RowCodes8{});

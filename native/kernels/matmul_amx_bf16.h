@@ -224,17 +224,17 @@ class ScaledPanel {
   const uint8_t* codes_ = nullptr;
 };
 
-constexpr int kScaledBlocks = 8;
-static_assert(sizeof(PairSums) * (kAmxPanels / 2) * (kAmxTokens / (2 * kTokenTile)) == kAmxTotals);
-static_assert(kAmxPanels * kScaledBlocks * kBlockLines <= kAmxWeights);
+constexpr int kScaledPanels = 8, kScaledBlocks = 8;
+constexpr size_t kScaledBytes = kScaledPanels * kScaledBlocks * kBlockLines;
+static_assert(kScaledBytes + sizeof(PairSums) * (kScaledPanels / 2) * (kAmxTokens / (2 * kTokenTile)) <= kAmxWorkspace);
 
 // Tokens [from, to) and some panels from `first` on: some blocks of all of them are scaled, then all tokens walk over these.
 template <class C>
 inline void scaled_panels(const PackedView& w, const Bf16Input& in, int from, int to, int first, int panels, const Output& out) {
   auto* lines = static_cast<uint8_t*>(in.workspace);
-  auto* sums = reinterpret_cast<PairSums*>(lines + kAmxWeights);
+  auto* sums = reinterpret_cast<PairSums*>(lines + kScaledBytes);
   const CodeTable<C> values;
-  ScaledPanel<C> scaled[kAmxPanels];
+  ScaledPanel<C> scaled[kScaledPanels];
   for (int p = 0; p < panels; ++p) scaled[p] = ScaledPanel<C>(w, first + p);
   const auto lines_of = [&](int p) { return lines + size_t(p) * kScaledBlocks * kBlockLines; };
   Tiles tiles;
@@ -351,9 +351,9 @@ void matmul_packed_amx(const PackedView& w, const Bf16Input& in, const float*, i
     using C = decltype(codes);
     if (in.workspace && tokens > 2 * kTokenTile) {
       for (int from = 0; from < tokens; from += kAmxTokens)
-        for (int p = begin; p < end; p += kAmxPanels)
+        for (int p = begin; p < end; p += kScaledPanels)
           scaled_panels<C>(w, in, from, from + kAmxTokens < tokens ? from + kAmxTokens : tokens, p,
-                           end - p < kAmxPanels ? end - p : kAmxPanels, out);
+                           end - p < kScaledPanels ? end - p : kScaledPanels, out);
       return;
     }
     const CodeTable<C> values;

@@ -79,10 +79,10 @@ struct Int8Input {
   int32_t* start[kStarts];
   int width;
   int blocks;
-  // For kernels with `workspace_bytes`, of whole tiles: the codes as bf16 numbers, times `scale` where that is a power of
-  // two; as exact as the codes, [tile][block][16][32]. Null for fewer tokens than a tile, and for other kernels.
+  // With `row_scale`, for kernels with `workspace_bytes`, of whole tiles: the codes times `scale` as bf16 numbers, as exact
+  // as the codes, [tile][block][16][32]. Null for fewer tokens than a tile, and for other kernels.
   uint16_t* bf16;
-  void* workspace;  // this thread's; needed where `bf16` is
+  void* workspace;  // this thread's, for kernels with `workspace_bytes`; without it they are slower
 };
 
 // Activations rounded to bf16, in the same tiles: [tile][block][width][32].

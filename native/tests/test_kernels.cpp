@@ -102,9 +102,9 @@ struct Quantized {
     input = {codes.data(), shared ? row_scale.data() : nullptr, scale.data(), sum.data(),
              {half_sum[0].data(), half_sum[1].data()}, {}, width, blocks, nullptr, nullptr};
     if (kernels.workspace_bytes && width == 16) {
-      bf16.resize(codes.size());
+      bf16.resize(shared ? codes.size() : 0);
       workspace = AlignedBuffer(kernels.workspace_bytes);
-      input.bf16 = bf16.data();
+      if (shared) input.bf16 = bf16.data();
       input.workspace = workspace.data();
     }
     for (int i = 0; i < kStarts; ++i) {
