@@ -4,15 +4,14 @@
 
 namespace trilemma {
 
-std::size_t Int8Form::bytes_of(const Int8Needs& needs, std::size_t cells, std::size_t rows, bool bf16) const {
+std::size_t Int8Form::bytes_of(const Int8Needs& needs, std::size_t cells, std::size_t rows) const {
   if (!needs.codes) return 0;
   const std::size_t arrays = 1 + std::size_t(needs.sums) + 2 * std::size_t(needs.half_sums) + std::size_t(std::popcount(needs.starts));
-  return cells * (kBlock * (bf16 && shared_rows_ ? 3 : 1) + 4 * arrays) + (shared_rows_ ? rows * 4 : 0);
+  return cells * (kBlock + 4 * arrays) + (shared_rows_ ? rows * 4 : 0);
 }
 
-void Int8Form::reserve(const Int8Needs& needs, std::size_t cells, std::size_t rows, bool bf16) {
+void Int8Form::reserve(const Int8Needs& needs, std::size_t cells, std::size_t rows) {
   if (!needs.codes) return;
-  if (bf16 && shared_rows_) bf16_ = AlignedBuffer(cells * kBlock * 2);
   codes_ = AlignedBuffer(cells * kBlock);
   scale_ = AlignedBuffer(cells * 4);
   if (shared_rows_) row_scale_ = AlignedBuffer(rows * 4);
@@ -24,7 +23,7 @@ void Int8Form::reserve(const Int8Needs& needs, std::size_t cells, std::size_t ro
 }
 
 std::size_t Int8Form::bytes() const {
-  std::size_t total = codes_.bytes() + row_scale_.bytes() + scale_.bytes() + sums_.bytes() + bf16_.bytes();
+  std::size_t total = codes_.bytes() + row_scale_.bytes() + scale_.bytes() + sums_.bytes();
   for (const AlignedBuffer& b : half_sums_) total += b.bytes();
   for (const AlignedBuffer& b : starts_) total += b.bytes();
   return total;
@@ -40,7 +39,6 @@ Int8Input Int8Form::view(const Int8Needs& needs, std::size_t cell, std::size_t r
   for (int i = 0; i < 2 && needs.half_sums; ++i) view.half_sum[i] = half_sums_[i].as<float>() + cell;
   for (int i = 0; i < kStarts; ++i)
     if (needs.starts >> i & 1) view.start[i] = starts_[i].as<std::int32_t>() + cell;
-  if (width == kTokenTile && bf16_.data()) view.bf16 = bf16_.as<std::uint16_t>() + cell * kBlock;
   view.width = width;
   view.blocks = blocks;
   return view;

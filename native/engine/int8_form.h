@@ -23,17 +23,16 @@ class Int8Form {
   // `shared_rows`: blocks have powers of two of their row's scale, else scales of their own.
   explicit Int8Form(bool shared_rows) : shared_rows_(shared_rows) {}
 
-  // `bf16`: whole tiles of rows have their codes in bf16, too.
-  void reserve(const Int8Needs& needs, std::size_t cells, std::size_t rows, bool bf16);
+  void reserve(const Int8Needs& needs, std::size_t cells, std::size_t rows);
   std::size_t bytes() const;
   // What `reserve` of the same would take.
-  std::size_t bytes_of(const Int8Needs& needs, std::size_t cells, std::size_t rows, bool bf16) const;
+  std::size_t bytes_of(const Int8Needs& needs, std::size_t cells, std::size_t rows) const;
   // The form of a part that starts at that cell and row, as the kernels write and read it.
   Int8Input view(const Int8Needs& needs, std::size_t cell, std::size_t row, int width, int blocks) const;
 
  private:
   bool shared_rows_;
-  AlignedBuffer codes_, row_scale_, scale_, sums_, half_sums_[2], starts_[kStarts], bf16_;
+  AlignedBuffer codes_, row_scale_, scale_, sums_, half_sums_[2], starts_[kStarts];
 };
 
 }  // namespace trilemma

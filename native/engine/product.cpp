@@ -158,14 +158,14 @@ void ProductInput::reserve(const Kernels& kernels, const InputForms& forms, int 
   bf16_tiles_ = AlignedBuffer(sizes.bf16_tiles);
   sums_ = AlignedBuffer(sizes.sums);
   bf16_sums_ = AlignedBuffer(sizes.bf16_sums);
-  for (int i = 0; i < 2; ++i) int8_[i].reserve(forms.int8[i], sizes.cells, size_t(rows), in_tiles(kernels, rows));
+  for (int i = 0; i < 2; ++i) int8_[i].reserve(forms.int8[i], sizes.cells, size_t(rows));
 }
 
 std::size_t ProductInput::bytes_of(const Kernels& kernels, const InputForms& forms, int columns, int rows, bool split) {
   const Sizes sizes = sizes_of(kernels, forms, columns, rows, split);
   std::size_t total = sizes.total();
   for (const bool shared : {false, true}) 
-    total += Int8Form(shared).bytes_of(forms.int8[shared], sizes.cells, size_t(rows), in_tiles(kernels, rows));
+    total += Int8Form(shared).bytes_of(forms.int8[shared], sizes.cells, size_t(rows));
   return total;
 }
 

@@ -114,19 +114,6 @@ struct RowScale {
   CodeScales of_blocks(const uint32_t* peaks) const { return {peaks, inverse == 0.0f ? 0 : peak, inverse}; }
 };
 
-#if defined(TRILEMMA_SIMD_AMX)
-// A block's codes times a power of two as bf16: exact, as bf16 has eight significant bits. Of every four columns the second
-// and third change places, as in the weights' lines (store_pairs).
-inline void codes_as_bf16(const int8_t* codes, float power, uint16_t* out) {
-  const __m512 factor = _mm512_set1_ps(power);
-  const auto half = [&](const int8_t* from) {
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from))), factor);
-  };
-  const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(half(codes + 16), half(codes));
-  _mm512_storeu_si512(out, _mm512_shufflelo_epi16(_mm512_shufflehi_epi16(rounded, 0xd8), 0xd8));
-}
-#endif
-
 void quantize_int8(const float* x, int token, const Int8Input& out) {
   const size_t width = size_t(out.width);
   size_t at = size_t(token / kTokenTile) * size_t(out.blocks) * width + size_t(token % kTokenTile);
@@ -143,12 +130,6 @@ void quantize_int8(const float* x, int token, const Int8Input& out) {
     const CodeScales scales = out.row_scale ? row.of_blocks(peaks) : CodeScales(peaks);
     codes_of(x, scales.inverse, n, out.codes + at * kBlock, width * kBlock, low, high);
     for (int b = 0; b < n; ++b) out.scale[at + size_t(b) * width] = scales.scale[b];
-#if defined(TRILEMMA_SIMD_AMX)
-    for (int b = 0; out.bf16 && b < n; ++b) {
-      const size_t cell = (at + size_t(b) * width) * kBlock;
-      codes_as_bf16(out.codes + cell, scales.scale[b], out.bf16 + cell);
-    }
-#endif
     if (out.sum)
       for (int b = 0; b < n; ++b) out.sum[at + size_t(b) * width] = scales.scale[b] * float(low[b] + high[b]);
     const auto half = [&](float* to, const int32_t* of) {

@@ -1,14 +1,10 @@
 // Products in tiles of the matrix unit (AMX): 16 tokens x 16 rows x 32 columns (or 16, where halves of a block have scales) a step.
 //
-// The sum of a block is a whole number, exact in either kind of tile. Codes of few bits are turned into bf16: they and int8
-// inputs are whole numbers of at most eight bits, their sums stay below 2^24, exact in the f32 that the unit adds in, and the
-// inputs carry the power of two that is the scale of a block. Wider codes are multiplied as bytes: their inputs have scales
-// that bf16 can not carry, and 8-bit codes need no turning into anything. Sums then take the same multiply-adds, blocks
-// ascending, as in matmul_int8.h: the bits of every other instruction set. docs/decisions/0029-amx.md
+// Both sides are bytes, and the sum of a block is an exact int32. It then takes the same multiply-adds, blocks ascending, as in
+// matmul_int8.h: the bits of every other instruction set. docs/decisions/0029-amx.md
 #pragma once
 
 #include "amx_tiles.h"
-#include "matmul_bf16.h"
 #include "matmul_int8.h"
 
 namespace trilemma {
@@ -17,42 +13,14 @@ namespace {
 constexpr int kAmxPanels = 16, kAmxBlocks = 32;  // whose totals wait in the workspace; that are walked over at once
 static_assert(size_t(kAmxPanels) * kPanel * kAmxTokens * 4 <= kAmxWorkspace);
 
-// A unit of weights is a part of a block that has one scale: lines of 16 rows, four bytes a row, as tiles read them.
+// A unit of weights is a part of a block that has one scale: lines of four columns of 16 rows, as tiles read them.
 template <class C>
 struct Units {
-  static constexpr bool kBytes = !C::kSharedRows;         // tiles of bytes, else of bf16
-  static constexpr bool kInPlace = C::kBits == 8;         // read from where they lie
-  static constexpr int kRow = kBlock / C::kParts * (kBytes ? 1 : 2);  // bytes of a token's inputs
-  static constexpr int kApart = kBlock * (kBytes ? 1 : 2);            // bytes from one token's to the next one's
-  static constexpr int kLines = kRow / 4, kSize = kLines * 64;
+  static constexpr bool kInPlace = C::kBits == 8;      // read from where they lie
+  static constexpr int kColumns = kBlock / C::kParts;  // bytes of a token's inputs
+  static constexpr int kLines = kColumns / 4, kSize = kLines * 64;
   static constexpr int kHeld = 4, kHeldBlocks = kHeld / C::kParts;  // that stay in tiles while tokens walk by
 };
-
-// Columns 4*I .. 4*I + 3 of a block as two lines of bf16 pairs: the first and third, the second and fourth, as a look-up
-// finds them without moving bytes; inputs lie in the same order (codes_as_bf16).
-template <class C, int I>
-TRILEMMA_INLINE void store_pairs(const uint8_t* codes, const CodeTable<C>& values, uint8_t* to) {
-  if constexpr (C::kBits == 4) {
-    // Bits above the fourth of an index change nothing: the table repeats.
-    const __m512i line = load_line(codes + I / 2 * 64).v;
-    store_line(to, values[I % 2 ? _mm512_srli_epi16(line, 4) : line]);
-    store_line(to + 64, values[_mm512_srli_epi16(line, I % 2 ? 12 : 8)]);
-  } else {
-    const __m512i line = code_line<C::kBits, I>(codes).v;
-    store_line(to, values[line]);
-    store_line(to + 64, values[_mm512_srli_epi16(line, 8)]);
-  }
-  if constexpr (I < 7) store_pairs<C, I + 1>(codes, values, to + 128);
-}
-
-// A block's units, side by side.
-template <class C>
-TRILEMMA_INLINE void store_units(const uint8_t* codes, const CodeTable<C>& values, uint8_t* to) {
-  if constexpr (Units<C>::kBytes)
-    expand_codes<C, C::kOffset>(codes, to);
-  else
-    store_pairs<C, 0>(codes, values, to);
-}
 
 // The weights of some units of a panel as tiles hold them while tokens walk by.
 template <class C>
@@ -95,7 +63,6 @@ class AmxWeights {
   // Takes the chunk's next group of units; false where none is left.
   bool take(HeldWeights<C>& to) {
     if (panel_ == panels_) return false;
-    const CodeTable<C> values;
     const int blocks = chunk_ - taken_ < kHeldBlocks ? chunk_ - taken_ : kHeldBlocks;
     to.panel = panel_, to.unit = taken_ * C::kParts, to.count = blocks * C::kParts;
     const uint8_t*& codes = codes_[panel_];
@@ -103,7 +70,7 @@ class AmxWeights {
     if (Units<C>::kInPlace) to.lines = codes;
     for (int b = 0; b < blocks; ++b, codes += block_bytes(C::kBits)) {
       scales.next();
-      if constexpr (!Units<C>::kInPlace) store_units<C>(codes, values, to.stored + b * C::kParts * Units<C>::kSize);
+      if (!Units<C>::kInPlace) expand_codes<C, C::kOffset>(codes, to.stored + b * C::kParts * Units<C>::kSize);
       for (int part = 0; part < C::kParts; ++part) {
         to.scale[b * C::kParts + part] = scales.scale[part];
         if (!C::kSymmetric) to.minimum[b * C::kParts + part] = scales.minimum[part];
@@ -127,24 +94,19 @@ class AmxWeights {
   const uint8_t* codes_[kAmxPanels];
 };
 
-// Two more than are used, so that what is stored for one tile of tokens does not lie 4 KB from what is read for another. Of
-// bytes these are int32.
-using TileSums = float[6][kTokenTile * kPanel];
+// Two more than are used, so that what is stored for one tile of tokens does not lie 4 KB from what is read for another.
+using TileSums = int32_t[6][kTokenTile * kPanel];
 
 // Numbers of tiles are part of the instructions.
-#define TRILEMMA_UNIT(held, input_tile, sums_tile)     \
-  _tile_loadd(input_tile, x, Units<C>::kApart);        \
-  _tile_zero(sums_tile);                               \
-  if constexpr (Units<C>::kBytes) {                    \
-    _tile_dpbssd(sums_tile, input_tile, held);         \
-  } else {                                             \
-    _tile_dpbf16ps(sums_tile, input_tile, held);       \
-  }                                                    \
+#define TRILEMMA_UNIT(held, input_tile, sums_tile) \
+  _tile_loadd(input_tile, x, kBlock);              \
+  _tile_zero(sums_tile);                           \
+  _tile_dpbssd(sums_tile, input_tile, held);       \
   _tile_stored(sums_tile, sums, 64)
 
 // The sums of one unit: its weights are held in tile `Held`; neighbours share no other tile.
-template <class C, int Held>
-TRILEMMA_INLINE void start_unit(const void* x, float* sums) {
+template <int Held>
+TRILEMMA_INLINE void start_unit(const int8_t* x, int32_t* sums) {
   if constexpr (Held == 0) { TRILEMMA_UNIT(0, 6, 4); }
   if constexpr (Held == 1) { TRILEMMA_UNIT(1, 7, 5); }
   if constexpr (Held == 2) { TRILEMMA_UNIT(2, 6, 4); }
@@ -156,7 +118,7 @@ TRILEMMA_INLINE void start_unit(const void* x, float* sums) {
 template <class C>
 struct UnitInputs {
   static constexpr int kHeld = Units<C>::kHeld;
-  const void* x[kHeld];
+  const int8_t* x[kHeld];
   const float *scale[kHeld], *sum[kHeld] = {};
 
   UnitInputs(const Int8Input& in, int tile, int block, const HeldWeights<C>& of) {
@@ -165,8 +127,7 @@ struct UnitInputs {
     for (int q = 0; q < kHeld; ++q) {
       const int part = q % C::kParts;  // a group begins with a block
       const size_t cell = first + size_t(q / C::kParts) * kTokenTile;
-      const void* codes = Units<C>::kBytes ? static_cast<const void*>(in.codes + cell * kBlock) : in.bf16 + cell * kBlock;
-      x[q] = static_cast<const uint8_t*>(codes) + part * Units<C>::kRow;
+      x[q] = in.codes + cell * kBlock + part * Units<C>::kColumns;
       scale[q] = in.scale + cell;
       if (!C::kSymmetric) sum[q] = (C::kParts == 2 ? in.half_sum[part] : in.sum) + cell;
     }
@@ -175,13 +136,12 @@ struct UnitInputs {
 
 // What a unit's sums add to the totals of its panel.
 template <class C>
-TRILEMMA_INLINE void add_unit(V16f factors, V16f minima, const float* sums, const float* scale, const float* sum, V16f* total) {
+TRILEMMA_INLINE void add_unit(V16f factors, V16f minima, const int32_t* sums, const float* scale, const float* sum, V16f* total) {
+  const RowScales<C::kSharedRows> scales(factors);
 #pragma GCC unroll 16
   for (int t = 0; t < kTokenTile; ++t) {
-    const V16f factor = C::kRowScales ? set1(scale[t]) : C::kSharedRows ? factors : mul(factors, set1(scale[t]));
-    V16f found = load(sums + t * kPanel);
-    if (Units<C>::kBytes) found.v = _mm512_cvtepi32_ps(_mm512_castps_si512(found.v));
-    total[t] = fma(factor, found, total[t]);
+    const V16f factor = C::kRowScales ? set1(scale[t]) : scales.times(scale + t);
+    total[t] = fma(factor, {_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + t * kPanel))}, total[t]);
     if (!C::kSymmetric) total[t] = fma(minima, set1(sum[t]), total[t]);
   }
 }
@@ -190,7 +150,7 @@ TRILEMMA_INLINE void add_unit(V16f factors, V16f minima, const float* sums, cons
 template <class C, int Q = 0>
 TRILEMMA_INLINE void walk_units(const HeldWeights<C>& held, const UnitInputs<C>& in, const TileSums& sums, int starting,
                                 const UnitInputs<C>& next, TileSums& started, V16f* total) {
-  if (Q < starting) start_unit<C, Q>(next.x[Q], started[Q]);
+  if (Q < starting) start_unit<Q>(next.x[Q], started[Q]);
   if (Q < held.count)
     add_unit<C>(held.scale[Q], C::kSymmetric ? zero() : held.minimum[Q], sums[Q], in.scale[Q], in.sum[Q], total);
   if constexpr (Q + 1 < Units<C>::kHeld) walk_units<C, Q + 1>(held, in, sums, starting, next, started, total);
@@ -206,10 +166,10 @@ inline void amx_chunk(AmxWeights<C>& weights, const Int8Input& in, int first_til
   finish_stores();
   held[0].load_tiles();
   UnitInputs<C> now(in, first_tile, weights.block(), held[0]);
-  start_unit<C, 0>(now.x[0], sums[0][0]);
-  if (held[0].count > 1) start_unit<C, 1>(now.x[1], sums[0][1]);
-  if (held[0].count > 2) start_unit<C, 2>(now.x[2], sums[0][2]);
-  if (held[0].count > 3) start_unit<C, 3>(now.x[3], sums[0][3]);
+  start_unit<0>(now.x[0], sums[0][0]);
+  if (held[0].count > 1) start_unit<1>(now.x[1], sums[0][1]);
+  if (held[0].count > 2) start_unit<2>(now.x[2], sums[0][2]);
+  if (held[0].count > 3) start_unit<3>(now.x[3], sums[0][3]);
   int turn = 0;
   for (int group = 0;; group ^= 1) {
     const HeldWeights<C>& of = held[group];
@@ -243,7 +203,7 @@ inline void amx_panels(const PackedView& w, const Int8Input& in, int tokens, int
   TileShapes shapes;
   shapes.set(0, 3, Units<C>::kLines, 64);
   shapes.set(4, 5, kTokenTile, 64);
-  shapes.set(6, 7, kTokenTile, Units<C>::kRow);
+  shapes.set(6, 7, kTokenTile, Units<C>::kColumns);
   unit.shape(shapes);
   for (int from = 0; from < tokens; from += kAmxTokens) {
     const int rows = tokens - from < kAmxTokens ? tokens - from : kAmxTokens;
@@ -261,13 +221,13 @@ inline void amx_panels(const PackedView& w, const Int8Input& in, int tokens, int
   }
 }
 
-// Fewer tokens than pay for turning the weights: with the vector instructions.
+// Fewer tokens than pay for expanding the weights: with the vector instructions.
 constexpr int kAmxLeast = 2 * kTokenTile;
 
 void matmul_int8_amx(const PackedView& w, const Int8Input& x, int tokens, int begin, int end, const Output& out) {
   const auto run = [&](auto codes) {
     using C = decltype(codes);
-    if (x.workspace && (x.bf16 || Units<C>::kBytes) && tokens >= kAmxLeast) return amx_panels<C>(w, x, tokens, begin, end, out);
+    if (x.workspace && tokens >= kAmxLeast) return amx_panels<C>(w, x, tokens, begin, end, out);
     int8_tokens<C>(w, x, 0, tokens, begin, end, out);
   };
   if (w.bits == 8 && w.groups == 1) return run(RowCodes8{});

@@ -79,9 +79,6 @@ struct Int8Input {
   int32_t* start[kStarts];
   int width;
   int blocks;
-  // With `row_scale`, for kernels with `workspace_bytes`, of whole tiles: the codes times `scale` as bf16 numbers, as exact
-  // as the codes, [tile][block][16][32]. Null for fewer tokens than a tile, and for other kernels.
-  uint16_t* bf16;
   void* workspace;  // this thread's, for kernels with `workspace_bytes`; without it they are slower
 };
 

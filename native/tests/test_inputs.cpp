@@ -29,7 +29,7 @@ struct Forms {
   }
   Int8Input view(bool shared, int blocks, int width) {
     Int8Input input{codes.data(), shared ? row_scale.data() : nullptr, scale.data(), sum.data(),
-                    {half_sum[0].data(), half_sum[1].data()}, {}, width, blocks, nullptr, nullptr};
+                    {half_sum[0].data(), half_sum[1].data()}, {}, width, blocks, nullptr};
     for (int i = 0; i < kStarts; ++i) input.start[i] = starts[i].data();
     return input;
   }

@@ -86,7 +86,6 @@ struct Quantized {
   std::vector<int8_t> codes;
   std::vector<float> row_scale, scale, sum, half_sum[2];
   std::vector<int32_t> starts[kStarts];
-  std::vector<uint16_t> bf16;
   AlignedBuffer workspace;
   Int8Input input{};
 
@@ -100,11 +99,9 @@ struct Quantized {
     sum.resize(cells);
     for (std::vector<float>& half : half_sum) half.resize(cells);
     input = {codes.data(), shared ? row_scale.data() : nullptr, scale.data(), sum.data(),
-             {half_sum[0].data(), half_sum[1].data()}, {}, width, blocks, nullptr, nullptr};
+             {half_sum[0].data(), half_sum[1].data()}, {}, width, blocks, nullptr};
     if (kernels.workspace_bytes && width == 16) {
-      bf16.resize(shared ? codes.size() : 0);
       workspace = AlignedBuffer(kernels.workspace_bytes);
-      if (shared) input.bf16 = bf16.data();
       input.workspace = workspace.data();
     }
     for (int i = 0; i < kStarts; ++i) {
