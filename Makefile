@@ -13,10 +13,10 @@ INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.native-built
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full test-qemu fuzz sanitize lint format bench native install docs clean
+.PHONY: help demo test test-full test-native test-qemu fuzz sanitize lint format bench native install docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer was found; install one or set PYTHON=" >&2; exit 2; }
@@ -39,25 +39,27 @@ native: install  ## rebuild the native engine if its sources changed
 demo: install  ## the main job on the shipped model: evidence in out/demo
 	$(BIN)/python examples/demo.py out/demo
 
-test: install  ## the test suite
+NATIVE_TESTS := -DTRILEMMA_TESTS=ON -DTRILEMMA_PYTHON=OFF -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
+test-native: install  ## the C++ tests, on every instruction set of this host
+	$(BIN)/cmake -S native -B build/tests $(NATIVE_TESTS)
+	$(BIN)/cmake --build build/tests -j $(JOBS) && $(BIN)/ctest --test-dir build/tests -j $(JOBS) --output-on-failure
+
+test: install test-native  ## the test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m 'not full' $(TESTS)
 
-test-full: install  ## the test suite with the full matrix of contracts
+test-full: install test-native  ## the test suite with the full matrix of contracts
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS)
 
 # The C++ tests where this host's processor is not: ARM with NEON, and x86 without AVX-512 (emulated). Debian's packages
 # g++-aarch64-linux-gnu and qemu-user are needed. A qemu that knows AVX-VNNI (7.2 does not) runs that tier as well; hosts
-# with AVX-512 test it in `ctest` by its twin.
-NATIVE_TESTS := -DTRILEMMA_TESTS=ON -DTRILEMMA_PYTHON=OFF -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja
-test-qemu: install  ## the C++ tests on emulated ARM and on x86 without AVX-512
+# with AVX-512 test it in `make test-native` by its twin.
+test-qemu: test-native  ## the C++ tests on emulated ARM and on x86 without AVX-512
 	@command -v qemu-aarch64 aarch64-linux-gnu-g++ >/dev/null || { \
 	  echo "error: install g++-aarch64-linux-gnu and qemu-user (Debian, Ubuntu)" >&2; exit 2; }
 	$(BIN)/cmake -S native -B build/arm $(NATIVE_TESTS) -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 	  -DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++ "-DCMAKE_CROSSCOMPILING_EMULATOR=qemu-aarch64;-L;/usr/aarch64-linux-gnu"
-	$(BIN)/cmake --build build/arm && $(BIN)/ctest --test-dir build/arm --output-on-failure
-	$(BIN)/cmake -S native -B build/x86 $(NATIVE_TESTS)
-	$(BIN)/cmake --build build/x86
-	for test in test_kernels test_inputs test_engine; do qemu-x86_64 -cpu max build/x86/tests/$$test || exit 1; done
+	$(BIN)/cmake --build build/arm -j $(JOBS) && $(BIN)/ctest --test-dir build/arm -j $(JOBS) --output-on-failure
+	printf '%s\n' products rows attention inputs engine | xargs -P $(JOBS) -I{} qemu-x86_64 -cpu max build/tests/tests/test_{}
 
 lint: install  ## style, types and the direction of imports
 	$(BIN)/ruff check .

@@ -11,17 +11,14 @@ JSON object on its last line.
 from __future__ import annotations
 
 import json
-import math
 import subprocess
 import sys
 from typing import Any
 
-from trilemma import _native
-from trilemma.formats.artifact import load_any
+from layer_products import LayerProducts
+
 from trilemma.measure.device.ceilings import read_bandwidth
 from trilemma.measure.device.compute_ceiling import compute_rate
-from trilemma.measure.device.step_time import product_jobs
-from trilemma.runtime.native_weights import load_weights
 
 TOKENS, PASSES = 512, 5
 PRODUCTS: dict[str, tuple[str, Any]] = {
@@ -30,15 +27,10 @@ PRODUCTS: dict[str, tuple[str, Any]] = {
 
 
 def product_rate(path: str, threads: int) -> float:
-    """Multiply-accumulates a second of a dense model's layers: the median of some walks over them, after a first."""
-    model = load_any(path)
-    jobs = [list(job.names) for job in product_jobs(model.config, 1, head=True)][:-1]  # all layers, whole
-    shapes = model.config.tensor_shapes()
-    macs = TOKENS * sum(math.prod(shapes[name]) for names in jobs for name in names)
-    weights = load_weights(model, threads=threads)
-    weights.settle(threads)
-    walks = _native.time_products(weights, jobs, tokens=TOKENS, threads=threads, passes=PASSES)
-    return macs / sorted(walks[1:])[(PASSES - 1) // 2]
+    """Multiply-accumulates a second of the layers' products: the median of some walks over them, after a first."""
+    products = LayerProducts(path, threads)
+    walks = products.walk(TOKENS, PASSES)
+    return TOKENS * products.macs_per_token / sorted(walks[1:])[(PASSES - 1) // 2]
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ class Int8Form {
 
  private:
   bool shared_rows_;
-  AlignedBuffer codes_, row_scale_, scale_, sums_, half_sums_[2], starts_[kStarts];
+  AlignedBuffer codes_, row_scale_, scale_, base_, sums_, half_sums_[2], starts_[kStarts];
 };
 
 }  // namespace trilemma

@@ -173,8 +173,8 @@ Matrix Matrix::plain(Arena& arena, const std::string& name, Dtype dtype, int row
 }
 
 unsigned Grid::starts() const {
-  if (!symmetric) return 0;
-  if (codebook) return 1u << kStart128;
+  if (!symmetric) return shares_row_scale() ? 1u << kStart0 : 0;
+  if (codebook) return 1u << kStart0 | 1u << kStart128;  // which of them depends on the instructions
   switch (bits) {
     case 3:
       return halves() ? 1u << kStart4Low | 1u << kStart4High : 1u << kStart4;

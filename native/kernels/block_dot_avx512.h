@@ -34,14 +34,20 @@ inline __m512i broadcast4(const int8_t* p) {
   return _mm512_set1_epi32(four);
 }
 
+// A sum as a float: a conversion, or what its start has made of its bits.
+template <class C>
+inline V16f as_float(__m512i sum) {
+  return {C::kSharedRows ? _mm512_castsi512_ps(sum) : _mm512_cvtepi32_ps(sum)};
+}
+
 // Four bits and few tokens: high nibbles stay where they are, sixteen times their value, in a chain of their own.
-template <int T>
+template <class C, int T>
 inline void nibble_dot(const uint8_t* packed, const int8_t* x, const int32_t* start, V16f* sum) {
   const __m512i low_bits = _mm512_set1_epi8(0x0f), high_bits = _mm512_set1_epi8(char(0xf0));
   __m512i low[T], high[T];
 #pragma GCC unroll 2
   for (int t = 0; t < T; ++t) {
-    low[t] = start ? _mm512_set1_epi32(start[t]) : _mm512_setzero_si512();
+    low[t] = _mm512_set1_epi32(start[t]);
     high[t] = _mm512_setzero_si512();
   }
 #pragma GCC unroll 4
@@ -56,12 +62,12 @@ inline void nibble_dot(const uint8_t* packed, const int8_t* x, const int32_t* st
   }
 #pragma GCC unroll 2
   for (int t = 0; t < T; ++t)
-    sum[t].v = _mm512_cvtepi32_ps(_mm512_add_epi32(low[t], _mm512_srai_epi32(high[t], 4)));
+    sum[t] = as_float<C>(_mm512_add_epi32(low[t], _mm512_srai_epi32(high[t], 4)));
 }
 
 template <class C, int Part, int T>
 inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* start, V16f* sum) {
-  if constexpr (C::kBits == 4 && !C::kCodebook && T <= 2) return nibble_dot<T>(w.packed, x, C::kSymmetric ? start : nullptr, sum);
+  if constexpr (C::kBits == 4 && !C::kCodebook && T <= 2) return nibble_dot<C, T>(w.packed, x, start, sum);
   constexpr int kLines = 8 / C::kParts, kFirst = Part * kLines;
   // With few tokens the additions of one sum would wait for each other: two chains (or parts), exact all the same.
   constexpr int kChains = T <= 2 && C::kParts == 1 ? 2 : 1;
@@ -70,7 +76,7 @@ inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* 
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 2
     for (int c = 0; c < kChains; ++c)
-      acc[t][c] = C::kSymmetric && c == 0 ? _mm512_set1_epi32(start[t]) : _mm512_setzero_si512();
+      acc[t][c] = kHasStart<C, kBiased8> && c == 0 ? _mm512_set1_epi32(start[t]) : _mm512_setzero_si512();
 #pragma GCC unroll 8
   for (int i = kFirst; i < kFirst + kLines; ++i)
 #pragma GCC unroll 4
@@ -78,7 +84,7 @@ inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* 
       acc[t][i % kChains] = _mm512_dpbusd_epi32(acc[t][i % kChains], w.lines[i], broadcast4(x + t * kBlock + 4 * i));
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t)
-    sum[t].v = _mm512_cvtepi32_ps(kChains == 2 ? _mm512_add_epi32(acc[t][0], acc[t][kChains - 1]) : acc[t][0]);
+    sum[t] = as_float<C>(kChains == 2 ? _mm512_add_epi32(acc[t][0], acc[t][kChains - 1]) : acc[t][0]);
 }
 
 }  // namespace

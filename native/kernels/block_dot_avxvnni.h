@@ -39,10 +39,10 @@ TRILEMMA_INLINE void block_dot(const BlockWeights<C>& w, const int8_t* x, const 
   V16u sum[T];
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t)
-    sum[t].lo = sum[t].hi = C::kSymmetric ? _mm256_set1_epi32(start[t]) : _mm256_setzero_si256();
+    sum[t].lo = sum[t].hi = kHasStart<C, kBiased8> ? _mm256_set1_epi32(start[t]) : _mm256_setzero_si256();
   add_lines<C, kFirst, kFirst + kLines, T>(w, x, sum);
 #pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) out[t] = {_mm256_cvtepi32_ps(sum[t].lo), _mm256_cvtepi32_ps(sum[t].hi)};
+  for (int t = 0; t < T; ++t) out[t] = as_float<C>(sum[t]);
 }
 
 }  // namespace

@@ -54,7 +54,7 @@ TRILEMMA_INLINE void block_dot(const BlockWeights<C>& w, const int8_t* x, const 
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) acc[t][q] = vdupq_n_s32(C::kOffset ? start[t] : 0);
+    for (int q = 0; q < 4; ++q) acc[t][q] = vdupq_n_s32(kHasStart<C, kBiased8> ? start[t] : 0);
 #pragma GCC unroll 4
   for (int half = kFirst; half < kLast; ++half) {
     int8x16_t in[T];
@@ -73,7 +73,7 @@ TRILEMMA_INLINE void block_dot(const BlockWeights<C>& w, const int8_t* x, const 
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-    for (int q = 0; q < 4; ++q) sum[t].q[q] = vcvtq_f32_s32(acc[t][q]);
+    for (int q = 0; q < 4; ++q) sum[t].q[q] = C::kSharedRows ? vreinterpretq_f32_s32(acc[t][q]) : vcvtq_f32_s32(acc[t][q]);
 }
 
 }  // namespace

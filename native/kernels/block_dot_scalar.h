@@ -29,9 +29,9 @@ inline void block_dot(const BlockWeights<C>& w, const int8_t* x, const int32_t* 
   constexpr int kColumns = kBlock / C::kParts, kFirst = Part * kColumns;
   for (int t = 0; t < T; ++t)
     for (int r = 0; r < kPanel; ++r) {
-      int32_t s = C::kOffset ? start[t] : 0;
+      int32_t s = kHasStart<C, kBiased8> ? start[t] : 0;
       for (int k = kFirst; k < kFirst + kColumns; ++k) s += int32_t(w.codes[r][k]) * x[t * kBlock + k];
-      sum[t].v[r] = float(s);
+      sum[t].v[r] = C::kSharedRows ? __builtin_bit_cast(float, s) : float(s);
     }
 }
 

@@ -44,6 +44,13 @@ TRILEMMA_INLINE __m256i broadcast4(const int8_t* p) {
   return _mm256_set1_epi32(four);
 }
 
+// Sums as floats: a conversion, or what their start has made of their bits.
+template <class C>
+TRILEMMA_INLINE V16f as_float(V16u sum) {
+  if (C::kSharedRows) return {_mm256_castsi256_ps(sum.lo), _mm256_castsi256_ps(sum.hi)};
+  return {_mm256_cvtepi32_ps(sum.lo), _mm256_cvtepi32_ps(sum.hi)};
+}
+
 // Keeps a chain of additions in its order: reassociated, all products of a block would wait for each other in memory.
 TRILEMMA_INLINE void pin(__m256i& a) { __asm__("" : "+x"(a)); }
 

@@ -114,6 +114,9 @@ struct RowScale {
   CodeScales of_blocks(const uint32_t* peaks) const { return {peaks, inverse == 0.0f ? 0 : peak, inverse}; }
 };
 
+// More than twice any sum of a block, so that adding integers to its bits adds them to its value.
+constexpr float kSumOffset = 0x1.8p23f;
+
 void quantize_int8(const float* x, int token, const Int8Input& out) {
   const size_t width = size_t(out.width);
   size_t at = size_t(token / kTokenTile) * size_t(out.blocks) * width + size_t(token % kTokenTile);
@@ -137,10 +140,17 @@ void quantize_int8(const float* x, int token, const Int8Input& out) {
     };
     half(out.half_sum[0], low);
     half(out.half_sum[1], high);
+    alignas(64) int32_t first_bits[16] = {};
+    for (int b = 0; out.base && b < n; ++b) {
+      const float base = kSumOffset * scales.scale[b];
+      out.base[at + size_t(b) * width] = -base;
+      first_bits[b] = int32_t(bits_of(base));
+    }
     const auto start = [&](Int8Start which, int offset, int of_low, int of_high) {
       if (int32_t* to = out.start[which])
-        for (int b = 0; b < n; ++b) to[at + size_t(b) * width] = -offset * (of_low * low[b] + of_high * high[b]);
+        for (int b = 0; b < n; ++b) to[at + size_t(b) * width] = first_bits[b] - offset * (of_low * low[b] + of_high * high[b]);
     };
+    start(kStart0, 0, 0, 0);
     start(kStart4, 4, 1, 1);
     start(kStart8, 8, 1, 1);
     start(kStart16, 16, 1, 1);

@@ -136,11 +136,10 @@ struct UnitInputs {
 
 // What a unit's sums add to the totals of its panel.
 template <class C>
-TRILEMMA_INLINE void add_unit(V16f factors, V16f minima, const int32_t* sums, const float* scale, const float* sum, V16f* total) {
-  const RowScales<C::kSharedRows> scales(factors);
+TRILEMMA_INLINE void add_unit(V16f scales, V16f minima, const int32_t* sums, const float* scale, const float* sum, V16f* total) {
 #pragma GCC unroll 16
   for (int t = 0; t < kTokenTile; ++t) {
-    const V16f factor = C::kRowScales ? set1(scale[t]) : scales.times(scale + t);
+    const V16f factor = C::kRowScales ? set1(scale[t]) : mul(scales, set1(scale[t]));
     total[t] = fma(factor, {_mm512_cvtepi32_ps(_mm512_loadu_si512(sums + t * kPanel))}, total[t]);
     if (!C::kSymmetric) total[t] = fma(minima, set1(sum[t]), total[t]);
   }

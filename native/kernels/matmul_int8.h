@@ -4,9 +4,8 @@
 // ascending,
 //     total = fma(w_scale * x_scale, float(sum), total)         (+ fma(w_min, x_scale * sum(x codes), total))
 // A w_scale of a whole row of 8 bits multiplies the total instead; and for weights of few bits x_scale is a power of two of
-// a row's scale, which multiplies the total. So all instruction
-// sets, tile sizes and thread counts give the same bits. Multiplying by a power of two is exact, and AVX-512 does it by
-// adding exponents: the multipliers are left to the products.
+// a row's scale, which multiplies the total; x_scale * sum is exact then, and comes from the accumulator's bits by one addition. So all
+// instruction sets, tile sizes and thread counts give the same bits.
 #pragma once
 
 #include "panel.h"
@@ -29,33 +28,36 @@ namespace {
 // The inputs of a tile of tokens, from one block on; null is what this kind of codes has no use for.
 template <class C>
 struct Int8Tile {
-  static constexpr Int8Start kStart = C::kSigned      ? kStart128
-                                      : C::kBits == 6 ? (C::kParts == 2 ? kStart32Low : kStart32)
-                                      : C::kBits == 5 ? kStart16
-                                      : C::kBits == 4 ? kStart8
-                                      : C::kParts == 2 ? kStart4Low
-                                                       : kStart4;
+  static constexpr bool kStarts = kHasStart<C, kBiased8>, kUndoes = C::kSymmetric && (!C::kSigned || kBiased8);
+  static constexpr Int8Start kStart = !kUndoes            ? kStart0
+                                      : C::kSigned        ? kStart128
+                                      : C::kBits == 6     ? (C::kParts == 2 ? kStart32Low : kStart32)
+                                      : C::kBits == 5     ? kStart16
+                                      : C::kBits == 4     ? kStart8
+                                      : C::kParts == 2    ? kStart4Low
+                                                          : kStart4;
   const int8_t* x;
-  const float *scale, *sum[C::kParts] = {};
-  static constexpr bool kHasStart = C::kSymmetric && (!C::kSigned || kBiased8);
+  const float *scale, *base, *sum[C::kParts] = {};
   const int32_t* start[C::kParts] = {};
   size_t width;
 
   Int8Tile(const Int8Input& in, int token, size_t width) : width(width) {
     const size_t first = size_t(token / kTokenTile) * size_t(in.blocks) * size_t(in.width) + size_t(token % kTokenTile);
     x = in.codes + first * kBlock;
-    scale = in.scale + first;
+    scale = C::kSharedRows ? nullptr : in.scale + first;
+    base = C::kSharedRows ? in.base + first : nullptr;
     for (int part = 0; part < C::kParts; ++part) {
       if (!C::kSymmetric) sum[part] = (C::kParts == 2 ? in.half_sum[part] : in.sum) + first;
-      if (kHasStart) start[part] = in.start[kStart + part] + first;
+      if (kStarts) start[part] = in.start[kUndoes ? kStart + part : kStart] + first;
     }
   }
   void next_block() {
     x += width * kBlock;
-    scale += width;
+    if (C::kSharedRows) base += width;
+    else scale += width;
     for (int part = 0; part < C::kParts; ++part) {
       if (!C::kSymmetric) sum[part] += width;
-      if (kHasStart) start[part] += width;
+      if (kStarts) start[part] += width;
     }
   }
 };
@@ -65,42 +67,25 @@ struct RowCodes8 : Codes<8, true> {
   static constexpr bool kRowScales = true;
 };
 
-// Scales of a block's rows on their way to the product with a token's: plainly, or with one that is a power of two by
-// adding exponents, where that is cheaper.
-template <bool ByExponent>
-struct RowScales {
-  V16f x;
-  explicit RowScales(V16f x) : x(x) {}
-  V16f times(const float* scale) const { return mul(x, set1(*scale)); }
-};
-#if defined(TRILEMMA_SIMD_AVX512)
-template <>
-struct RowScales<true> {
-  __mmask16 number;  // not 0
-  __m512i bits;
-  explicit RowScales(V16f x)
-      : number(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NEQ_UQ)),
-        bits(_mm512_sub_epi32(_mm512_castps_si512(x.v), _mm512_set1_epi32(127 << 23))) {}
-  V16f times(const float* power) const {
-    int32_t exponent;
-    __builtin_memcpy(&exponent, power, 4);
-    return {_mm512_castsi512_ps(_mm512_maskz_add_epi32(number, bits, _mm512_set1_epi32(exponent)))};
-  }
-};
-#endif
+// total + w_scale * x_scale * sum. Scales 2^-e are in the sum already, and in what it has too much.
+template <class C>
+TRILEMMA_INLINE V16f add_sum(V16f sum, const Int8Tile<C>& in, int token, V16f w_scale, V16f total) {
+  if (C::kSharedRows) return fma(w_scale, add(sum, set1(in.base[token])), total);
+  const V16f x_scale = set1(in.scale[token]);
+  return fma(C::kRowScales ? x_scale : mul(w_scale, x_scale), sum, total);
+}
 
 // What one part of a block adds to T tokens from `token` on, in nearly equal steps of at most kDotTokens.
-template <class C, int Part, int T, class Scales>
-TRILEMMA_INLINE void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C>& in, int token,
-                                const Scales& scale, V16f minimum, V16f* total) {
+template <class C, int Part, int T>
+TRILEMMA_INLINE void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C>& in, int token, V16f scale, V16f minimum,
+                                V16f* total) {
   constexpr int kSteps = (T + kDotTokens - 1) / kDotTokens, kStep = (T + kSteps - 1) / kSteps;
   V16f sum[kStep];
-  const int32_t* start = Int8Tile<C>::kHasStart ? in.start[Part] + token : nullptr;
+  const int32_t* start = Int8Tile<C>::kStarts ? in.start[Part] + token : nullptr;
   block_dot<C, Part, kStep>(weights, in.x + token * kBlock, start, sum);
 #pragma GCC unroll 4
   for (int t = 0; t < kStep; ++t) {
-    const V16f factor = C::kRowScales ? set1(in.scale[token + t]) : scale.times(in.scale + token + t);
-    total[t] = fma(factor, sum[t], total[t]);
+    total[t] = add_sum<C>(sum[t], in, token + t, scale, total[t]);
     if (!C::kSymmetric) total[t] = fma(minimum, set1(in.sum[Part][token + t]), total[t]);
   }
   if constexpr (T > kStep)
@@ -134,7 +119,6 @@ constexpr int codes_ahead() {
 // T tokens and P panels.
 template <class C, int T, int P = 1>
 inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, int token, const Output& out) {
-  using Scales = RowScales<C::kSharedRows && (T > 2)>;  // a few products wait for weights, not for multipliers
   const uint8_t* codes = panel_codes(w, panel);
   const size_t apart = size_t(w.blocks) * block_bytes(C::kBits);
   constexpr int kCodesAhead = codes_ahead<C, P>();
@@ -160,9 +144,9 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
         for (size_t line = 0; line < block_bytes(C::kBits); line += 64) __builtin_prefetch(from + ahead + line);
         if (P > 1) scales[p].fetch(b + kScalesAhead >= w.blocks ? beyond : near);
       }
-      add_blocks<C, 0, T>(weights, in, 0, Scales(scales[p].scale[0]), scales[p].minimum[0], total[p]);
+      add_blocks<C, 0, T>(weights, in, 0, scales[p].scale[0], scales[p].minimum[0], total[p]);
       if constexpr (C::kParts == 2)
-        add_blocks<C, 1, T>(weights, in, 0, Scales(scales[p].scale[1]), scales[p].minimum[1], total[p]);
+        add_blocks<C, 1, T>(weights, in, 0, scales[p].scale[1], scales[p].minimum[1], total[p]);
     }
     codes += block_bytes(C::kBits);
     in.next_block();

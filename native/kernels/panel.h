@@ -23,6 +23,10 @@ struct Codes {
   static constexpr bool kSharedRows = Bits <= kSharedScaleBits;  // of int8 inputs
 };
 
+// Whether accumulators start from an array of the input, where signed bytes are multiplied as they are or `Biased8`.
+template <class C, bool Biased8>
+constexpr bool kHasStart = C::kSharedRows || (C::kSymmetric && (!C::kSigned || Biased8));
+
 // Calls `run` with the kind of a matrix's codes.
 template <class Run>
 inline void with_codes(const PackedView& w, const Run& run) {

@@ -57,9 +57,10 @@ struct PairView {
 };
 
 // Where accumulators start, so that the offset of weights that are multiplied unsigned is undone: -offset * sum of codes,
-// of whole blocks or of their columns 0-15 and 16-31.
+// of whole blocks or of their columns 0-15 and 16-31. Where the block's scale is 2^-e, the bits of 1.5 * 2^(23 - e) are added: the
+// accumulator is then, read as a float, 2^-e * (1.5 * 2^23 + sum), and no conversion is needed.
 enum Int8Start : int {
-  kStart4, kStart8, kStart16, kStart32, kStart128, kStart4Low, kStart4High, kStart32Low, kStart32High, kStarts
+  kStart0, kStart4, kStart8, kStart16, kStart32, kStart128, kStart4Low, kStart4High, kStart32Low, kStart32High, kStarts
 };
 
 // Weights of at most this many bits take int8 inputs whose blocks have powers of two of their row's scale (at least
@@ -74,6 +75,7 @@ struct Int8Input {
   // (e <= kMaxShift) that leaves the block's absmax within 127 codes.
   float* row_scale;
   float* scale;
+  float* base;   // of scales 2^-e: what such an accumulator has too much, less than 0; else null
   float* sum;    // scale * sum of codes: what a group's minimum is multiplied with
   float* half_sum[2];  // the same of columns 0-15 and 16-31
   int32_t* start[kStarts];

@@ -16,19 +16,20 @@ using namespace trilemma;
 
 struct Forms {
   std::vector<int8_t> codes;
-  std::vector<float> row_scale, scale, sum, half_sum[2];
+  std::vector<float> row_scale, scale, base, sum, half_sum[2];
   std::vector<int32_t> starts[kStarts];
 
   Forms(int tokens, int blocks, size_t width) : row_scale(size_t(tokens)) {
     const size_t cells = (size_t(tokens) + width - 1) / width * width * size_t(blocks);
     codes.resize(cells * kBlock);
     scale.resize(cells);
+    base.resize(cells);
     sum.resize(cells);
     for (std::vector<float>& half : half_sum) half.resize(cells);
     for (std::vector<int32_t>& start : starts) start.resize(cells);
   }
   Int8Input view(bool shared, int blocks, int width) {
-    Int8Input input{codes.data(), shared ? row_scale.data() : nullptr, scale.data(), sum.data(),
+    Int8Input input{codes.data(), shared ? row_scale.data() : nullptr, scale.data(), shared ? base.data() : nullptr, sum.data(),
                     {half_sum[0].data(), half_sum[1].data()}, {}, width, blocks, nullptr};
     for (int i = 0; i < kStarts; ++i) input.start[i] = starts[i].data();
     return input;
@@ -43,7 +44,7 @@ float peak_of(const float* x, int n) {
 }
 
 // One block as the formats say: codes are x / scale to the nearest integer, ties to even.
-void round_block(const float* x, float inverse, float scale, size_t at, Forms& forms) {
+void round_block(const float* x, float inverse, float scale, bool shared, size_t at, Forms& forms) {
   int half[2] = {0, 0};
   for (int i = 0; i < kBlock; ++i) {
     const int code = std::clamp(int(std::nearbyint(x[i] * inverse)), -127, 127);
@@ -54,15 +55,20 @@ void round_block(const float* x, float inverse, float scale, size_t at, Forms& f
   forms.scale[at] = scale;
   forms.sum[at] = scale * float(sum);
   for (int i = 0; i < 2; ++i) forms.half_sum[i][at] = scale * float(half[i]);
-  forms.starts[kStart4][at] = -4 * sum;
-  forms.starts[kStart8][at] = -8 * sum;
-  forms.starts[kStart16][at] = -16 * sum;
-  forms.starts[kStart32][at] = -32 * sum;
-  forms.starts[kStart4Low][at] = -4 * half[0];
-  forms.starts[kStart4High][at] = -4 * half[1];
-  forms.starts[kStart32Low][at] = -32 * half[0];
-  forms.starts[kStart32High][at] = -32 * half[1];
-  forms.starts[kStart128][at] = -128 * sum;
+  // Read as a float, what starts there is the scale times (1.5 * 2^23 + what is added as integers).
+  const float first = shared ? scale * 12582912.0f : 0.0f;
+  if (shared) forms.base[at] = -first;
+  const auto start = [&](Int8Start which, int undone) { forms.starts[which][at] = std::bit_cast<int32_t>(first) - undone; };
+  start(kStart0, 0);
+  start(kStart4, 4 * sum);
+  start(kStart8, 8 * sum);
+  start(kStart16, 16 * sum);
+  start(kStart32, 32 * sum);
+  start(kStart4Low, 4 * half[0]);
+  start(kStart4High, 4 * half[1]);
+  start(kStart32Low, 32 * half[0]);
+  start(kStart32High, 32 * half[1]);
+  start(kStart128, 128 * sum);
 }
 
 void round_row(const float* x, int token, int blocks, int width, bool shared, Forms& forms) {
@@ -76,10 +82,10 @@ void round_row(const float* x, int token, int blocks, int width, bool shared, Fo
       int e = 0;
       while (row_scale > 0.0f && e < kMaxShift && std::ldexp(double(peak), e + 1) <= double(row)) ++e;
       const float inverse = row_scale == 0.0f ? 0.0f : 1.0f / row_scale;
-      round_block(x, std::ldexp(inverse, e), std::ldexp(1.0f, -e), at, forms);
+      round_block(x, std::ldexp(inverse, e), std::ldexp(1.0f, -e), true, at, forms);
     } else {
       const float scale = peak / 127.0f;
-      round_block(x, scale > 0x1p-126f ? 1.0f / scale : 0.0f, scale, at, forms);
+      round_block(x, scale > 0x1p-126f ? 1.0f / scale : 0.0f, scale, false, at, forms);
     }
   }
 }
