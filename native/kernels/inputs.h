@@ -114,7 +114,7 @@ struct RowScale {
   CodeScales of_blocks(const uint32_t* peaks) const { return {peaks, inverse == 0.0f ? 0 : peak, inverse}; }
 };
 
-// More than twice any sum of a block, so that adding integers to its bits adds them to its value.
+// Adding integers of up to 2^22 to the bits of this float adds them to its value; sums of a block's products are smaller.
 constexpr float kSumOffset = 0x1.8p23f;
 
 void quantize_int8(const float* x, int token, const Int8Input& out) {

@@ -4,8 +4,8 @@
 // ascending,
 //     total = fma(w_scale * x_scale, float(sum), total)         (+ fma(w_min, x_scale * sum(x codes), total))
 // A w_scale of a whole row of 8 bits multiplies the total instead; and for weights of few bits x_scale is a power of two of
-// a row's scale, which multiplies the total; x_scale * sum is exact then, and comes from the accumulator's bits by one addition. So all
-// instruction sets, tile sizes and thread counts give the same bits.
+// a row's scale, which multiplies the total: x_scale * sum is exact then, and one addition away from what the accumulator's bits are
+// as a float (docs/decisions/0022). So all instruction sets, tile sizes and thread counts give the same bits.
 #pragma once
 
 #include "panel.h"
@@ -28,33 +28,31 @@ namespace {
 // The inputs of a tile of tokens, from one block on; null is what this kind of codes has no use for.
 template <class C>
 struct Int8Tile {
-  static constexpr bool kStarts = kHasStart<C, kBiased8>, kUndoes = C::kSymmetric && (!C::kSigned || kBiased8);
-  static constexpr Int8Start kStart = !kUndoes            ? kStart0
-                                      : C::kSigned        ? kStart128
-                                      : C::kBits == 6     ? (C::kParts == 2 ? kStart32Low : kStart32)
-                                      : C::kBits == 5     ? kStart16
-                                      : C::kBits == 4     ? kStart8
-                                      : C::kParts == 2    ? kStart4Low
-                                                          : kStart4;
+  static constexpr bool kStarts = kHasStart<C, kBiased8>, kOffsets = kHasOffset<C, kBiased8>;
+  static constexpr Int8Start kStart = !kOffsets        ? kStart0
+                                      : C::kSigned     ? kStart128
+                                      : C::kBits == 6  ? (C::kParts == 2 ? kStart32Low : kStart32)
+                                      : C::kBits == 5  ? kStart16
+                                      : C::kBits == 4  ? kStart8
+                                      : C::kParts == 2 ? kStart4Low
+                                                       : kStart4;
   const int8_t* x;
-  const float *scale, *base, *sum[C::kParts] = {};
+  const float *scale, *sum[C::kParts] = {};  // `scale`: of scales 2^-e the base instead
   const int32_t* start[C::kParts] = {};
   size_t width;
 
   Int8Tile(const Int8Input& in, int token, size_t width) : width(width) {
     const size_t first = size_t(token / kTokenTile) * size_t(in.blocks) * size_t(in.width) + size_t(token % kTokenTile);
     x = in.codes + first * kBlock;
-    scale = C::kSharedRows ? nullptr : in.scale + first;
-    base = C::kSharedRows ? in.base + first : nullptr;
+    scale = (C::kSharedRows ? in.base : in.scale) + first;
     for (int part = 0; part < C::kParts; ++part) {
       if (!C::kSymmetric) sum[part] = (C::kParts == 2 ? in.half_sum[part] : in.sum) + first;
-      if (kStarts) start[part] = in.start[kUndoes ? kStart + part : kStart] + first;
+      if (kStarts) start[part] = in.start[kStart + (kOffsets ? part : 0)] + first;
     }
   }
   void next_block() {
     x += width * kBlock;
-    if (C::kSharedRows) base += width;
-    else scale += width;
+    scale += width;
     for (int part = 0; part < C::kParts; ++part) {
       if (!C::kSymmetric) sum[part] += width;
       if (kStarts) start[part] += width;
@@ -67,11 +65,10 @@ struct RowCodes8 : Codes<8, true> {
   static constexpr bool kRowScales = true;
 };
 
-// total + w_scale * x_scale * sum. Scales 2^-e are in the sum already, and in what it has too much.
+// What a sum adds to a total. Scales 2^-e of inputs are in the sum already; its base is what it has too much.
 template <class C>
-TRILEMMA_INLINE V16f add_sum(V16f sum, const Int8Tile<C>& in, int token, V16f w_scale, V16f total) {
-  if (C::kSharedRows) return fma(w_scale, add(sum, set1(in.base[token])), total);
-  const V16f x_scale = set1(in.scale[token]);
+TRILEMMA_INLINE V16f add_sum(V16f sum, V16f x_scale, V16f w_scale, V16f total) {
+  if (C::kSharedRows) return fma(w_scale, add(sum, x_scale), total);
   return fma(C::kRowScales ? x_scale : mul(w_scale, x_scale), sum, total);
 }
 
@@ -85,7 +82,7 @@ TRILEMMA_INLINE void add_blocks(const BlockWeights<C>& weights, const Int8Tile<C
   block_dot<C, Part, kStep>(weights, in.x + token * kBlock, start, sum);
 #pragma GCC unroll 4
   for (int t = 0; t < kStep; ++t) {
-    total[t] = add_sum<C>(sum[t], in, token + t, scale, total[t]);
+    total[t] = add_sum<C>(sum[t], set1(in.scale[token + t]), scale, total[t]);
     if (!C::kSymmetric) total[t] = fma(minimum, set1(in.sum[Part][token + t]), total[t]);
   }
   if constexpr (T > kStep)
@@ -97,23 +94,31 @@ constexpr size_t kAhead = 2048;  // bytes of codes
 // prefetch, panel after panel. The server cores that have AMX read two fifths faster with it (docs/log.md): scales as well
 // as codes, several panels side by side, and little at once; more of short panels, whose ends come soon.
 #if defined(TRILEMMA_SIMD_AMX)
-constexpr int kPrefetchTokens = 1, kLongPanels = 2, kShortPanels = 4;
+constexpr int kPrefetchTokens = 1, kPageTokens = 3, kLongPanels = 2, kShortPanels = 4;
 #else
-constexpr int kPrefetchTokens = 4, kLongPanels = 1, kShortPanels = 1;
+constexpr int kPrefetchTokens = 4, kPageTokens = kTokenTile + 1, kLongPanels = 1, kShortPanels = 1;
 #endif
-constexpr int kLongBlocks = 64;   // of a panel that is not short
-constexpr int kScalesAhead = 16;  // blocks
+constexpr int kLongBlocks = 64;    // of a panel that is not short
+constexpr int kScalesAhead = 16;   // blocks
+constexpr int kWindowBlocks = 64;  // as many as a page has lines
 
 // Panels that T tokens read side by side: more tokens wait for their own products.
-template <class C, int T, bool Long>
-constexpr int panels_abreast() {
-  constexpr int kMost = Long ? (C::kBits == 8 ? 8 : 6) : 2;
-  return T > kMost ? 1 : Long ? kLongPanels : kShortPanels;
-}
+constexpr int panels_abreast(int tokens, bool is_long) { return tokens >= 3 ? 1 : is_long ? kLongPanels : kShortPanels; }
 // Blocks ahead that their codes are fetched.
 template <class C, int P>
 constexpr int codes_ahead() {
   return P == 1 ? int(kAhead / block_bytes(C::kBits)) : P == kLongPanels ? 4 : 8;
+}
+
+// From kPageTokens on, products take longer than reads that are begun early enough. What the processor fetches ahead of a stream of
+// lines suits one token, which waits for nothing else, and ends with the 4 KB page; and a prefetch that waits for memory keeps others
+// from being begun. So the next 64 blocks are touched a line of each of their pages at a time: streams side by side, that have time.
+template <class C>
+TRILEMMA_INLINE void fetch_pages(const uint8_t* block) {
+  constexpr size_t kPage = 4096, kBytes = block_bytes(C::kBits), kWindow = kWindowBlocks * kBytes;
+  const size_t at = uintptr_t(block) % kWindow;
+  const uint8_t* next = block - at + kWindow + at / kBytes * 64;
+  for (size_t page = 0; page < kBytes / 64; ++page) __builtin_prefetch(next + page * kPage, 0, 2);
 }
 
 // T tokens and P panels.
@@ -122,7 +127,7 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
   const uint8_t* codes = panel_codes(w, panel);
   const size_t apart = size_t(w.blocks) * block_bytes(C::kBits);
   constexpr int kCodesAhead = codes_ahead<C, P>();
-  const ScalesAhead<C> near(w, kScalesAhead, 0), beyond(w, kScalesAhead, P - 1);
+  const ScalesAhead<C> near(w, kScalesAhead, 0), beyond(w, kScalesAhead, P - 1), window(w, kWindowBlocks, 0);
   Int8Tile<C> in(input, token, T == kTokenTile ? size_t(kTokenTile) : size_t(input.width));
   BlockScales<C> scales[P];
   V16f total[P][T];
@@ -140,7 +145,10 @@ inline void int8_tile(const PackedView& w, int panel, const Int8Input& input, in
       const uint8_t* from = codes + size_t(p) * apart;
       scales[p].next();
       const BlockWeights<C> weights(from);
-      if (T >= kPrefetchTokens) {
+      if (T >= kPageTokens) {
+        fetch_pages<C>(from);
+        scales[p].fetch(window);
+      } else if (T >= kPrefetchTokens) {
         for (size_t line = 0; line < block_bytes(C::kBits); line += 64) __builtin_prefetch(from + ahead + line);
         if (P > 1) scales[p].fetch(b + kScalesAhead >= w.blocks ? beyond : near);
       }
@@ -175,9 +183,9 @@ inline void int8_tokens(const PackedView& w, const Int8Input& x, int t, int toke
                         const Output& out) {
   for (; t + T <= tokens; t += T) {
     if (w.blocks < kLongBlocks)
-      int8_panels<C, T, panels_abreast<C, T, false>()>(w, x, t, begin, end, out);
+      int8_panels<C, T, panels_abreast(T, false)>(w, x, t, begin, end, out);
     else
-      int8_panels<C, T, panels_abreast<C, T, true>()>(w, x, t, begin, end, out);
+      int8_panels<C, T, panels_abreast(T, true)>(w, x, t, begin, end, out);
   }
   if constexpr (T > 1)
     if (t < tokens) int8_tokens<C, (T > 8 ? T / 2 : T - 1)>(w, x, t, tokens, begin, end, out);

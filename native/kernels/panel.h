@@ -23,9 +23,12 @@ struct Codes {
   static constexpr bool kSharedRows = Bits <= kSharedScaleBits;  // of int8 inputs
 };
 
-// Whether accumulators start from an array of the input, where signed bytes are multiplied as they are or `Biased8`.
+// Whether codes are multiplied with an offset that must be undone (signed bytes where they are `Biased8`), and whether
+// accumulators start from an array of the input, for that or to be read as floats.
 template <class C, bool Biased8>
-constexpr bool kHasStart = C::kSharedRows || (C::kSymmetric && (!C::kSigned || Biased8));
+constexpr bool kHasOffset = C::kSymmetric && (!C::kSigned || Biased8);
+template <class C, bool Biased8>
+constexpr bool kHasStart = C::kSharedRows || kHasOffset<C, Biased8>;
 
 // Calls `run` with the kind of a matrix's codes.
 template <class Run>

@@ -75,7 +75,7 @@ struct Int8Input {
   // (e <= kMaxShift) that leaves the block's absmax within 127 codes.
   float* row_scale;
   float* scale;
-  float* base;   // of scales 2^-e: what such an accumulator has too much, less than 0; else null
+  float* base;   // with `row_scale`: -1.5 * 2^23 * scale, which takes away what such an accumulator has too much; else null
   float* sum;    // scale * sum of codes: what a group's minimum is multiplied with
   float* half_sum[2];  // the same of columns 0-15 and 16-31
   int32_t* start[kStarts];
